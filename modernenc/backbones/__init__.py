@@ -1,0 +1,38 @@
+"""Backbones: `forward(input_ids, cu_seqlens, max_seqlen) -> hidden`, one file and one YAML each.
+
+The contract, tested over every `conf/backbone/*.yaml`: documents laid end to end never see each other; `PHASE_ATTRIBUTES` names
+what a phase may set; `matrices()` lists what an optimizer may orthogonalise; `prediction_head()` builds the masked-LM head.
+"""
+
+from typing import ClassVar, Protocol, runtime_checkable
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """What the rest of the package asks of a backbone."""
+
+    PHASE_ATTRIBUTES: ClassVar[tuple[str, ...]]
+    vocab_size: int
+    hidden_size: int
+    max_position: int
+
+    def __call__(
+        self, input_ids: Int[Tensor, " tokens"], cu_seqlens: Int[Tensor, " docs_plus_1"], max_seqlen: int
+    ) -> Float[Tensor, "tokens hidden"]:
+        """Hidden states of documents laid end to end; ValueError when one is longer than `max_position`."""
+        ...
+
+    def token_embeddings(self) -> nn.Embedding:
+        """The embedding that the masked-LM decoder shares."""
+        ...
+
+    def prediction_head(self) -> nn.Module:
+        """A new head from hidden states to what the decoder reads."""
+        ...
+
+    def matrices(self) -> list[nn.Parameter]:
+        """Weights that an optimizer like Muon may orthogonalise: no embedding, no decoder."""
+        ...

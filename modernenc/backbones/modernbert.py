@@ -1,0 +1,205 @@
+"""ModernBERT: Warner et al. 2024, arXiv:2412.13663. Parameter names are those of transformers' `ModernBertModel`.
+
+Pre-norm blocks `x += attention(norm(x)); x += mlp(norm(x))`, no biases, rotary positions, GeGLU; every third layer, from the
+first, attends globally, the others to a window.
+"""
+
+import math
+from typing import ClassVar
+
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from modernenc.backbones.attention import QKV, Layout, attention
+from modernenc.backbones.rotary import Rotation, positions_of, rotate, rotation
+
+INIT_STD = 0.02
+"""Standard deviation of every matrix but the output projections, before the cut at two of them."""
+
+
+class ModernBERT(nn.Module):
+    """Encoder of documents laid end to end.
+
+    `local_attention` is the width of the window, half to each side; `attention_out_dropout` acts after each attention's
+    output projection. Raises ValueError for sizes that do not fit each other.
+    """
+
+    PHASE_ATTRIBUTES: ClassVar[tuple[str, ...]] = ("global_rope_theta", "local_rope_theta")
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        intermediate_size: int,
+        num_hidden_layers: int,
+        num_attention_heads: int,
+        max_position: int,
+        global_rope_theta: float,
+        local_rope_theta: float,
+        global_attn_every_n_layers: int = 3,
+        local_attention: int = 128,
+        attention_out_dropout: float = 0.0,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        if hidden_size % (2 * num_attention_heads):
+            raise ValueError(
+                f"backbone.hidden_size={hidden_size} must be a multiple of 2 x num_attention_heads={num_attention_heads}"
+            )
+        if local_attention % 2:
+            raise ValueError(f"backbone.local_attention={local_attention} must be even: half to each side")
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_attention_heads = num_attention_heads
+        self.max_position = max_position
+        self.global_rope_theta = global_rope_theta
+        self.local_rope_theta = local_rope_theta
+        self.global_attn_every_n_layers = global_attn_every_n_layers
+        self.local_attention = local_attention
+        self.norm_eps = norm_eps
+        self.embeddings = Embeddings(vocab_size, hidden_size, norm_eps)
+        self.layers = nn.ModuleList(
+            Layer(
+                hidden_size,
+                intermediate_size,
+                num_attention_heads,
+                window=None if index % global_attn_every_n_layers == 0 else local_attention // 2,
+                # The embedding is normalised already.
+                attn_norm=nn.Identity() if index == 0 else nn.LayerNorm(hidden_size, norm_eps, bias=False),
+                out_dropout=attention_out_dropout,
+                norm_eps=norm_eps,
+            )
+            for index in range(num_hidden_layers)
+        )
+        self.final_norm = nn.LayerNorm(hidden_size, norm_eps, bias=False)
+        self._init_weights()
+
+    def forward(
+        self, input_ids: Int[Tensor, " tokens"], cu_seqlens: Int[Tensor, " docs_plus_1"], max_seqlen: int
+    ) -> Float[Tensor, "tokens hidden"]:
+        """Hidden states of documents laid end to end; ValueError when one is longer than `max_position`."""
+        if max_seqlen > self.max_position:
+            raise ValueError(f"a document of {max_seqlen} tokens exceeds backbone.max_position={self.max_position}")
+        layout = Layout(cu_seqlens, max_seqlen, len(input_ids))
+        positions = positions_of(cu_seqlens, len(input_ids))
+        head_dim = self.hidden_size // self.num_attention_heads
+        rotations = [
+            rotation(theta, head_dim, positions, max_seqlen) for theta in (self.global_rope_theta, self.local_rope_theta)
+        ]
+        hidden = self.embeddings(input_ids)
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            hidden = layer(hidden, layout, rotations[0 if layer.attn.window is None else 1])
+        return self.final_norm(hidden)
+
+    def token_embeddings(self) -> nn.Embedding:
+        """The embedding that the masked-LM decoder shares."""
+        return self.embeddings.tok_embeddings
+
+    def prediction_head(self) -> nn.Module:
+        """The published head: dense, GELU, norm."""
+        return PredictionHead(self.hidden_size, self.norm_eps)
+
+    def matrices(self) -> list[nn.Parameter]:
+        """All matrices of the layers; Wqkv and the GLU's Wi count as one each, unsplit."""
+        return [parameter for parameter in self.layers.parameters() if parameter.ndim == 2]
+
+    def _init_weights(self) -> None:
+        """Megatron's: output projections are smaller by sqrt(2 x layers), so that the residual stream keeps its scale."""
+        _init_matrix(self.embeddings.tok_embeddings.weight, INIT_STD)
+        out_std = INIT_STD / math.sqrt(2 * len(self.layers))
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            _init_matrix(layer.attn.Wqkv.weight, INIT_STD)
+            _init_matrix(layer.attn.Wo.weight, out_std)
+            _init_matrix(layer.mlp.Wi.weight, INIT_STD)
+            _init_matrix(layer.mlp.Wo.weight, out_std)
+
+
+class Embeddings(nn.Module):
+    """Token embedding, normalised."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, norm_eps: float) -> None:
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(vocab_size, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size, norm_eps, bias=False)
+
+    def forward(self, input_ids: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens hidden"]:
+        return self.norm(self.tok_embeddings(input_ids))
+
+
+class Layer(nn.Module):
+    """One block: attention, then GeGLU, each on a normalised input and added to the residual."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_attention_heads: int,
+        window: int | None,
+        attn_norm: nn.Module,
+        out_dropout: float,
+        norm_eps: float,
+    ) -> None:
+        super().__init__()
+        self.attn_norm = attn_norm
+        self.attn = Attention(hidden_size, num_attention_heads, window, out_dropout)
+        self.mlp_norm = nn.LayerNorm(hidden_size, norm_eps, bias=False)
+        self.mlp = GeGLU(hidden_size, intermediate_size)
+
+    def forward(
+        self, hidden: Float[Tensor, "tokens hidden"], layout: Layout, rotation: Rotation
+    ) -> Float[Tensor, "tokens hidden"]:
+        hidden = hidden + self.attn(self.attn_norm(hidden), layout, rotation)
+        return hidden + self.mlp(self.mlp_norm(hidden))
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary positions; `window` tokens to each side, or the whole document."""
+
+    def __init__(self, hidden_size: int, num_attention_heads: int, window: int | None, out_dropout: float) -> None:
+        super().__init__()
+        self.heads = num_attention_heads
+        self.window = window
+        self.Wqkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.Wo = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.out_drop = nn.Dropout(out_dropout)
+
+    def forward(
+        self, hidden: Float[Tensor, "tokens hidden"], layout: Layout, rotation: Rotation
+    ) -> Float[Tensor, "tokens hidden"]:
+        q, k, v = self.Wqkv(hidden).unflatten(-1, (3, self.heads, -1)).unbind(1)  # each (tokens, heads, head_dim)
+        out = attention(QKV(rotate(q, rotation), rotate(k, rotation), v), layout, self.window)
+        return self.out_drop(self.Wo(out.flatten(1)))
+
+
+class GeGLU(nn.Module):
+    """`Wo(gelu(a) * b)` with `a, b = Wi(x)`: Shazeer 2020, arXiv:2002.05202, equation 6."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.Wi = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.Wo = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
+        value, gate = self.Wi(hidden).chunk(2, dim=-1)
+        return self.Wo(F.gelu(value) * gate)
+
+
+class PredictionHead(nn.Module):
+    """From hidden states to what the decoder reads."""
+
+    def __init__(self, hidden_size: int, norm_eps: float) -> None:
+        super().__init__()
+        self.dense = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.norm = nn.LayerNorm(hidden_size, norm_eps, bias=False)
+        _init_matrix(self.dense.weight, INIT_STD)
+
+    def forward(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
+        return self.norm(F.gelu(self.dense(hidden)))
+
+
+def _init_matrix(weight: Tensor, std: float) -> None:
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)

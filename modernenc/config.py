@@ -1,0 +1,168 @@
+"""The typed schema of a run, and where its YAML lives.
+
+`conf/` holds the parts (one YAML = one option of one group), `recipes/` the runs. Each field is explained here, valued in
+`conf/`, chosen in a recipe. Token budgets are floats so that `5e9` may be written; they must be whole.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+_PACKAGE = Path(__file__).resolve().parent
+_ROOT = _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent  # installed wheel, else checkout
+CONF_DIR = _ROOT / "conf"
+RECIPES_DIR = _ROOT / "recipes"
+
+
+@dataclass
+class Ramp:
+    """A batch-size ramp: levels `start_rows`, `start_rows + step_rows`, ... below the phase's `batch_rows`.
+
+    Each level lasts the same number of optimizer steps, so its tokens are proportional to its rows.
+    """
+
+    tokens: float = 0
+    """Tokens of all levels together; 0 means no ramp."""
+    start_rows: int = 0
+    """Rows of the global batch at the first level."""
+    step_rows: int = 0
+    """Rows added from one level to the next."""
+
+
+@dataclass
+class Phase:
+    """One row of the curriculum table."""
+
+    tokens: float = MISSING
+    """Budget in tokens of row capacity (rows x seq_len); the phase ends at the first step boundary at or past it."""
+    seq_len: int = MISSING
+    """Row length in tokens, special tokens included."""
+    batch_rows: int = MISSING
+    """Rows of the global batch, over all ranks and accumulation."""
+    ramp: Ramp = field(default_factory=Ramp)
+    """Batch-size ramp at the start of the phase."""
+    lr: float = MISSING
+    """Peak learning rate of the phase, on the scale of `optim.lr`."""
+    lr_curve: str = MISSING
+    """Shape after the warmup: a function of `modernenc.curriculum.LR_CURVES`."""
+    warmup_tokens: float = 0
+    """Tokens of linear warmup from 0 at the start of the phase."""
+    final_lr_factor: float = 0
+    """Share of `lr` left at the end of a decaying curve, in [0, 1]."""
+    weight_decay: float = MISSING
+    """Decay of the parameters that decay, as the optimizer defines it."""
+    mask_ratio: float = MISSING
+    """Share of the text tokens that are predicted, in (0, 1)."""
+    mix: dict[str, float] = MISSING
+    """Relative share of tokens by source (`wiki`), or by one slice of a source (`wiki/slice-001`)."""
+    backbone: dict[str, Any] = field(default_factory=dict)
+    """Attributes of the backbone to set when the phase starts, such as `global_rope_theta`."""
+
+
+@dataclass
+class Data:
+    """Where the blocks are and how lanes cut them into rows."""
+
+    root: str = MISSING
+    """Folder that `python -m data_prep` wrote."""
+    lanes: int = MISSING
+    """Number of lanes: the unit of order, and the largest number of ranks."""
+    window_rows: int = MISSING
+    """Rows' worth of text that a lane packs at a time."""
+    workers: int = MISSING
+    """Loader processes per rank: 0 or 1. The data do not depend on it."""
+    hint: str = "prepare it with: python -m data_prep +corpus=NAME"
+    """What to tell a user who lacks the data."""
+
+
+@dataclass
+class Trainer:
+    """Hardware and precision. Nothing here changes which tokens a step sees."""
+
+    accelerator: str = MISSING
+    """Lightning's accelerator: auto, cpu, gpu."""
+    devices: int = MISSING
+    """Devices per node."""
+    num_nodes: int = 1
+    """Nodes."""
+    strategy: str = "auto"
+    """Lightning's strategy."""
+    precision: str = MISSING
+    """`bf16-mixed` (fp32 weights, bf16 matrix products) or `32-true`."""
+    micro_batch_tokens: int = MISSING
+    """Row capacity of one forward pass per device; at least one row is taken."""
+
+
+@dataclass
+class Checkpoint:
+    """When to save. Phase boundaries are always saved and always kept."""
+
+    every_tokens: float = MISSING
+    """Save each time this many tokens were seen; 0 means never."""
+    every_minutes: float = MISSING
+    """Save each time this much time has passed; 0 means never."""
+    keep_last: int = MISSING
+    """How many checkpoints between boundaries to keep."""
+
+
+@dataclass
+class Validation:
+    """When and on how much held-out text to validate. Phase boundaries always are."""
+
+    every_tokens: float = MISSING
+    """Validate each time this many tokens were seen; 0 means at phase boundaries only."""
+    tokens_per_source: int = MISSING
+    """Row capacity taken from each source's held-out text, at most."""
+
+
+@dataclass
+class Logger:
+    """Where figures go besides `metrics.csv`."""
+
+    every_steps: int = MISSING
+    """Steps between two rows of figures."""
+    wandb: str = MISSING
+    """Weights & Biases: off, offline, or online (falls back to offline without a login)."""
+    project: str = "modernenc"
+    """Weights & Biases project."""
+
+
+@dataclass
+class Run:
+    """One reproducible training."""
+
+    recipe: str = MISSING
+    """Name of the recipe; set by `+recipe=NAME`."""
+    run_dir: str = MISSING
+    """Folder that the run writes."""
+    seed: int = MISSING
+    """Seed of initialisation, data order, masks and dropout."""
+    backbone: Any = MISSING
+    """`_target_`: a backbone class, and its arguments."""
+    optim: Any = MISSING
+    """`_target_`: a function of `modernenc.optim`, and its arguments; `lr` and `weight_decay` among them."""
+    phases: dict[str, Phase] = MISSING
+    """The curriculum, in the order written."""
+    data: Data = field(default_factory=Data)
+    trainer: Trainer = field(default_factory=Trainer)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    validation: Validation = field(default_factory=Validation)
+    logger: Logger = field(default_factory=Logger)
+
+
+def register() -> None:
+    """Make the schema and the recipes known to Hydra, so that `+recipe=base` finds `recipes/base.yaml`."""
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=Run)
+    for path in sorted(RECIPES_DIR.glob("*.yaml")):
+        store.store(
+            group="recipe", name=path.stem, package="_global_", node=OmegaConf.load(path), provider=str(path)
+        )
+
+
+def recipe_names() -> list[str]:
+    """The shipped recipes, by name."""
+    return [path.stem for path in sorted(RECIPES_DIR.glob("*.yaml"))]

@@ -1,0 +1,206 @@
+"""The curriculum: a table of phases and one pure function of the tokens seen.
+
+`plan` prints this object, the trainer obeys it, the report draws it. The clock is `tokens_seen`: row capacity (rows x
+seq_len) of all optimizer steps so far, so that step and tokens determine each other in closed form.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from modernenc.config import Phase
+
+
+def constant(progress: float, final: float) -> float:
+    """1 throughout."""
+    return 1.0
+
+
+def one_minus_sqrt(progress: float, final: float) -> float:
+    """`final + (1 - final) (1 - sqrt(progress))`: Hägele et al. 2024, arXiv:2405.18392, section 3."""
+    return final + (1 - final) * (1 - math.sqrt(progress))
+
+
+LR_CURVES: dict[str, Callable[[float, float], float]] = {"constant": constant, "one_minus_sqrt": one_minus_sqrt}
+"""Factor on the phase's peak learning rate, by progress through the phase in [0, 1] and by its final factor."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """A stretch of equal steps: one ramp level of one phase."""
+
+    phase: str
+    batch_rows: int
+    seq_len: int
+    steps: int
+    first_step: int
+    first_tokens: int
+
+    @property
+    def step_tokens(self) -> int:
+        """Row capacity of one optimizer step."""
+        return self.batch_rows * self.seq_len
+
+    @property
+    def end_tokens(self) -> int:
+        """Tokens seen when the level is over."""
+        return self.first_tokens + self.steps * self.step_tokens
+
+
+@dataclass(frozen=True)
+class Point:
+    """All that the curriculum says about the step that starts at `tokens_seen`."""
+
+    tokens_seen: int
+    step: int
+    phase: str
+    phase_tokens: int
+    """Tokens seen since the phase started."""
+    lr: float
+    """Learning rate on the scale of `optim.lr`."""
+    peak_lr: float
+    """Peak of the phase on the same scale."""
+    weight_decay: float
+    batch_rows: int
+    seq_len: int
+    mask_ratio: float
+    backbone: dict[str, Any]
+
+    @property
+    def step_tokens(self) -> int:
+        """Row capacity of the step."""
+        return self.batch_rows * self.seq_len
+
+    @property
+    def first_row(self) -> int:
+        """Number of the step's first row, counted from the start of the phase."""
+        return self.phase_tokens // self.seq_len
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """The table of phases, in order.
+
+    Raises ValueError, naming the key, for a phase that cannot be trained.
+    """
+
+    phases: dict[str, Phase]
+    levels: tuple[Level, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not self.phases:
+            raise ValueError("phases is empty; a recipe needs at least one phase")
+        for name, phase in self.phases.items():
+            _check(name, phase)
+        object.__setattr__(self, "levels", tuple(_levels(self.phases)))
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens seen when the last phase is over."""
+        return self.levels[-1].end_tokens
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole curriculum."""
+        return self.levels[-1].first_step + self.levels[-1].steps
+
+    def levels_of(self, phase: str) -> list[Level]:
+        """The ramp levels of one phase; a single one without a ramp."""
+        return [level for level in self.levels if level.phase == phase]
+
+    def start_of(self, phase: str) -> int:
+        """Tokens seen when `phase` starts."""
+        return self.levels_of(phase)[0].first_tokens
+
+    def end_of(self, phase: str) -> int:
+        """Tokens seen when `phase` is over."""
+        return self.levels_of(phase)[-1].end_tokens
+
+    def at(self, tokens_seen: int) -> Point:
+        """What holds for the step that starts at, or is under way at, `tokens_seen` in [0, total_tokens]."""
+        index = bisect_right(self.levels, tokens_seen, key=lambda level: level.first_tokens) - 1
+        level = self.levels[index]
+        phase = self.phases[level.phase]
+        phase_tokens = tokens_seen - self.start_of(level.phase)
+        factor = LR_CURVES[phase.lr_curve](min(1.0, phase_tokens / phase.tokens), phase.final_lr_factor)
+        if phase_tokens < phase.warmup_tokens:
+            factor *= phase_tokens / phase.warmup_tokens
+        return Point(
+            tokens_seen=tokens_seen,
+            step=level.first_step + (tokens_seen - level.first_tokens) // level.step_tokens,
+            phase=level.phase,
+            phase_tokens=phase_tokens,
+            lr=phase.lr * factor,
+            peak_lr=phase.lr,
+            weight_decay=phase.weight_decay,
+            batch_rows=level.batch_rows,
+            seq_len=level.seq_len,
+            mask_ratio=phase.mask_ratio,
+            backbone=phase.backbone,
+        )
+
+    def steps(self, tokens_seen: int = 0) -> Iterator[Point]:
+        """Each optimizer step from the one that starts at `tokens_seen` to the last."""
+        while tokens_seen < self.total_tokens:
+            point = self.at(tokens_seen)
+            yield point
+            tokens_seen += point.step_tokens
+
+
+def _levels(phases: dict[str, Phase]) -> Iterator[Level]:
+    step = tokens = 0
+    for name, phase in phases.items():
+        start = tokens
+        for batch_rows, budget in _budgets(phase):
+            step_tokens = batch_rows * phase.seq_len
+            # The clock may already be past this level's budget: a level of the ramp then has no step at all.
+            steps = max(0, math.ceil((start + budget - tokens) / step_tokens))
+            if steps:
+                yield Level(name, batch_rows, phase.seq_len, steps, step, tokens)
+            step += steps
+            tokens += steps * step_tokens
+
+
+def _budgets(phase: Phase) -> Iterator[tuple[int, float]]:
+    """Rows of each level and the tokens of the phase at its end."""
+    ramp = phase.ramp
+    if ramp.tokens:
+        rows = range(ramp.start_rows, phase.batch_rows, ramp.step_rows)
+        seen = 0
+        for level in rows:
+            seen += level
+            yield level, ramp.tokens * seen / sum(rows)
+    yield phase.batch_rows, phase.tokens
+
+
+def _check(name: str, phase: Phase) -> None:
+    """Raise ValueError for the first value of the phase that cannot be obeyed."""
+    ramp = phase.ramp
+
+    def require(holds: bool, key: str, value: object, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"phases.{name}.{key}={value}: expected {expected}")
+
+    for key in ("tokens", "warmup_tokens"):
+        require(float(getattr(phase, key)).is_integer(), key, getattr(phase, key), "a whole number of tokens")
+    require(phase.tokens > 0, "tokens", phase.tokens, "a positive budget")
+    require(phase.seq_len >= 8, "seq_len", phase.seq_len, "at least 8 tokens")
+    require(phase.batch_rows >= 1, "batch_rows", phase.batch_rows, "at least 1 row")
+    require(phase.lr > 0, "lr", phase.lr, "a positive learning rate")
+    require(phase.lr_curve in LR_CURVES, "lr_curve", phase.lr_curve, f"one of {', '.join(LR_CURVES)}")
+    require(0 <= phase.warmup_tokens <= phase.tokens, "warmup_tokens", phase.warmup_tokens, "at most the phase's tokens")
+    require(0 <= phase.final_lr_factor <= 1, "final_lr_factor", phase.final_lr_factor, "a share in [0, 1]")
+    require(phase.weight_decay >= 0, "weight_decay", phase.weight_decay, "0 or more")
+    require(0 < phase.mask_ratio < 1, "mask_ratio", phase.mask_ratio, "a share in (0, 1)")
+    require(bool(phase.mix), "mix", phase.mix, "at least one source, such as {wiki: 1}")
+    for source, share in phase.mix.items():
+        require(share > 0, f"mix.{source}", share, "a positive share; leave the source out to skip it")
+    if ramp.tokens:
+        require(0 < ramp.tokens < phase.tokens, "ramp.tokens", ramp.tokens, f"less than the phase's {phase.tokens:.0f}")
+        require(
+            0 < ramp.start_rows < phase.batch_rows,
+            "ramp.start_rows", ramp.start_rows, f"1 to {phase.batch_rows - 1}, below batch_rows",
+        )  # fmt: skip
+        require(ramp.step_rows > 0, "ramp.step_rows", ramp.step_rows, "at least 1 row")

@@ -1,0 +1,191 @@
+"""One loader item = one optimizer step: its micro-batches and the state of the data after it.
+
+1. The curriculum says which rows the step takes: row g of a phase comes from lane g mod L.
+2. Rank r of W serves the lanes l with l mod W = r, in order, and masks its rows by (seed, phase, row).
+3. Rows are grouped into micro-batches; the lanes' state after the step travels with them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from modernenc.config import Run
+from modernenc.curriculum import Curriculum, Point
+from modernenc.data.blocks import Corpus
+from modernenc.data.lanes import Lane, LaneState, Mix, Row
+from modernenc.data.masking import Masker, MicroBatch, collate
+from modernenc.data.packing import SPECIALS
+
+_ENDLESS = 10**12
+# Lightning reads a loader without a length one item ahead of training, which would make a saved state one step late.
+
+
+@dataclass
+class PhaseAccount:
+    """Where the tokens of one phase went, so far."""
+
+    drawn: dict[str, int] = field(default_factory=dict)
+    """Text tokens drawn from each slice into windows."""
+    served: dict[str, int] = field(default_factory=dict)
+    """Text tokens of each slice that reached a step; the rest of `drawn` lies unserved in open windows."""
+    special: int = 0
+    padding: int = 0
+    cuts: int = 0
+    """Document ends that are not ends: cuts to the row length and at block ends."""
+
+    def serve(self, row: Row, seq_len: int) -> None:
+        """Count one row."""
+        text = 0
+        for chunk in row:
+            self.served[chunk.slice] = self.served.get(chunk.slice, 0) + len(chunk.tokens)
+            text += len(chunk.tokens)
+        self.special += SPECIALS * len(row)
+        self.padding += seq_len - text - SPECIALS * len(row)
+
+
+@dataclass
+class DataState:
+    """All that the data path needs to go on after a step; plain values."""
+
+    tokens_seen: int = 0
+    phase: str = ""
+    lanes: dict[int, dict[str, Any]] = field(default_factory=dict)
+    accounts: dict[str, PhaseAccount] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The state as plain values, for a checkpoint."""
+        accounts = {
+            phase: {**vars(account), "drawn": dict(account.drawn), "served": dict(account.served)}
+            for phase, account in self.accounts.items()
+        }
+        return {"tokens_seen": self.tokens_seen, "phase": self.phase, "lanes": self.lanes, "accounts": accounts}
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> "DataState":
+        """The inverse of `to_dict`."""
+        accounts = {
+            phase: PhaseAccount(**{**account, "drawn": dict(account["drawn"]), "served": dict(account["served"])})
+            for phase, account in state["accounts"].items()
+        }
+        return cls(state["tokens_seen"], state["phase"], dict(state["lanes"]), accounts)
+
+
+@dataclass
+class Step:
+    """What one rank does in one optimizer step."""
+
+    micro_batches: list[MicroBatch]
+    targets: int
+    """Predicted tokens of this rank's rows."""
+    tokens: int
+    """Tokens of this rank's rows, padding left out."""
+    state: dict[str, Any]
+    """The `DataState` after the step."""
+
+
+class Steps(IterableDataset[Step]):
+    """The steps of one rank from a state on, in order, to the end of the curriculum.
+
+    Raises ValueError for a mix that the corpus cannot serve with these lanes.
+    """
+
+    def __init__(
+        self, run: Run, curriculum: Curriculum, corpus: Corpus, rank: int, world_size: int, state: DataState
+    ) -> None:
+        self.run = run
+        self.curriculum = curriculum
+        self.corpus = corpus
+        self.rank = rank
+        self.world_size = world_size
+        self.state = state
+        self.mixes = open_mixes(run, corpus)
+
+    def __len__(self) -> int:
+        """Endless: training stops by tokens, never by the loader."""
+        return _ENDLESS
+
+    def __iter__(self) -> Iterator[Step]:
+        """Make steps, one optimizer step each."""
+        state = DataState.from_dict(self.state.to_dict())
+        lanes = {lane: self._lane(lane, state.phase, LaneState(**saved)) for lane, saved in state.lanes.items()}
+        for point in self.curriculum.steps(state.tokens_seen):
+            if point.phase != state.phase:
+                lanes = self._enter(point.phase, lanes)
+                state.phase = point.phase
+                state.accounts[point.phase] = PhaseAccount()
+            account = state.accounts[point.phase]
+            micro_batches = self._micro_batches(point, lanes, account)
+            state.tokens_seen += point.step_tokens
+            state.lanes = {number: lane.state() for number, lane in lanes.items()}
+            yield Step(
+                micro_batches=micro_batches,
+                targets=sum(len(batch.targets) for batch in micro_batches),
+                tokens=sum(len(batch.input_ids) for batch in micro_batches),
+                state=state.to_dict(),
+            )
+
+    def _micro_batches(self, point: Point, lanes: dict[int, Lane], account: PhaseAccount) -> list[MicroBatch]:
+        masker = Masker(self.corpus.roles, self.corpus.ordinary_ids, point.mask_ratio)
+        phase = list(self.run.phases).index(point.phase)
+        numbers = [
+            row for row in range(point.first_row, point.first_row + point.batch_rows)
+            if row % self.run.data.lanes in lanes
+        ]  # fmt: skip
+        masked = []
+        for number in numbers:
+            lane = lanes[number % self.run.data.lanes]
+            row = lane.next_row()
+            account.serve(row, point.seq_len)
+            _count_draws(account, lane)
+            masked.append(masker.mask(row, (self.run.seed, phase, number)))
+        size = max(1, self.run.trainer.micro_batch_tokens // point.seq_len)
+        return [collate(masked[at : at + size], numbers[at]) for at in range(0, len(masked), size)]
+
+    def _enter(self, phase: str, before: dict[int, Lane]) -> dict[int, Lane]:
+        """Lanes at the start of a phase: passes over the slices go on, open windows of the phase before are left."""
+        mine = range(self.rank, self.run.data.lanes, self.world_size)
+        return {
+            lane: self._lane(
+                lane,
+                phase,
+                LaneState(
+                    blocks=before[lane].blocks_drawn() if before else {},
+                    tokens=self.mixes[phase].head_start(lane),
+                ),
+            )
+            for lane in mine
+        }
+
+    def _lane(self, lane: int, phase: str, state: LaneState) -> Lane:
+        data = self.run.data
+        seed = (self.run.seed, list(self.run.phases).index(phase))
+        seq_len = self.run.phases[phase].seq_len
+        return Lane(lane, data.lanes, self.mixes[phase], seq_len, data.window_rows, seed, state)
+
+
+def _count_draws(account: PhaseAccount, lane: Lane) -> None:
+    for name, tokens in lane.drawn.items():
+        account.drawn[name] = account.drawn.get(name, 0) + tokens
+    account.cuts += lane.cuts
+    lane.drawn, lane.cuts = {}, 0
+
+
+def open_mixes(run: Run, corpus: Corpus) -> dict[str, Mix]:
+    """The mix of each phase; ValueError, naming the key, for one that the corpus cannot serve."""
+    return {
+        name: Mix(corpus, phase.mix, run.data.lanes, run.seed, f"phases.{name}.mix")
+        for name, phase in run.phases.items()
+    }
+
+
+def build_loader(steps: Steps, workers: int, pin_memory: bool) -> DataLoader[Step]:
+    """A loader of whole steps, made in this process (no worker) or ahead of it (one)."""
+    return DataLoader(
+        steps,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=2 if workers else None,
+        pin_memory=pin_memory,
+    )

@@ -1,0 +1,50 @@
+"""Masked language modelling, with logits at the predicted tokens only."""
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from modernenc.backbones import Backbone
+from modernenc.data.masking import MicroBatch
+
+
+class MaskedLMOutput(NamedTuple):
+    """Sums over the predicted tokens of a micro-batch."""
+
+    loss: Float[Tensor, ""]
+    """Cross-entropy in nats."""
+    correct: Int[Tensor, ""]
+    """Tokens whose most probable id is the right one."""
+
+
+class MaskedLM(nn.Module):
+    """Backbone, prediction head, and a decoder tied to the token embedding."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = backbone.prediction_head()
+        self.decoder = nn.Linear(backbone.hidden_size, backbone.vocab_size)
+        self.decoder.weight = backbone.token_embeddings().weight
+        nn.init.zeros_(self.decoder.bias)
+
+    def forward(self, batch: MicroBatch) -> MaskedLMOutput:
+        """Predict the masked tokens of a micro-batch."""
+        logits = self.logits(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.target_positions)
+        return MaskedLMOutput(
+            loss=F.cross_entropy(logits.float(), batch.targets, reduction="sum"),
+            correct=(logits.argmax(-1) == batch.targets).sum(),
+        )
+
+    def logits(
+        self,
+        input_ids: Int[Tensor, " tokens"],
+        cu_seqlens: Int[Tensor, " docs_plus_1"],
+        max_seqlen: int,
+        positions: Int[Tensor, " targets"],
+    ) -> Float[Tensor, "targets vocab"]:
+        """Scores of every id at the given positions."""
+        hidden = self.backbone(input_ids, cu_seqlens, max_seqlen)
+        return self.decoder(self.head(hidden.index_select(0, positions)))
