@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import xxhash
 from jaxtyping import Integer
-from streaming.base.format import reader_from_json
-from streaming.base.format.mds import MDSReader
+
+if TYPE_CHECKING:
+    from streaming.base.format.mds import MDSReader
 
 MANIFEST = "manifest.json"
 SHARD_HASH = "xxh3_64"
@@ -52,7 +53,7 @@ class Shards:
         index = folder / "index.json"
         if not index.is_file():
             raise FileNotFoundError(f"{index} is missing; prepare the data again or restore it")
-        self._readers: list[MDSReader] = []
+        self._readers: list["MDSReader"] = []
         for entry in json.loads(index.read_text())["shards"]:
             self._readers.append(self._open(entry))
         self.sizes = [reader.samples for reader in self._readers]
@@ -89,7 +90,9 @@ class Shards:
             )
         self._checked[shard] = True
 
-    def _open(self, entry: dict[str, Any]) -> MDSReader:
+    def _open(self, entry: dict[str, Any]) -> "MDSReader":
+        from streaming.base.format import reader_from_json  # 4 s to import: `plan` and a config error do without
+
         if entry["zip_data"] is not None:
             raise ValueError(
                 f"{self.folder / 'index.json'} names compressed shards ({entry['zip_data']['basename']}), but blocks are "
@@ -101,7 +104,7 @@ class Shards:
         size = path.stat().st_size
         if size != entry["raw_data"]["bytes"]:
             raise ValueError(f"{path} has {size} bytes, expected {entry['raw_data']['bytes']}; restore it from a copy")
-        reader = cast(MDSReader, reader_from_json(str(self.folder), "", entry))
+        reader = cast("MDSReader", reader_from_json(str(self.folder), "", entry))
         reader.validate(allow_unsafe_types=False)
         return reader
 

@@ -1,0 +1,74 @@
+"""Check a folder of block shards against its manifest: `python -m data_prep.verify ROOT`.
+
+Every file, size and hash; every block's ids, document ends and length; every count. The first fault is named.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from rich.progress import track
+
+from modernenc.data.blocks import VALIDATION, Block, Corpus, Shards
+
+
+def verify(root: Path) -> None:
+    """Raise FileNotFoundError or ValueError, naming the file, for the first thing that is wrong."""
+    corpus = Corpus(root, hint="prepare it with: python -m data_prep +corpus=NAME")
+    expected = {
+        f"{source}/{split}": counts
+        for source, entry in corpus.sources.items()
+        for split, counts in {**entry["slices"], VALIDATION: entry[VALIDATION]}.items()
+    }
+    for folder, counts in track(expected.items(), description="verify", transient=True):
+        found = _count(corpus, folder)
+        for name, value in found.items():
+            if value != counts[name]:
+                raise ValueError(f"{root / folder}: {value} {name}, but the manifest says {counts[name]}")
+
+
+def _count(corpus: Corpus, folder: str) -> dict[str, int]:
+    shards: Shards = corpus.open(folder)
+    counts = {"blocks": 0, "tokens": 0, "cuts": 0}
+    special = np.asarray(corpus.manifest["tokenizer"]["special_ids"])
+    for shard, size in enumerate(shards.sizes):
+        shards.check(shard)
+        for index in range(size):
+            block = shards.read(shard, index)
+            fault = _fault(block, corpus, special)
+            if fault:
+                raise ValueError(f"{shards.folder} shard {shard} block {index}: {fault}; prepare the data again")
+            counts["blocks"] += 1
+            counts["tokens"] += len(block.tokens)
+            counts["cuts"] += block.continues
+    return counts
+
+
+def _fault(block: Block, corpus: Corpus, special: np.ndarray) -> str:
+    """What is wrong with a block; empty when nothing is."""
+    if not 0 < len(block.tokens) <= corpus.block_tokens:
+        return f"{len(block.tokens)} tokens, expected 1 to {corpus.block_tokens}"
+    if block.tokens.max() >= corpus.vocab_size:
+        return f"id {block.tokens.max()} is not in the vocabulary of {corpus.vocab_size}"
+    if np.isin(block.tokens, special).any():
+        return "a special token in the text"
+    if (np.diff(block.ends.astype(np.int64), prepend=0) <= 0).any() or block.ends[-1] != len(block.tokens):
+        return "document ends do not rise to the number of tokens"
+    return ""
+
+
+def main() -> None:
+    """Verify the folder named on the command line."""
+    parser = argparse.ArgumentParser(prog="python -m data_prep.verify", description=__doc__)
+    parser.add_argument("root", type=Path, help="folder that data_prep wrote")
+    root = parser.parse_args().root
+    try:
+        verify(root)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{root}: whole")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Hydra at the command line: one clear line for a user's mistake, instead of a traceback."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from modernenc.config import CONF_DIR
+
+Config = TypeVar("Config")
+
+_TRACEBACK = "HYDRA_FULL_ERROR"
+
+
+def run(schema: type[Config], group: str, config_name: str, job: Callable[[Config], None]) -> None:
+    """Compose `conf/<config_name>.yaml` with the command line, and call `job` with the typed result.
+
+    `group` is what must be chosen with `+group=NAME`. Mistakes end the process with status 2 and one line;
+    HYDRA_FULL_ERROR=1 shows where they arose.
+    """
+    verbose = os.environ.get(_TRACEBACK) == "1"
+    os.environ[_TRACEBACK] = "1"  # so that Hydra raises instead of printing its several lines
+
+    def main(cfg: DictConfig) -> None:
+        if not verbose:
+            del os.environ[_TRACEBACK]
+        job(typed(cfg, schema, group))
+
+    with one_line_errors(verbose):
+        hydra.main(config_path=str(CONF_DIR), config_name=config_name, version_base="1.3")(main)()
+
+
+class one_line_errors:  # noqa: N801 (a context manager reads as a verb)
+    """End the process with one line for a mistake of the user's, unless `verbose`."""
+
+    def __init__(self, verbose: bool | None = None) -> None:
+        self.verbose = os.environ.get(_TRACEBACK) == "1" if verbose is None else verbose
+
+    def __enter__(self) -> None:
+        """Begin."""
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        """Turn a mistake into one line on stderr and status 2."""
+        mistakes = (HydraException, OmegaConfBaseException, ValueError, FileNotFoundError)
+        if isinstance(error, mistakes) and not self.verbose:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.stderr.flush()
+            raise SystemExit(2) from None
+
+
+def typed(cfg: DictConfig, schema: type[Config], group: str) -> Config:
+    """The composed configuration as an object of `schema`; ValueError names what is missing."""
+    choices = HydraConfig.get().runtime.choices
+    if group not in choices:
+        known = sorted(hydra_options(group))
+        raise ValueError(f"no {group} chosen; add +{group}=NAME, with one of: {', '.join(known)}")
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ValueError(f"{', '.join(missing)}: no value; set it in the {group} or on the command line")
+    OmegaConf.resolve(cfg)
+    return cast(Config, OmegaConf.to_object(cfg))
+
+
+def hydra_options(group: str) -> list[str]:
+    """Names that a group offers."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    return GlobalHydra.instance().config_loader().get_group_options(group)
