@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from modernenc.config import CONF_DIR
 
@@ -47,7 +48,7 @@ class one_line_errors:  # noqa: N801 (a context manager reads as a verb)
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         """Turn a mistake into one line on stderr and status 2."""
-        mistakes = (HydraException, OmegaConfBaseException, ValueError, FileNotFoundError)
+        mistakes = (HydraException, OmegaConfBaseException, YAMLError, ValueError, FileNotFoundError)
         if isinstance(error, mistakes) and not self.verbose:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.stderr.flush()

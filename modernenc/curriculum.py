@@ -8,6 +8,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from modernenc.config import Phase
@@ -67,6 +68,7 @@ class Point:
     seq_len: int
     mask_ratio: float
     backbone: dict[str, Any]
+    """Attributes of the backbone set by this phase or, unless it says otherwise, by those before it."""
 
     @property
     def step_tokens(self) -> int:
@@ -88,6 +90,7 @@ class Curriculum:
 
     phases: dict[str, Phase]
     levels: tuple[Level, ...] = field(init=False)
+    _backbone: dict[str, dict[str, Any]] = field(init=False)
 
     def __post_init__(self) -> None:
         if not self.phases:
@@ -95,6 +98,8 @@ class Curriculum:
         for name, phase in self.phases.items():
             _check(name, phase)
         object.__setattr__(self, "levels", tuple(_levels(self.phases)))
+        attributes = accumulate((phase.backbone for phase in self.phases.values()), lambda before, new: {**before, **new})
+        object.__setattr__(self, "_backbone", dict(zip(self.phases, attributes, strict=True)))
 
     @property
     def total_tokens(self) -> int:
@@ -138,7 +143,7 @@ class Curriculum:
             batch_rows=level.batch_rows,
             seq_len=level.seq_len,
             mask_ratio=phase.mask_ratio,
-            backbone=phase.backbone,
+            backbone=self._backbone[level.phase],
         )
 
     def steps(self, tokens_seen: int = 0) -> Iterator[Point]:

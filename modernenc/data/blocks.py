@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
-import xxhash
 from jaxtyping import Integer
+
+from modernenc.hashing import hash_file
 
 if TYPE_CHECKING:
     from streaming.base.format.mds import MDSReader
@@ -79,13 +80,9 @@ class Shards:
         expected = reader.raw_data.hashes.get(SHARD_HASH)
         if expected is None:
             raise ValueError(f"{self.folder / 'index.json'} has no {SHARD_HASH} for {path.name}; prepare the data again")
-        with path.open("rb") as file:
-            digest = xxhash.xxh3_64()
-            while chunk := file.read(1 << 24):
-                digest.update(chunk)
-        if digest.hexdigest() != expected:
+        if (found := hash_file(path)) != expected:
             raise ValueError(
-                f"{path} is corrupt: {SHARD_HASH} {digest.hexdigest()}, expected {expected}; "
+                f"{path} is corrupt: {SHARD_HASH} {found}, expected {expected}; "
                 "restore it from a copy or prepare the data again"
             )
         self._checked[shard] = True
@@ -152,7 +149,7 @@ class Corpus:
         """Ids that stand for text: all but the special ones."""
         return np.setdiff1d(np.arange(self.vocab_size), self.manifest["tokenizer"]["special_ids"])
 
-    def slices(self, mix: dict[str, float], key: str) -> dict[str, float]:
+    def slices(self, mix: dict[str, float], key: str = "mix") -> dict[str, float]:
         """Share of each slice, summing to 1: a source's share goes to its slices in proportion to their tokens.
 
         Raises ValueError for a source or slice that the corpus lacks; `key` names the place of the mix.
@@ -170,6 +167,11 @@ class Corpus:
                 path = f"{source}/{slice_name}"
                 shares[path] = shares.get(path, 0.0) + share / total * tokens / sum(chosen.values())
         return shares
+
+    def counts(self, path: str) -> dict[str, int]:
+        """What the manifest says of `source/slice-NNN`."""
+        source, _, name = path.partition("/")
+        return self.sources[source]["slices"][name]
 
     def open(self, folder: str) -> Shards:
         """The blocks of `source/slice-NNN` or `source/validation`."""

@@ -86,10 +86,7 @@ class Step:
 
 
 class Steps(IterableDataset[Step]):
-    """The steps of one rank from a state on, in order, to the end of the curriculum.
-
-    Raises ValueError for a mix that the corpus cannot serve with these lanes.
-    """
+    """The steps of one rank from a state on, in order, to the end of the curriculum."""
 
     def __init__(
         self, run: Run, curriculum: Curriculum, corpus: Corpus, rank: int, world_size: int, state: DataState
@@ -173,11 +170,8 @@ def _count_draws(account: PhaseAccount, lane: Lane) -> None:
 
 
 def open_mixes(run: Run, corpus: Corpus) -> dict[str, Mix]:
-    """The mix of each phase; ValueError, naming the key, for one that the corpus cannot serve."""
-    return {
-        name: Mix(corpus, phase.mix, run.data.lanes, run.seed, f"phases.{name}.mix")
-        for name, phase in run.phases.items()
-    }
+    """The mix of each phase, opened; FileNotFoundError or ValueError names a shard that is absent or cut short."""
+    return {name: Mix(corpus, phase.mix, run.data.lanes, run.seed) for name, phase in run.phases.items()}
 
 
 def build_loader(steps: Steps, workers: int, pin_memory: bool) -> DataLoader[Step]:

@@ -1,6 +1,6 @@
 """Rows -> micro-batches: special tokens around each chunk, masks, and the unpadded layout."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,6 +26,11 @@ class MicroBatch:
     targets: Int[Tensor, " targets"]
     first_row: int
     """Number of the first row in its phase: with the step, the seed of dropout."""
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same on another device."""
+        tensors = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,115 @@
+"""All that can be known to be wrong with a run before it trains. Cheap checks first: torch is imported only past them."""
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_class, get_method
+
+from modernenc.config import Run
+from modernenc.curriculum import Curriculum
+from modernenc.data.blocks import Corpus
+
+PRECISIONS = ("bf16-mixed", "32-true")
+WANDB_MODES = ("off", "offline", "online")
+
+
+def check_run(run: Run) -> tuple[Curriculum, Corpus]:
+    """The curriculum and the corpus of a run that can train; ValueError or FileNotFoundError names what cannot."""
+    curriculum = check_settings(run)
+    corpus = Corpus(Path(run.data.root), run.data.hint)
+    if corpus.vocab_size > run.backbone["vocab_size"]:
+        raise ValueError(
+            f"backbone.vocab_size={run.backbone['vocab_size']} is smaller than the {corpus.vocab_size} entries of "
+            f"{corpus.tokenizer_file}; raise it"
+        )
+    for name, phase in run.phases.items():
+        for path in corpus.slices(phase.mix, f"phases.{name}.mix"):
+            blocks = corpus.counts(path)["blocks"]
+            if blocks < run.data.lanes:
+                raise ValueError(
+                    f"data.lanes={run.data.lanes} exceeds the {blocks} blocks of {path} in phases.{name}.mix; "
+                    f"use fewer lanes, or prepare with smaller blocks than {corpus.block_tokens} tokens"
+                )
+    return curriculum, corpus
+
+
+def check_settings(run: Run) -> Curriculum:
+    """The curriculum of a run whose settings fit each other, whatever the data; ValueError names the first that does not."""
+    curriculum = Curriculum(run.phases)
+    _check_values(run)
+    _check_ranks(run)
+    _check_arguments("optim", run.optim, get_method, given=("objective", "backbone"))
+    backbone = _check_arguments("backbone", run.backbone, get_class)
+    for name, phase in run.phases.items():
+        if phase.seq_len > run.backbone["max_position"]:
+            raise ValueError(
+                f"phases.{name}.seq_len={phase.seq_len} exceeds backbone.max_position={run.backbone['max_position']}; "
+                "lower it or raise backbone.max_position"
+            )
+        for key in phase.backbone:
+            if key not in backbone.PHASE_ATTRIBUTES:
+                raise ValueError(
+                    f"phases.{name}.backbone.{key}: a phase may set {', '.join(backbone.PHASE_ATTRIBUTES)} of "
+                    f"{backbone.__name__}"
+                )
+    return curriculum
+
+
+def _check_values(run: Run) -> None:
+    def require(holds: bool, key: str, value: object, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"{key}={value}: expected {expected}")
+
+    trainer, data = run.trainer, run.data
+    require(trainer.precision in PRECISIONS, "trainer.precision", trainer.precision, f"one of {', '.join(PRECISIONS)}")
+    require(trainer.micro_batch_tokens > 0, "trainer.micro_batch_tokens", trainer.micro_batch_tokens, "1 or more")
+    require(trainer.devices > 0, "trainer.devices", trainer.devices, "1 or more")
+    require(trainer.num_nodes > 0, "trainer.num_nodes", trainer.num_nodes, "1 or more")
+    require(data.workers in (0, 1), "data.workers", data.workers, "0 or 1; more would repeat the packing")
+    require(data.lanes > 0, "data.lanes", data.lanes, "1 or more")
+    require(data.window_rows > 0, "data.window_rows", data.window_rows, "1 or more")
+    require(run.logger.wandb in WANDB_MODES, "logger.wandb", run.logger.wandb, f"one of {', '.join(WANDB_MODES)}")
+    require(run.logger.every_steps > 0, "logger.every_steps", run.logger.every_steps, "1 or more")
+    require(run.checkpoint.keep_last > 0, "checkpoint.keep_last", run.checkpoint.keep_last, "1 or more")
+    require(run.validation.tokens_per_source > 0, "validation.tokens_per_source", run.validation.tokens_per_source, "1 or more")
+
+
+def _check_ranks(run: Run) -> None:
+    ranks = run.trainer.devices * run.trainer.num_nodes
+    if ranks > run.data.lanes:
+        raise ValueError(
+            f"trainer.devices x trainer.num_nodes = {ranks} ranks exceed data.lanes={run.data.lanes}; "
+            "use fewer devices or more lanes (more lanes make another run)"
+        )
+    for name, phase in run.phases.items():
+        rows = phase.ramp.start_rows if phase.ramp.tokens else phase.batch_rows
+        if rows < ranks:
+            raise ValueError(f"phases.{name}: {rows} rows a step leave some of the {ranks} ranks without a row; raise them")
+
+
+def _check_arguments(group: str, node: Any, find: Callable[[str], Any], given: tuple[str, ...] = ()) -> Any:
+    """What `_target_` names; ValueError when it cannot be found or would not take the arguments."""
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise ValueError(f"{group}: no _target_; choose one with {group}=NAME")
+    module = node["_target_"].rpartition(".")[0]
+    try:
+        found = importlib.util.find_spec(module) if module else None
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        raise ValueError(f"{group}._target_={node['_target_']}: there is no module {module}; install it or mend the name")
+    target = find(node["_target_"])
+    parameters = inspect.signature(target).parameters
+    for key in node:
+        if key not in parameters and key != "_target_":
+            names = ", ".join(name for name in parameters if name not in given)
+            raise ValueError(f"{group}.{key}: unknown key; {target.__name__} takes {names}")
+    for name, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and name not in node and name not in given:
+            raise ValueError(f"{group}.{name}: no value, but {target.__name__} needs one")
+        if name in node and isinstance(node[name], str) and parameter.annotation in (int, float):
+            raise ValueError(f"{group}.{name}={node[name]}: expected {parameter.annotation.__name__}")
+    return target

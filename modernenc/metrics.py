@@ -1,0 +1,44 @@
+"""Figures of a run as tables: `metrics.csv` (training) and `validation.csv`, appended to, cut back on resume."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class Table:
+    """A CSV file that grows by rows of the same columns, the first of which is `step`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row; numbers are written in full."""
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(row))
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def read(self) -> list[dict[str, str]]:
+        """All rows."""
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    def cut_after(self, step: int) -> None:
+        """Drop the rows of later steps: a resumed run makes them again."""
+        rows = [row for row in self.read() if _whole(row) and int(row["step"]) <= step]
+        unfinished = self.path.with_suffix(".csv.tmp")
+        self.path.unlink(missing_ok=True) if not rows else None
+        for row in rows:
+            Table(unfinished).append(row)
+        if rows:
+            unfinished.replace(self.path)
+
+
+def _whole(row: dict[str, str]) -> bool:
+    """Whether a row was written to its end; a kill may cut the last one short."""
+    return None not in row.values() and None not in row

@@ -1,0 +1,40 @@
+"""The model of a run: fresh, or with the weights of a checkpoint."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from hydra.utils import get_class
+
+from modernenc.backbones import Backbone
+from modernenc.config import Run
+from modernenc.curriculum import Curriculum, Point
+from modernenc.objectives.masked_lm import MaskedLM
+
+
+def build_objective(run: Run) -> MaskedLM:
+    """A freshly initialised objective; seeded by the run."""
+    torch.manual_seed(run.seed)
+    arguments = {key: value for key, value in run.backbone.items() if key != "_target_"}
+    backbone = cast(Backbone, get_class(run.backbone["_target_"])(**arguments))
+    return MaskedLM(backbone)
+
+
+def set_backbone(backbone: Backbone, point: Point) -> None:
+    """Give the backbone the attributes that its phase sets."""
+    for name, value in point.backbone.items():
+        setattr(backbone, name, value)
+
+
+def load_objective(run: Run, checkpoint: Path) -> tuple[MaskedLM, dict[str, Any]]:
+    """The objective with a checkpoint's weights, its backbone as in the phase reached, and the checkpoint's own state."""
+    from modernenc.checkpoints import STATE_KEY, AtomicCheckpointIO  # Lightning takes seconds to import
+
+    content = AtomicCheckpointIO().load_checkpoint(checkpoint)
+    objective = build_objective(run)
+    prefix = "objective."
+    weights = {key.removeprefix(prefix): value for key, value in content["state_dict"].items() if key.startswith(prefix)}
+    objective.load_state_dict(weights)
+    state = content[STATE_KEY]
+    set_backbone(objective.backbone, Curriculum(run.phases).at(state["tokens_seen"] - 1))
+    return objective.eval(), state

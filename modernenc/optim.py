@@ -1,0 +1,87 @@
+"""Optimizers: `(objective, backbone, ...) -> optimizers`, chosen by `_target_` in `conf/optim/*.yaml`.
+
+Each parameter group carries `base_lr` and `decays`; `apply` scales them by the curriculum. Biases and norms do not decay,
+embeddings do. `lr` is the scale on which phases state their learning rates.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from modernenc.backbones import Backbone
+from modernenc.curriculum import Point
+
+
+def stable_adamw(
+    objective: nn.Module, backbone: Backbone, lr: float, weight_decay: float, betas: list[float], eps: float
+) -> list[Optimizer]:
+    """AdamW with update clipping and fully decoupled decay, as ModernBERT was trained: Wortsman et al. 2023, arXiv:2304.13013.
+
+    The decay of a step is `weight_decay` x lr / peak lr of the phase.
+    """
+    from optimi import StableAdamW  # imports torch's compiler, which `plan` can do without
+
+    groups = _groups(objective.parameters(), lr)
+    return [StableAdamW(groups, lr, (betas[0], betas[1]), weight_decay, eps, decouple_lr=True, max_lr=lr, triton=False)]
+
+
+def adamw(
+    objective: nn.Module, backbone: Backbone, lr: float, weight_decay: float, betas: list[float], eps: float
+) -> list[Optimizer]:
+    """AdamW of torch, whose decay of a step is `weight_decay` x lr: Loshchilov and Hutter 2017, arXiv:1711.05101."""
+    groups = _groups(objective.parameters(), lr)
+    return [torch.optim.AdamW(groups, lr, (betas[0], betas[1]), eps, weight_decay, fused=True)]
+
+
+def muon(
+    objective: nn.Module,
+    backbone: Backbone,
+    lr: float,
+    adamw_lr: float,
+    weight_decay: float,
+    momentum: float,
+    betas: list[float],
+    eps: float,
+) -> list[Optimizer]:
+    """Muon for the backbone's matrices, AdamW for the rest: Liu et al. 2025, arXiv:2502.16982.
+
+    Updates are scaled to the size of AdamW's, so that learning rates of AdamW carry over.
+    """
+    matrices = backbone.matrices()
+    chosen = {id(parameter) for parameter in matrices}
+    rest = [parameter for parameter in objective.parameters() if id(parameter) not in chosen]
+    return [
+        torch.optim.Muon(
+            _groups(matrices, lr), lr, weight_decay, momentum=momentum, nesterov=True, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(_groups(rest, adamw_lr), adamw_lr, (betas[0], betas[1]), eps, weight_decay, fused=True),
+    ]
+
+
+def apply(optimizers: Iterable[Optimizer], point: Point, lr_scale: float) -> None:
+    """Set learning rate and decay of every group to what the curriculum says; `lr_scale` is `optim.lr`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * point.lr / lr_scale
+            group["weight_decay"] = point.weight_decay if group["decays"] else 0.0
+            if "max_lr" in group:  # the peak that decoupled decay is relative to
+                group["max_lr"] = group["base_lr"] * point.peak_lr / lr_scale
+
+
+def state_numbers(target: str, objective: nn.Module, backbone: Backbone) -> int:
+    """Numbers that an optimizer keeps beside the weights: two moments each, but one for a matrix under Muon."""
+    numbers = 2 * sum(parameter.numel() for parameter in objective.parameters())
+    if target == f"{muon.__module__}.{muon.__name__}":
+        numbers -= sum(parameter.numel() for parameter in backbone.matrices())
+    return numbers
+
+
+def _groups(parameters: Iterable[nn.Parameter], lr: float) -> list[dict[str, Any]]:
+    listed = list(parameters)
+    decays = [parameter for parameter in listed if parameter.ndim > 1]
+    others = [parameter for parameter in listed if parameter.ndim <= 1]
+    groups = [{"params": decays, "base_lr": lr, "decays": True}, {"params": others, "base_lr": lr, "decays": False}]
+    return [group for group in groups if group["params"]]

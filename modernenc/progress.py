@@ -1,0 +1,77 @@
+"""Progress on a terminal (rich), or a line from time to time where there is none."""
+
+import logging
+import time
+from typing import Any, cast
+
+import lightning.pytorch as L
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from modernenc.curriculum import Curriculum
+from modernenc.recorder import Recorder
+from modernenc.trainer import Pretraining
+
+log = logging.getLogger(__name__)
+
+_LINE_EVERY_S = 30
+
+
+class TokenProgress(L.Callback):
+    """Phase, tokens, loss, speed and time left."""
+
+    def __init__(self, curriculum: Curriculum, recorder: Recorder) -> None:
+        self.curriculum = curriculum
+        self.recorder = recorder
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        self._started = self._last_line = time.monotonic()
+        self._tokens_at_start = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the bar."""
+        self._started = self._last_line = time.monotonic()
+        self._tokens_at_start = cast(Pretraining, pl_module).tokens_seen
+        if trainer.is_global_zero and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
+                TimeElapsedColumn(), console=self._console,
+            )  # fmt: skip
+            self._bar.add_task("", total=self.curriculum.total_steps, text="", completed=cast(Pretraining, pl_module).step)
+            self._bar.start()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move on."""
+        module = cast(Pretraining, pl_module)
+        phase = self.curriculum.at(module.tokens_seen - 1).phase
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=module.step, description=phase, text=self._text(module))
+        elif trainer.is_global_zero and time.monotonic() - self._last_line > _LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            log.info("%s step %d/%d %s", phase, module.step, self.curriculum.total_steps, self._text(module))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the terminal as it was."""
+        self._stop()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave the terminal as it was."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _text(self, module: Pretraining) -> str:
+        figures = self.recorder.last
+        speed = (module.tokens_seen - self._tokens_at_start) / (time.monotonic() - self._started)
+        left = (self.curriculum.total_tokens - module.tokens_seen) / speed
+        parts = [f"{module.tokens_seen / 1e6:.1f}/{self.curriculum.total_tokens / 1e6:.1f}M tokens"]
+        if figures:
+            parts += [f"loss {figures['loss']:.3f}", f"{figures['tokens_per_s']:,.0f} tokens/s"]
+        if self.recorder.last_validation_loss is not None:
+            parts.append(f"validation {self.recorder.last_validation_loss:.3f}")
+        return "  ".join([*parts, f"{left / 3600:.0f} h left" if left > 36000 else f"{left // 60:.0f}:{left % 60:02.0f} left"])

@@ -1,0 +1,96 @@
+"""Write down what happens: training figures every few steps, validation at phase boundaries and between."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as L
+import torch
+
+from modernenc.config import Run
+from modernenc.metrics import Table
+from modernenc.trainer import Pretraining
+from modernenc.validation import ALL, Validator
+
+
+class Recorder(L.Callback):
+    """`metrics.csv`, `validation.csv`, and the same figures to the loggers."""
+
+    def __init__(self, run: Run, validator: Validator) -> None:
+        self.run = run
+        self.validator = validator
+        self.metrics = Table(Path(run.run_dir) / "metrics.csv")
+        self.validation = Table(Path(run.run_dir) / "validation.csv")
+        self.last: dict[str, Any] = {}
+        """The newest training figures."""
+        self.last_validation_loss: float | None = None
+        self._sums: list[tuple[torch.Tensor, torch.Tensor, int, int]] = []
+        self._since = time.monotonic()
+        self._validated_at = 0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget rows of steps that will be made again."""
+        module = cast(Pretraining, pl_module)
+        self._validated_at = module.tokens_seen
+        for table in (self.metrics, self.validation):
+            table.cut_after(module.step)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._since = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Record the step, and validate when it is due."""
+        module = cast(Pretraining, pl_module)
+        assert module.step_sums is not None
+        self._sums.append(module.step_sums)
+        phase = module.finished_phase
+        if module.step % self.run.logger.every_steps == 0 or phase:
+            self._record(trainer, module)
+        every = self.run.validation.every_tokens
+        if phase or 0 < every <= module.tokens_seen - self._validated_at:
+            self._validate(trainer, module)
+            self._since = time.monotonic()
+
+    def _record(self, trainer: L.Trainer, module: Pretraining) -> None:
+        point = self.validator.curriculum.at(module.tokens_seen - 1)
+        loss, correct, targets, tokens = (sum(column) for column in zip(*self._sums, strict=True))
+        seconds = time.monotonic() - self._since
+        self.last = {
+            "step": module.step,
+            "tokens_seen": module.tokens_seen,
+            "phase": point.phase,
+            "loss": float(loss) / max(1, targets),
+            "accuracy": float(correct) / max(1, targets),
+            "lr": point.lr,
+            "weight_decay": point.weight_decay,
+            "batch_rows": point.batch_rows,
+            "seq_len": point.seq_len,
+            "mask_ratio": point.mask_ratio,
+            "tokens_per_s": tokens / seconds,
+            "seconds": module.seconds,
+        }
+        self.metrics.append(self.last)
+        self._log(trainer, module, self.last)
+        self._sums = []
+        self._since = time.monotonic()
+
+    def _validate(self, trainer: L.Trainer, module: Pretraining) -> None:
+        phase = self.validator.curriculum.at(module.tokens_seen - 1).phase
+        with trainer.precision_plugin.forward_context():
+            scores = self.validator.scores(module.objective, phase)
+        for score in scores:
+            row = {"step": module.step, "tokens_seen": module.tokens_seen, "phase": phase, **asdict(score)}
+            self.validation.append(row)
+            if score.source == ALL:
+                self._log(trainer, module, {f"validation/{score.seq_len}/{score.mask_ratio}": score.loss})
+        self.last_validation_loss = next(score.loss for score in scores if score.source == ALL)
+        self._validated_at = module.tokens_seen
+
+    def _log(self, trainer: L.Trainer, module: Pretraining, figures: dict[str, Any]) -> None:
+        numbers = {name: value for name, value in figures.items() if isinstance(value, int | float)}
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step=module.step)

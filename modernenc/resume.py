@@ -1,0 +1,69 @@
+"""Go on with a run: `python -m modernenc.resume RUN_DIR|CKPT [KEY=VALUE ...]`.
+
+A run folder goes on from its newest whole checkpoint, a checkpoint from itself. KEY=VALUE may change where and how fast the
+run goes (trainer.*, checkpoint.*, validation.*, logger.*, data.root, data.workers), not what it trains.
+"""
+
+import argparse
+from pathlib import Path
+from typing import cast
+
+from modernenc.cli import one_line_errors
+from modernenc.config import Run
+
+FREE = ("trainer.", "checkpoint.", "validation.", "logger.", "data.root=", "data.workers=")
+"""Keys that do not change what a run trains."""
+
+
+def main() -> None:
+    """Resume what the command line names."""
+    parser = argparse.ArgumentParser(
+        prog="python -m modernenc.resume", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("path", type=Path, help="run folder, or a checkpoint in it")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings to change")
+    arguments = parser.parse_args()
+    with one_line_errors():
+        resume(arguments.path, arguments.overrides)
+
+
+def resume(path: Path, overrides: list[str]) -> None:
+    """Resume from a run folder or a checkpoint; ValueError or FileNotFoundError names what is wrong."""
+    for override in overrides:
+        if not override.startswith(FREE) or "=" not in override:
+            raise ValueError(
+                f"{override}: a resumed run may change {', '.join(key.rstrip('=') for key in FREE)} only; "
+                "anything else makes another run: start it with python -m modernenc.train"
+            )
+    if path.suffix == ".ckpt":
+        run_dir = path.resolve().parent.parent
+    elif path.is_dir():
+        run_dir = path.resolve()
+    else:
+        raise FileNotFoundError(f"{path} is neither a run folder nor a checkpoint (checkpoints/*.ckpt)")
+
+    from omegaconf import OmegaConf
+
+    from modernenc import checkpoints
+    from modernenc.checks import check_run
+    from modernenc.data.loader import open_mixes
+    from modernenc.fit import fit, load
+
+    merged = OmegaConf.merge(OmegaConf.structured(load(run_dir)), OmegaConf.from_dotlist(overrides))
+    run = cast(Run, OmegaConf.to_object(merged))
+    run.run_dir = str(run_dir)
+    if path.suffix == ".ckpt":
+        checkpoints.check(path)
+        checkpoint = path
+    else:
+        checkpoint = checkpoints.newest(run_dir)
+    curriculum, corpus = check_run(run)
+    open_mixes(run, corpus)
+    if checkpoints.read_manifest(checkpoint)["tokens_seen"] >= curriculum.total_tokens:
+        print(f"{run_dir} is finished: {checkpoint} is at the end of the curriculum")
+        return
+    fit(run, curriculum, corpus, checkpoint)
+
+
+if __name__ == "__main__":
+    main()

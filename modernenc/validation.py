@@ -1,0 +1,98 @@
+"""Validation: the same held-out rows with the same masks, whenever and on whatever the model is trained."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from modernenc.config import Run
+from modernenc.curriculum import Curriculum
+from modernenc.data.blocks import VALIDATION, Corpus
+from modernenc.data.lanes import Chunk, Row, seed_of
+from modernenc.data.masking import Masker, MicroBatch, collate
+from modernenc.data.packing import SPECIALS, cut, pack
+from modernenc.objectives.masked_lm import MaskedLM
+
+FIXED_RATIO = 0.15
+"""Mask ratio at which every model and phase is validated, so that losses compare."""
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Score:
+    """Validation on one source at one length and mask ratio."""
+
+    source: str
+    seq_len: int
+    mask_ratio: float
+    loss: float
+    """Nats per predicted token."""
+    accuracy: float
+    targets: int
+
+
+class Validator:
+    """Scores per source, at the first phase's length and the current one's, at 15 % and the current phase's ratio."""
+
+    def __init__(self, run: Run, curriculum: Curriculum, corpus: Corpus) -> None:
+        self.run = run
+        self.curriculum = curriculum
+        self.corpus = corpus
+        self.sources = sorted({name.partition("/")[0] for phase in run.phases.values() for name in phase.mix})
+        self._rows: dict[tuple[str, int], list[Row]] = {}
+
+    def scores(self, objective: MaskedLM, phase: str) -> list[Score]:
+        """All scores of a phase's setting; `all` stands for the mean over the predicted tokens of all sources."""
+        first = next(iter(self.run.phases.values()))
+        current = self.run.phases[phase]
+        settings = {
+            (seq_len, ratio) for seq_len in (first.seq_len, current.seq_len) for ratio in (FIXED_RATIO, current.mask_ratio)
+        }
+        training = objective.training
+        objective.eval()
+        scores = [score for setting in sorted(settings) for score in self._scores_at(objective, *setting)]
+        objective.train(training)
+        return scores
+
+    @torch.no_grad()
+    def _scores_at(self, objective: MaskedLM, seq_len: int, ratio: float) -> Iterator[Score]:
+        device = objective.decoder.weight.device
+        total = torch.zeros(3, dtype=torch.float64)
+        for source in self.sources:
+            sums = torch.zeros(3, dtype=torch.float64)
+            for batch in self._batches(source, seq_len, ratio):
+                batch = batch.to(device)
+                output = objective(batch)
+                sums += torch.tensor([output.loss.item(), output.correct.item(), len(batch.targets)], dtype=torch.float64)
+            total += sums
+            yield _score(source, seq_len, ratio, sums)
+        yield _score(ALL, seq_len, ratio, total)
+
+    def _batches(self, source: str, seq_len: int, ratio: float) -> Iterator[MicroBatch]:
+        masker = Masker(self.corpus.roles, self.corpus.ordinary_ids, ratio)
+        rows = self._rows_of(source, seq_len)
+        masked = [masker.mask(row, (self.run.seed, seed_of(source), number)) for number, row in enumerate(rows)]
+        size = max(1, self.run.trainer.micro_batch_tokens // seq_len)
+        for at in range(0, len(masked), size):
+            yield collate(masked[at : at + size], first_row=at)
+
+    def _rows_of(self, source: str, seq_len: int) -> list[Row]:
+        """The first held-out documents of a source, as many as fit the budget."""
+        if (source, seq_len) not in self._rows:
+            shards = self.corpus.open(f"{source}/{VALIDATION}")
+            chunks: list[Chunk] = []
+            left = self.run.validation.tokens_per_source
+            for shard, size in enumerate(shards.sizes):
+                for index in range(size):
+                    for tokens in cut(shards.read(shard, index), seq_len) if left > 0 else ():
+                        if left > 0:
+                            chunks.append(Chunk(tokens, source))
+                            left -= len(tokens) + SPECIALS
+            rows = pack([len(chunk.tokens) + SPECIALS for chunk in chunks], seq_len)
+            self._rows[source, seq_len] = [[chunks[item] for item in row] for row in rows]
+        return self._rows[source, seq_len]
+
+
+def _score(source: str, seq_len: int, ratio: float, sums: torch.Tensor) -> Score:
+    loss, correct, targets = sums.tolist()
+    return Score(source, seq_len, ratio, loss / max(1, targets), correct / max(1, targets), int(targets))
