@@ -12,7 +12,7 @@ class Source:
     """Where one source's documents come from."""
 
     reader: Any = MISSING
-    """`_target_`: a datatrove reader, or one of `data_prep.environment`, and its arguments."""
+    """`_target_`: a datatrove reader, `data_prep.text.TextReader` or one of `data_prep.environment`, and its arguments."""
     filters: list[Any] = field(default_factory=list)
     """`_target_`: datatrove filters, in order; what they drop is counted with their reason."""
     limit_mb: float = 0
@@ -45,6 +45,8 @@ class Corpus:
     """Name of the corpus; set by `+corpus=NAME`."""
     out: str = MISSING
     """Folder to write."""
+    input: str = ""
+    """Folder to read from, where the corpus's YAML says ${input}."""
     sources: dict[str, Source] = MISSING
     """The sources. A document that occurs twice stays in the first source that has it."""
     tokenizer: Tokenizer = field(default_factory=Tokenizer)

@@ -31,7 +31,8 @@ def run(schema: type[Config], group: str, config_name: str, job: Callable[[Confi
     def main(cfg: DictConfig) -> None:
         if not verbose:
             del os.environ[_TRACEBACK]
-        job(typed(cfg, schema, group))
+        with one_line_errors(verbose):  # Hydra would report the job's errors in its own way
+            job(typed(cfg, schema, group))
 
     with one_line_errors(verbose):
         hydra.main(config_path=str(CONF_DIR), config_name=config_name, version_base="1.3")(main)()

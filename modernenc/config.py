@@ -6,7 +6,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
@@ -15,6 +15,8 @@ _PACKAGE = Path(__file__).resolve().parent
 _ROOT = _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent  # installed wheel, else checkout
 CONF_DIR = _ROOT / "conf"
 RECIPES_DIR = _ROOT / "recipes"
+CONFIG = "config.yaml"
+"""The file of a run folder that holds the resolved configuration."""
 
 
 @dataclass
@@ -57,7 +59,7 @@ class Phase:
     mask_ratio: float = MISSING
     """Share of the text tokens that are predicted, in (0, 1)."""
     mix: dict[str, float] = MISSING
-    """Relative share of tokens by source (`wiki`), or by one slice of a source (`wiki/slice-001`)."""
+    """Relative share of tokens by source (`wiki`), or by one slice of a source (`wiki/slice-001`); 0 leaves it out."""
     backbone: dict[str, Any] = field(default_factory=dict)
     """Attributes of the backbone to set when the phase starts, such as `global_rope_theta`."""
 
@@ -163,6 +165,10 @@ def register() -> None:
         )
 
 
-def recipe_names() -> list[str]:
-    """The shipped recipes, by name."""
-    return [path.stem for path in sorted(RECIPES_DIR.glob("*.yaml"))]
+def load(run_dir: Path) -> Run:
+    """The configuration that a run was started with; FileNotFoundError when the folder holds none."""
+    path = run_dir / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{run_dir} holds no run: {CONFIG} is missing; give a folder that modernenc.train made")
+    merged = OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.load(path))
+    return cast(Run, OmegaConf.to_object(merged))

@@ -199,9 +199,9 @@ def _check(name: str, phase: Phase) -> None:
     require(0 <= phase.final_lr_factor <= 1, "final_lr_factor", phase.final_lr_factor, "a share in [0, 1]")
     require(phase.weight_decay >= 0, "weight_decay", phase.weight_decay, "0 or more")
     require(0 < phase.mask_ratio < 1, "mask_ratio", phase.mask_ratio, "a share in (0, 1)")
-    require(bool(phase.mix), "mix", phase.mix, "at least one source, such as {wiki: 1}")
+    require(any(phase.mix.values()), "mix", phase.mix, "at least one source with a share, such as {wiki: 1}")
     for source, share in phase.mix.items():
-        require(share > 0, f"mix.{source}", share, "a positive share; leave the source out to skip it")
+        require(share >= 0, f"mix.{source}", share, "a share, or 0 to leave the source out")
     if ramp.tokens:
         require(0 < ramp.tokens < phase.tokens, "ramp.tokens", ramp.tokens, f"less than the phase's {phase.tokens:.0f}")
         require(

@@ -7,7 +7,7 @@ import torch
 from hydra.utils import get_class
 
 from modernenc.backbones import Backbone
-from modernenc.config import Run
+from modernenc.config import Run, load
 from modernenc.curriculum import Curriculum, Point
 from modernenc.objectives.masked_lm import MaskedLM
 
@@ -26,9 +26,28 @@ def set_backbone(backbone: Backbone, point: Point) -> None:
         setattr(backbone, name, value)
 
 
+def locate(path: Path) -> tuple[Run, Path]:
+    """The run and the whole checkpoint that a path names: a run folder's newest, or the checkpoint itself.
+
+    Raises FileNotFoundError or ValueError, naming the file, when there is none.
+    """
+    from modernenc import checkpoints  # Lightning takes seconds to import
+
+    if path.suffix == ".ckpt":
+        checkpoints.check(path)
+        run_dir = path.resolve().parent.parent
+        run, checkpoint = load(run_dir), path.resolve()
+    else:
+        run_dir = path.resolve()
+        run = load(run_dir)
+        checkpoint = checkpoints.newest(run_dir)
+    run.run_dir = str(run_dir)
+    return run, checkpoint
+
+
 def load_objective(run: Run, checkpoint: Path) -> tuple[MaskedLM, dict[str, Any]]:
     """The objective with a checkpoint's weights, its backbone as in the phase reached, and the checkpoint's own state."""
-    from modernenc.checkpoints import STATE_KEY, AtomicCheckpointIO  # Lightning takes seconds to import
+    from modernenc.checkpoints import STATE_KEY, AtomicCheckpointIO
 
     content = AtomicCheckpointIO().load_checkpoint(checkpoint)
     objective = build_objective(run)

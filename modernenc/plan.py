@@ -88,7 +88,7 @@ def _mixes(run: Run, curriculum: Curriculum) -> Table:
     table.add_column("source", overflow="fold")
     for name in run.phases:
         table.add_column(name, justify="right")
-    for source in dict.fromkeys(source for phase in run.phases.values() for source in phase.mix):
+    for source in dict.fromkeys(source for phase in run.phases.values() for source, share in phase.mix.items() if share):
         cells = []
         for name, phase in run.phases.items():
             share = phase.mix.get(source, 0) / sum(phase.mix.values())

@@ -25,7 +25,7 @@ class Recorder(L.Callback):
         self.last: dict[str, Any] = {}
         """The newest training figures."""
         self.last_validation_loss: float | None = None
-        self._sums: list[tuple[torch.Tensor, torch.Tensor, int, int]] = []
+        self._sums: list[tuple[torch.Tensor, int, int]] = []
         self._since = time.monotonic()
         self._validated_at = 0
 
@@ -57,14 +57,13 @@ class Recorder(L.Callback):
 
     def _record(self, trainer: L.Trainer, module: Pretraining) -> None:
         point = self.validator.curriculum.at(module.tokens_seen - 1)
-        loss, correct, targets, tokens = (sum(column) for column in zip(*self._sums, strict=True))
+        loss, targets, tokens = (sum(column) for column in zip(*self._sums, strict=True))
         seconds = time.monotonic() - self._since
         self.last = {
             "step": module.step,
             "tokens_seen": module.tokens_seen,
             "phase": point.phase,
             "loss": float(loss) / max(1, targets),
-            "accuracy": float(correct) / max(1, targets),
             "lr": point.lr,
             "weight_decay": point.weight_decay,
             "batch_rows": point.batch_rows,

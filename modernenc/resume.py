@@ -35,32 +35,22 @@ def resume(path: Path, overrides: list[str]) -> None:
                 f"{override}: a resumed run may change {', '.join(key.rstrip('=') for key in FREE)} only; "
                 "anything else makes another run: start it with python -m modernenc.train"
             )
-    if path.suffix == ".ckpt":
-        run_dir = path.resolve().parent.parent
-    elif path.is_dir():
-        run_dir = path.resolve()
-    else:
-        raise FileNotFoundError(f"{path} is neither a run folder nor a checkpoint (checkpoints/*.ckpt)")
 
     from omegaconf import OmegaConf
 
     from modernenc import checkpoints
     from modernenc.checks import check_run
     from modernenc.data.loader import open_mixes
-    from modernenc.fit import fit, load
+    from modernenc.fit import fit
+    from modernenc.model import locate
 
-    merged = OmegaConf.merge(OmegaConf.structured(load(run_dir)), OmegaConf.from_dotlist(overrides))
+    run, checkpoint = locate(path)
+    merged = OmegaConf.merge(OmegaConf.structured(run), OmegaConf.from_dotlist(overrides))
     run = cast(Run, OmegaConf.to_object(merged))
-    run.run_dir = str(run_dir)
-    if path.suffix == ".ckpt":
-        checkpoints.check(path)
-        checkpoint = path
-    else:
-        checkpoint = checkpoints.newest(run_dir)
     curriculum, corpus = check_run(run)
     open_mixes(run, corpus)
     if checkpoints.read_manifest(checkpoint)["tokens_seen"] >= curriculum.total_tokens:
-        print(f"{run_dir} is finished: {checkpoint} is at the end of the curriculum")
+        print(f"{run.run_dir} is finished: {checkpoint} is at the end of the curriculum")
         return
     fit(run, curriculum, corpus, checkpoint)
 

@@ -11,14 +11,13 @@ import torch
 from hydra.utils import get_method
 from lightning.pytorch.strategies import ParallelStrategy
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from modernenc import optim
 from modernenc.checkpoints import STATE_KEY
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum, Point
 from modernenc.data.blocks import Corpus
-from modernenc.data.loader import DataState, Step, Steps, build_loader
+from modernenc.data.loader import DataState, Step, StepLoader, Steps
 from modernenc.model import build_objective, set_backbone
 
 log = logging.getLogger(__name__)
@@ -43,8 +42,8 @@ class Pretraining(L.LightningModule):
         self.seconds = 0.0
         """Time spent training, over all resumes."""
         self.data_state = DataState().to_dict()
-        self.step_sums: tuple[torch.Tensor, torch.Tensor, int, int] | None = None
-        """Loss, correct predictions, predicted tokens and tokens of the last step."""
+        self.step_sums: tuple[torch.Tensor, int, int] | None = None
+        """Loss, predicted tokens and tokens of the last step."""
 
     @property
     def point(self) -> Point:
@@ -62,11 +61,11 @@ class Pretraining(L.LightningModule):
         arguments = {key: value for key, value in self.run.optim.items() if key != "_target_"}
         return get_method(self.run.optim["_target_"])(self.objective, self.objective.backbone, **arguments)
 
-    def train_dataloader(self) -> DataLoader[Step]:
+    def train_dataloader(self) -> StepLoader:
         """The steps from here on."""
         state = DataState.from_dict(self.data_state)
         steps = Steps(self.run, self.curriculum, self.corpus, self.global_rank, self.trainer.world_size, state)
-        return build_loader(steps, self.run.data.workers, pin_memory=self.device.type == "cuda")
+        return StepLoader(steps, self.run.data.workers, pin_memory=self.device.type == "cuda")
 
     def transfer_batch_to_device(self, batch: Step, device: torch.device, dataloader_idx: int) -> Step:
         """Move the micro-batches; the state stays."""
@@ -83,22 +82,20 @@ class Pretraining(L.LightningModule):
         optim.apply((optimizer.optimizer for optimizer in optimizers), point, self.run.optim["lr"])
         targets = int(self._sum_over_ranks(batch.targets))
         loss = torch.zeros((), device=self.device)
-        correct = torch.zeros((), device=self.device, dtype=torch.long)
         for number, micro_batch in enumerate(batch.micro_batches, 1):
             self._seed_dropout(micro_batch.first_row)
             with self._synchronised(number == len(batch.micro_batches)):
-                output = self.objective(micro_batch)
+                part = self.objective(micro_batch)
                 # DDP averages over ranks: times their number it is a sum.
-                self.manual_backward(output.loss * (self.trainer.world_size / max(1, targets)))
-            loss += output.loss.detach()
-            correct += output.correct
+                self.manual_backward(part * (self.trainer.world_size / max(1, targets)))
+            loss += part.detach()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         self.tokens_seen += point.step_tokens
         self.step += 1
         self.data_state = batch.state
-        self.step_sums = (loss, correct, targets, batch.tokens)
+        self.step_sums = (loss, targets, batch.tokens)
         self.seconds += time.monotonic() - started
         if self.tokens_seen >= self.curriculum.total_tokens:
             self.trainer.should_stop = True

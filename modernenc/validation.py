@@ -38,7 +38,7 @@ class Validator:
         self.run = run
         self.curriculum = curriculum
         self.corpus = corpus
-        self.sources = sorted({name.partition("/")[0] for phase in run.phases.values() for name in phase.mix})
+        self.sources = sorted({name.partition("/")[0] for phase in run.phases.values() for name, share in phase.mix.items() if share})
         self._rows: dict[tuple[str, int], list[Row]] = {}
 
     def scores(self, objective: MaskedLM, phase: str) -> list[Score]:
@@ -62,8 +62,9 @@ class Validator:
             sums = torch.zeros(3, dtype=torch.float64)
             for batch in self._batches(source, seq_len, ratio):
                 batch = batch.to(device)
-                output = objective(batch)
-                sums += torch.tensor([output.loss.item(), output.correct.item(), len(batch.targets)], dtype=torch.float64)
+                loss, logits = objective.score(batch)
+                correct = (logits.argmax(-1) == batch.targets).sum()
+                sums += torch.tensor([loss.item(), correct.item(), len(batch.targets)], dtype=torch.float64)
             total += sums
             yield _score(source, seq_len, ratio, sums)
         yield _score(ALL, seq_len, ratio, total)

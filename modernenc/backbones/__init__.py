@@ -4,10 +4,13 @@ The contract, tested over every `conf/backbone/*.yaml`: documents laid end to en
 what a phase may set; `matrices()` lists what an optimizer may orthogonalise; `prediction_head()` builds the masked-LM head.
 """
 
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @runtime_checkable
@@ -15,6 +18,8 @@ class Backbone(Protocol):
     """What the rest of the package asks of a backbone."""
 
     PHASE_ATTRIBUTES: ClassVar[tuple[str, ...]]
+    HUGGING_FACE_PREFIX: ClassVar[str]
+    """What the names of its weights begin with in transformers' masked-LM model."""
     vocab_size: int
     hidden_size: int
     max_position: int
@@ -35,4 +40,8 @@ class Backbone(Protocol):
 
     def matrices(self) -> list[nn.Parameter]:
         """Weights that an optimizer like Muon may orthogonalise: no embedding, no decoder."""
+        ...
+
+    def hugging_face_config(self) -> "PretrainedConfig":
+        """The configuration of the same model in transformers."""
         ...

@@ -5,7 +5,7 @@ first, attends globally, the others to a window.
 """
 
 import math
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from modernenc.backbones.attention import QKV, Layout, attention
 from modernenc.backbones.rotary import Rotation, positions_of, rotate, rotation
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 INIT_STD = 0.02
 """Standard deviation of every matrix but the output projections, before the cut at two of them."""
@@ -26,6 +29,7 @@ class ModernBERT(nn.Module):
     """
 
     PHASE_ATTRIBUTES: ClassVar[tuple[str, ...]] = ("global_rope_theta", "local_rope_theta")
+    HUGGING_FACE_PREFIX: ClassVar[str] = "model."
 
     def __init__(
         self,
@@ -105,6 +109,25 @@ class ModernBERT(nn.Module):
     def matrices(self) -> list[nn.Parameter]:
         """All matrices of the layers; Wqkv and the GLU's Wi count as one each, unsplit."""
         return [parameter for parameter in self.layers.parameters() if parameter.ndim == 2]
+
+    def hugging_face_config(self) -> "PretrainedConfig":
+        """The configuration of the same model in transformers, as it stands now: with the thetas of the phase reached."""
+        from transformers import ModernBertConfig  # 3 s to import
+
+        return ModernBertConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=len(self.layers),
+            num_attention_heads=self.num_attention_heads,
+            max_position_embeddings=self.max_position,
+            norm_eps=self.norm_eps,
+            global_attn_every_n_layers=self.global_attn_every_n_layers,
+            local_attention=self.local_attention,
+            global_rope_theta=float(self.global_rope_theta),
+            local_rope_theta=float(self.local_rope_theta),
+            classifier_pooling="mean",
+        )
 
     def _init_weights(self) -> None:
         """Megatron's: output projections are smaller by sqrt(2 x layers), so that the residual stream keeps its scale."""

@@ -157,6 +157,8 @@ class Corpus:
         shares: dict[str, float] = {}
         total = sum(mix.values())
         for name, share in mix.items():
+            if share == 0:
+                continue
             source, _, wanted = name.partition("/")
             known = self.sources.get(source, {"slices": {}})["slices"]
             chosen = {n: entry["tokens"] for n, entry in known.items() if wanted in ("", n)}

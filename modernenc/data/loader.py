@@ -18,10 +18,6 @@ from modernenc.data.lanes import Lane, LaneState, Mix, Row
 from modernenc.data.masking import Masker, MicroBatch, collate
 from modernenc.data.packing import SPECIALS
 
-_ENDLESS = 10**12
-# Lightning reads a loader without a length one item ahead of training, which would make a saved state one step late.
-
-
 @dataclass
 class PhaseAccount:
     """Where the tokens of one phase went, so far."""
@@ -99,10 +95,6 @@ class Steps(IterableDataset[Step]):
         self.state = state
         self.mixes = open_mixes(run, corpus)
 
-    def __len__(self) -> int:
-        """Endless: training stops by tokens, never by the loader."""
-        return _ENDLESS
-
     def __iter__(self) -> Iterator[Step]:
         """Make steps, one optimizer step each."""
         state = DataState.from_dict(self.state.to_dict())
@@ -174,12 +166,18 @@ def open_mixes(run: Run, corpus: Corpus) -> dict[str, Mix]:
     return {name: Mix(corpus, phase.mix, run.data.lanes, run.seed) for name, phase in run.phases.items()}
 
 
-def build_loader(steps: Steps, workers: int, pin_memory: bool) -> DataLoader[Step]:
+class StepLoader(DataLoader[Step]):
     """A loader of whole steps, made in this process (no worker) or ahead of it (one)."""
-    return DataLoader(
-        steps,
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=2 if workers else None,
-        pin_memory=pin_memory,
-    )
+
+    def __init__(self, steps: Steps, workers: int, pin_memory: bool) -> None:
+        super().__init__(
+            steps,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=2 if workers else None,
+            pin_memory=pin_memory,
+        )
+
+    def __len__(self) -> int:
+        """Endless: tokens end a run. Lightning reads a loader without a length one item ahead of training."""
+        return 10**12

@@ -1,22 +1,11 @@
 """Masked language modelling, with logits at the predicted tokens only."""
 
-from typing import NamedTuple
-
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from modernenc.backbones import Backbone
 from modernenc.data.masking import MicroBatch
-
-
-class MaskedLMOutput(NamedTuple):
-    """Sums over the predicted tokens of a micro-batch."""
-
-    loss: Float[Tensor, ""]
-    """Cross-entropy in nats."""
-    correct: Int[Tensor, ""]
-    """Tokens whose most probable id is the right one."""
 
 
 class MaskedLM(nn.Module):
@@ -30,13 +19,14 @@ class MaskedLM(nn.Module):
         self.decoder.weight = backbone.token_embeddings().weight
         nn.init.zeros_(self.decoder.bias)
 
-    def forward(self, batch: MicroBatch) -> MaskedLMOutput:
-        """Predict the masked tokens of a micro-batch."""
+    def forward(self, batch: MicroBatch) -> Float[Tensor, ""]:
+        """Cross-entropy of the predicted tokens, summed, in nats."""
+        return self.score(batch)[0]
+
+    def score(self, batch: MicroBatch) -> tuple[Float[Tensor, ""], Float[Tensor, "targets vocab"]]:
+        """The same, and the logits it came from."""
         logits = self.logits(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.target_positions)
-        return MaskedLMOutput(
-            loss=F.cross_entropy(logits.float(), batch.targets, reduction="sum"),
-            correct=(logits.argmax(-1) == batch.targets).sum(),
-        )
+        return F.cross_entropy(logits.float(), batch.targets, reduction="sum"), logits
 
     def logits(
         self,

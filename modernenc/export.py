@@ -1,0 +1,120 @@
+"""Write a checkpoint as a Hugging Face model: `python -m modernenc.export RUN_DIR|CKPT OUT`.
+
+`OUT` gets config, safetensors and tokenizer, and its name only after a model loaded from it gave the same logits.
+"""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from modernenc.cli import one_line_errors
+
+TOLERANCE = 1e-4
+"""Largest difference of logits, relative to the largest logit or to 1."""
+
+
+def main() -> None:
+    """Export what the command line names."""
+    parser = argparse.ArgumentParser(
+        prog="python -m modernenc.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("path", type=Path, help="run folder (its newest checkpoint is taken), or a checkpoint")
+    parser.add_argument("out", type=Path, help="folder to write; must not exist")
+    arguments = parser.parse_args()
+    with one_line_errors():
+        difference = export(arguments.path, arguments.out)
+        print(f"{arguments.out} is ready: logits differ by at most {difference:.1e} from the checkpoint's")
+
+
+def export(path: Path, out: Path) -> float:
+    """Write `out`; the largest difference of logits, relative to the largest logit or to 1.
+
+    Raises ValueError when `out` exists, when the checkpoint is not whole, or when the logits differ by more than `TOLERANCE`.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists; choose another folder or delete it")
+
+    from transformers import AutoModelForMaskedLM
+
+    from modernenc.data.blocks import Corpus
+    from modernenc.model import load_objective, locate
+
+    run, checkpoint = locate(path)
+    corpus = Corpus(Path(run.data.root), run.data.hint)
+    objective, _ = load_objective(run, checkpoint)
+    config = objective.backbone.hugging_face_config()
+    roles = corpus.roles
+    config.update({
+        "pad_token_id": roles.pad, "cls_token_id": roles.cls, "sep_token_id": roles.sep,
+        "bos_token_id": roles.cls, "eos_token_id": roles.sep,
+    })  # fmt: skip
+    model = AutoModelForMaskedLM.from_config(config)
+    model.load_state_dict(hugging_face_names(objective.state_dict(), objective.backbone.HUGGING_FACE_PREFIX))
+    unfinished = out.with_name(out.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    model.save_pretrained(unfinished)
+    _tokenizer(corpus, run.backbone["max_position"]).save_pretrained(unfinished)
+    difference = compare(objective, AutoModelForMaskedLM.from_pretrained(unfinished), corpus.vocab_size)
+    if difference > TOLERANCE:
+        raise ValueError(f"{unfinished}: its logits differ from the checkpoint's by {difference:.1e}; not exported")
+    os.replace(unfinished, out)
+    return difference
+
+
+def hugging_face_names(weights: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Our names of weights -> transformers'."""
+    ours = "backbone."
+    return {prefix + name[len(ours) :] if name.startswith(ours) else name: value for name, value in weights.items()}
+
+
+def our_names(weights: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """transformers' names of weights -> ours."""
+    return {"backbone." + name[len(prefix) :] if name.startswith(prefix) else name: value for name, value in weights.items()}
+
+
+def compare(objective: Any, model: Any, vocab_size: int) -> float:
+    """Largest difference of logits on random documents of many lengths, relative to the largest logit or to 1."""
+    import torch
+
+    longest = min(700, objective.backbone.max_position)
+    lengths = [n for n in (1, 2, 31, 64, 65, 129, 300, longest) if n <= longest]
+    generator = torch.Generator().manual_seed(0)
+    documents = [torch.randint(vocab_size, (length,), generator=generator) for length in lengths]
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    difference = largest = 0.0
+    with torch.no_grad():
+        ours = objective.logits(torch.cat(documents), ends, max(lengths), torch.arange(int(ends[-1])))
+        for document, start, end in zip(documents, ends[:-1], ends[1:], strict=True):
+            theirs = model.eval()(input_ids=document[None]).logits[0]
+            difference = max(difference, float((theirs - ours[start:end]).abs().max()))
+            largest = max(largest, float(theirs.abs().max()))
+    return difference / max(1.0, largest)
+
+
+def _tokenizer(corpus: Any, max_position: int) -> Any:
+    """The corpus's tokenizer, which adds cls and sep."""
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))
+    names = {role: tokenizer.id_to_token(number) for role, number in vars(corpus.roles).items()}
+    cls, sep = names["cls"], names["sep"]
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{cls} $A {sep}",
+        pair=f"{cls} $A {sep} $B {sep}",
+        special_tokens=[(cls, corpus.roles.cls), (sep, corpus.roles.sep)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=max_position,
+        model_input_names=["input_ids", "attention_mask"],
+        **{f"{role}_token": name for role, name in names.items()},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""One self-contained page on a run: `python -m modernenc.report RUN_DIR` writes `report.html` and `curriculum.png`."""
+
+import argparse
+import base64
+import html
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modernenc.cli import one_line_errors
+from modernenc.config import CONFIG, Run, load
+from modernenc.curriculum import Curriculum
+from modernenc.metrics import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_PHASE_COLOURS = ("#dbe9f6", "#e5f2dd", "#fbe6d4", "#ece1f0", "#f7f3cf", "#d9f0ef")
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: right }
+td:first-child, th:first-child { text-align: left } img { max-width: 100% } pre { background: #f6f6f6; padding: 1em; overflow-x: auto }
+mark { background: #fff2a8 } .wrong { background: #ffd9d3 } .facts b { font-size: 1.3em } .facts td { text-align: left }
+"""
+
+
+def main() -> None:
+    """Write the report of the run on the command line."""
+    parser = argparse.ArgumentParser(prog="python -m modernenc.report", description=__doc__)
+    parser.add_argument("run_dir", type=Path, help="run folder")
+    run_dir = parser.parse_args().run_dir
+    with one_line_errors():
+        print(write(run_dir))
+
+
+def write(run_dir: Path) -> Path:
+    """Write the report from what the run folder holds so far, and the curriculum's picture; the report's path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    run = load(run_dir)
+    run.run_dir = str(run_dir)
+    curriculum = Curriculum(run.phases)
+    training, validation = Table(run_dir / "metrics.csv").read(), Table(run_dir / "validation.csv").read()
+    picture = draw_curriculum(curriculum)
+    picture.savefig(run_dir / "curriculum.png", dpi=110)
+    sections = [
+        f"<h1>{html.escape(run.recipe)}</h1>",
+        _facts(run, curriculum, training, validation),
+        "<h2>Loss</h2>", _image(_draw_loss(curriculum, training, validation)),
+        "<h2>Validation</h2>", _validation_table(run, validation),
+        "<h2>Curriculum</h2>", _image(picture),
+        "<h2>Throughput</h2>", _image(_draw_throughput(curriculum, training)),
+        "<h2>Fill-mask on held-out text</h2>", _samples(run, run_dir),
+        "<h2>Lineage</h2>", _preformatted((run_dir / "lineage.json").read_text()),
+        "<h2>Configuration</h2>", _preformatted((run_dir / CONFIG).read_text()),
+    ]  # fmt: skip
+    page = f"<!doctype html><meta charset=utf-8><title>{html.escape(run.recipe)}</title><style>{_STYLE}</style>"
+    path = run_dir / "report.html"
+    path.write_text(page + "\n".join(sections))
+    return path
+
+
+def draw_curriculum(curriculum: Curriculum) -> "Figure":
+    """Learning rate, batch, length and mask ratio over tokens seen."""
+    from matplotlib import pyplot
+
+    tokens = sorted(
+        {curriculum.total_tokens * step // 1000 for step in range(1000)}
+        | {edge for level in curriculum.levels for edge in (level.first_tokens, level.end_tokens - 1)}
+    )
+    points = [curriculum.at(position) for position in tokens]
+    curves = {
+        "learning rate": [point.lr for point in points],
+        "rows a step": [point.batch_rows for point in points],
+        "row length": [point.seq_len for point in points],
+        "mask ratio": [point.mask_ratio for point in points],
+        **{
+            key: [point.backbone.get(key, float("nan")) for point in points]
+            for key in sorted({key for point in points for key in point.backbone})
+        },
+    }
+    figure, axes = pyplot.subplots(len(curves), 1, figsize=(9, 1.6 * len(curves)), sharex=True, constrained_layout=True)
+    scale, unit = _token_scale(curriculum.total_tokens)
+    for axis, (name, values) in zip(axes, curves.items(), strict=True):
+        axis.plot([position / scale for position in tokens], values, color="#1f4e79")
+        axis.set_ylabel(name)
+        axis.set_ylim(bottom=0)
+        _shade(axis, curriculum, scale)
+    axes[-1].set_xlabel(f"tokens seen ({unit})")
+    return figure
+
+
+def _draw_loss(curriculum: Curriculum, training: list[dict[str, str]], validation: list[dict[str, str]]) -> "Figure":
+    from matplotlib import pyplot
+
+    scale, unit = _token_scale(curriculum.total_tokens)
+    figure, axis = pyplot.subplots(figsize=(9, 4), constrained_layout=True)
+    positions = [int(row["tokens_seen"]) / scale for row in training]
+    axis.plot(positions, [float(row["loss"]) for row in training], color="#9db8d2", linewidth=1, label="training")
+    first = min((int(row["seq_len"]) for row in validation), default=0)
+    lengths = sorted({int(row["seq_len"]) for row in validation})
+    for length, colour in zip(lengths, ("#1f4e79", "#b3541e", "#3a7d44"), strict=False):
+        rows = [row for row in validation if _is(row, "all", length, 0.15)]
+        label = f"validation, rows of {length}, 15 %"
+        style = "o-" if length == first else "s--"
+        axis.plot([int(row["tokens_seen"]) / scale for row in rows], [float(row["loss"]) for row in rows], style,
+                  color=colour, markersize=4, label=label)  # fmt: skip
+    axis.set_xlabel(f"tokens seen ({unit})")
+    axis.set_ylabel("nats per predicted token")
+    _shade(axis, curriculum, scale)
+    axis.legend(frameon=False)
+    return figure
+
+
+def _draw_throughput(curriculum: Curriculum, training: list[dict[str, str]]) -> "Figure":
+    from matplotlib import pyplot
+
+    scale, unit = _token_scale(curriculum.total_tokens)
+    figure, axis = pyplot.subplots(figsize=(9, 2.4), constrained_layout=True)
+    axis.plot([int(row["tokens_seen"]) / scale for row in training], [float(row["tokens_per_s"]) for row in training],
+              color="#1f4e79", linewidth=1)  # fmt: skip
+    axis.set_xlabel(f"tokens seen ({unit})")
+    axis.set_ylabel("real tokens/s")
+    axis.set_ylim(bottom=0)
+    _shade(axis, curriculum, scale)
+    return figure
+
+
+def _shade(axis: "Axes", curriculum: Curriculum, scale: float) -> None:
+    for number, phase in enumerate(curriculum.phases):
+        start, end = curriculum.start_of(phase) / scale, curriculum.end_of(phase) / scale
+        axis.axvspan(start, end, color=_PHASE_COLOURS[number % len(_PHASE_COLOURS)], zorder=0)
+        axis.annotate(phase, ((start + end) / 2, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8)
+    axis.margins(x=0)
+
+
+def _facts(
+    run: Run, curriculum: Curriculum, training: list[dict[str, str]], validation: list[dict[str, str]]
+) -> str:
+    if not training:
+        return "<p>No step was recorded yet.</p>"
+    last = training[-1]
+    cells = [
+        ("tokens seen", f"{int(last['tokens_seen']):,} of {curriculum.total_tokens:,}"),
+        ("training time", f"{float(last['seconds']) / 60:.1f} min"),
+        ("training loss", f"{float(last['loss']):.3f} nats"),
+    ]
+    first = next(iter(run.phases.values())).seq_len
+    finals = [row for row in validation if _is(row, "all", first, 0.15)]
+    if finals:
+        cells.append((f"validation loss, rows of {first}, 15 %", f"{float(finals[-1]['loss']):.3f} nats"))
+    head = "".join(f"<td>{name}<br><b>{value}</b></td>" for name, value in cells)
+    return f"<table class=facts><tr>{head}</tr></table>"
+
+
+def _validation_table(run: Run, validation: list[dict[str, str]]) -> str:
+    """Loss per source at the last step of each phase, beside the unigram baseline."""
+    from modernenc.data.blocks import VALIDATION, Corpus
+
+    if not validation:
+        return "<p>No validation yet.</p>"
+    sources = Corpus(Path(run.data.root), run.data.hint).sources
+    settings = sorted({(int(row["seq_len"]), float(row["mask_ratio"])) for row in validation})
+    tables = []
+    for seq_len, ratio in settings:
+        rows = [row for row in validation if int(row["seq_len"]) == seq_len and float(row["mask_ratio"]) == ratio]
+        ends = {row["phase"]: row["step"] for row in rows}
+        head = "".join(f"<th>end of {html.escape(phase)}</th>" for phase in ends)
+        lines = []
+        for source in dict.fromkeys(row["source"] for row in rows):
+            at_end = {row["phase"]: row for row in rows if row["source"] == source and ends[row["phase"]] == row["step"]}
+            baseline = f"{sources[source][VALIDATION]['unigram_nats']:.2f}" if source in sources else ""
+            values = "".join(f"<td>{float(row['loss']):.3f}</td>" for row in at_end.values())
+            accuracy = f"<td>{float(list(at_end.values())[-1]['accuracy']):.1%}</td>"
+            lines.append(f"<tr><td>{html.escape(source)}</td><td>{baseline}</td>{values}{accuracy}</tr>")
+        title = f"<h3>Rows of {seq_len}, {ratio:.0%} predicted (nats per token)</h3>"
+        header = f"<tr><th>source</th><th>unigram</th>{head}<th>accuracy now</th></tr>"
+        tables.append(f"{title}<table>{header}{''.join(lines)}</table>")
+    return "".join(tables)
+
+
+def _samples(run: Run, run_dir: Path) -> str:
+    """One held-out passage per source with a few masked words: what the newest checkpoint says, and what stood there."""
+    import torch
+    from tokenizers import Tokenizer
+
+    from modernenc.data.blocks import VALIDATION, Corpus
+    from modernenc.model import load_objective, locate
+
+    try:
+        _, checkpoint = locate(run_dir)
+    except FileNotFoundError:
+        return "<p>No checkpoint yet.</p>"
+    corpus = Corpus(Path(run.data.root), run.data.hint)
+    tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))
+    objective, _ = load_objective(run, checkpoint)
+    parts = []
+    for source in corpus.sources:
+        text = corpus.open(f"{source}/{VALIDATION}").read(0, 0).tokens[:80].astype("int64")
+        ids = torch.cat([torch.tensor([corpus.roles.cls]), torch.from_numpy(text), torch.tensor([corpus.roles.sep])])
+        places = torch.arange(8, len(ids) - 1, 12)
+        truth = ids[places].clone()
+        ids[places] = corpus.roles.mask
+        with torch.no_grad():
+            logits = objective.logits(ids, torch.tensor([0, len(ids)], dtype=torch.int32), len(ids), places)
+        best = logits.softmax(-1).topk(3)
+        pieces, start = [], 1
+        for place, answer, chances, guesses in zip(places.tolist(), truth.tolist(), *best, strict=True):
+            pieces.append(html.escape(tokenizer.decode(ids[start:place].tolist())))
+            hint = ", ".join(f"{tokenizer.decode([g])!r} {p:.0%}" for g, p in zip(guesses.tolist(), chances.tolist(), strict=True))
+            kind = "" if guesses[0] == answer else " class=wrong"
+            shown = html.escape(tokenizer.decode([int(guesses[0])]))
+            title = html.escape(f"{hint}; truth {tokenizer.decode([answer])!r}", quote=True)
+            pieces.append(f"<mark{kind} title=\"{title}\">{shown}</mark>")
+            start = place + 1
+        pieces.append(html.escape(tokenizer.decode(ids[start:-1].tolist())))
+        parts.append(f"<h3>{html.escape(source)}</h3><p>{''.join(pieces)}</p>")
+    note = "<p>Marked words are the model's first guess: yellow is right, red is wrong; hover for more.</p>"
+    return note + "".join(parts)
+
+
+def _is(row: dict[str, str], source: str, seq_len: int, ratio: float) -> bool:
+    return row["source"] == source and int(row["seq_len"]) == seq_len and float(row["mask_ratio"]) == ratio
+
+
+def _token_scale(total: int) -> tuple[float, str]:
+    return (1e9, "billions") if total > 3e9 else (1e6, "millions")
+
+
+def _image(figure: "Figure") -> str:
+    from matplotlib import pyplot
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    pyplot.close(figure)
+    return f'<img alt="plot" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def _preformatted(text: str) -> str:
+    return f"<pre>{html.escape(text)}</pre>"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""What several tests need: a small corpus, a small run, the checks of shapes."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+from beartype import BeartypeConf, beartype
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from jaxtyping import install_import_hook
+from omegaconf import OmegaConf, open_dict
+
+# Shapes and dtypes in signatures are checked here, and cost nothing in use. An int is a float, as PEP 484 has it.
+checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+_SHAPED = ["modernenc.backbones", "modernenc.objectives", "modernenc.data.packing", "modernenc.data.masking"]
+_hook = install_import_hook(_SHAPED, "conftest.checked")
+_hook.__enter__()
+
+from modernenc.config import CONF_DIR, Run, register  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+
+SMALL = [
+    "data.lanes=4", "data.window_rows=8", "data.workers=0", "trainer.micro_batch_tokens=256",
+    "backbone.hidden_size=32", "backbone.intermediate_size=48", "backbone.num_hidden_layers=3",
+    "backbone.num_attention_heads=2", "backbone.vocab_size=512", "backbone.local_attention=32",
+    "phases.stable.tokens=6000", "phases.stable.seq_len=64", "phases.stable.warmup_tokens=1000",
+    "phases.stable.ramp.tokens=1500", "phases.extend.tokens=3000", "phases.extend.seq_len=128",
+    "phases.decay.tokens=3000", "phases.decay.seq_len=128",
+    "checkpoint.every_tokens=1500", "validation.every_tokens=0", "validation.tokens_per_source=512",
+    "phases.stable.mix={code: 3, docstrings: 2, reference: 1, prose: 0}", "phases.extend.mix={code: 1, docstrings: 1, reference: 0, prose: 0}",
+    "phases.decay.mix={code: 1, docstrings: 3, reference: 0, prose: 0}", "logger.every_steps=1",
+]  # fmt: skip
+"""The demo recipe cut down to a second: three phases, a ramp, a change of length, three sources."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def composed(overrides: list[str], config_name: str = "train") -> Run:
+    """The typed run that a command line stands for."""
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        cfg = compose(config_name, overrides, return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    OmegaConf.resolve(cfg)
+    return cast(Run, OmegaConf.to_object(cfg))
+
+
+@pytest.fixture(scope="session")
+def corpus_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Block shards of real text, in blocks of 256 tokens."""
+    from data_prep.build import build
+    from data_prep.config import Corpus, Source, Tokenizer
+
+    def python(part: str) -> Source:
+        reader = {"_target_": "data_prep.environment.PythonFiles", "packages": ["networkx", "yaml"], "part": part}
+        return Source(reader=reader, limit_mb=0.5, licence="BSD-3-Clause", url="https://networkx.org")
+
+    reference = {"_target_": "data_prep.environment.ServiceReference"}
+    out = tmp_path_factory.mktemp("corpus") / "small"
+    build(
+        Corpus(
+            name="small",
+            out=str(out),
+            sources={
+                "code": python("code"),
+                "docstrings": python("docstrings"),
+                "reference": Source(reader=reference, limit_mb=0.3, licence="Apache-2.0", url="https://pypi.org/project/botocore"),
+            },
+            tokenizer=Tokenizer(vocab_size=512, train_mb=0.3),
+            block_tokens=256,
+            validation_share=0.1,
+            buckets=2,
+            tasks=1,
+            workers=1,
+        )
+    )
+    return out
+
+
+@pytest.fixture
+def small_run(corpus_root: Path, tmp_path: Path) -> Callable[..., Run]:
+    """The small run with some settings changed."""
+
+    def make(*overrides: str) -> Run:
+        return composed(
+            ["+recipe=demo", *SMALL, f"data.root={corpus_root}", f"run_dir={tmp_path / 'run'}", *overrides]
+        )
+
+    return make
+
+
+def command(module: str, *arguments: str, cwd: Path = ROOT, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run `python -m module arguments`."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments], cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False
+    )

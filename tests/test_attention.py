@@ -1,0 +1,80 @@
+"""Every attention path equals plain softmax attention on each document alone."""
+
+import pytest
+import torch
+
+from modernenc.backbones.attention import PATHS, QKV, Layout, path_for
+
+LENGTHS = [1, 2, 15, 16, 17, 31, 63, 64, 65, 127, 128, 129, 200, 511, 513, 600]
+
+
+def inputs(dtype=torch.float32, device="cpu", lengths=LENGTHS):
+    generator = torch.Generator().manual_seed(0)
+    total = sum(lengths)
+    qkv = [torch.randn(total, 2, 32, generator=generator).to(device, dtype).requires_grad_() for _ in range(3)]
+    ends = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
+    return QKV(*qkv), Layout(ends, max(lengths), total)
+
+
+def plain(qkv: QKV, layout: Layout, window: int | None) -> torch.Tensor:
+    """Softmax attention, one document at a time, in the precision of the input."""
+    outs = []
+    for start, end in zip(layout.cu_seqlens[:-1].tolist(), layout.cu_seqlens[1:].tolist(), strict=True):
+        q, k, v = (x[start:end].transpose(0, 1) for x in qkv)
+        scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
+        place = torch.arange(end - start, device=q.device)
+        if window is not None:
+            scores = scores.masked_fill((place[:, None] - place).abs() > window, float("-inf"))
+        outs.append((scores.softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outs)
+
+
+def gradients(out: torch.Tensor, qkv: QKV) -> list[torch.Tensor]:
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    return list(torch.autograd.grad((out * weight).sum(), list(qkv)))
+
+
+@pytest.mark.parametrize("window", [None, 1, 16, 64, 1000])
+def test_blocks_equal_plain_attention_forward_and_backward(window):
+    qkv, layout = inputs(torch.float64)
+    ours, expected = PATHS["blocks"](qkv, layout, window), plain(qkv, layout, window)
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+    for one, other in zip(gradients(ours, qkv), gradients(expected, qkv), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_a_window_costs_no_length_by_length_memory():
+    qkv, layout = inputs(lengths=[8192])
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    with Watch():
+        gradients(PATHS["blocks"](qkv, layout, 64), qkv)
+    assert largest <= 8192 * 2 * 256  # tokens x heads x the keys of a block
+
+
+def test_the_path_is_chosen_by_device_and_precision():
+    assert path_for(torch.device("cpu"), torch.bfloat16) == "blocks"
+    assert path_for(torch.device("cuda"), torch.float32) == "blocks"
+    assert path_for(torch.device("cuda"), torch.bfloat16) in ("flash", "varlen")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 16, 64])
+@pytest.mark.parametrize("path", ["flash", "varlen", "blocks"])
+def test_kernels_equal_plain_attention_on_cuda(path, window):
+    if path == "flash":
+        pytest.importorskip("flash_attn")
+    qkv, layout = inputs(torch.bfloat16, "cuda")
+    exact = QKV(*(x.detach().double().requires_grad_() for x in qkv))
+    ours, expected = PATHS[path](qkv, layout, window), plain(exact, layout, window)
+    torch.testing.assert_close(ours.double(), expected, rtol=2e-2, atol=2e-2)
+    for one, other in zip(gradients(ours, qkv), gradients(expected, exact), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=5e-2, atol=5e-2)

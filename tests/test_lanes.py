@@ -1,0 +1,168 @@
+"""Lanes: every block once a pass, declared proportions, exact state."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from modernenc.checks import check_run
+from modernenc.curriculum import Curriculum
+from modernenc.data.blocks import Corpus
+from modernenc.data.lanes import BlockOrder, Lane, LaneState, Mix
+from modernenc.data.loader import DataState, Steps
+
+
+@pytest.mark.parametrize(("sizes", "lanes"), [([5, 3, 7], 4), ([1] * 30, 7), ([40], 40), ([13, 1, 1, 29, 8, 8, 8, 8, 8, 8, 9], 6)])
+def test_each_pass_serves_each_block_once(sizes, lanes):
+    order = BlockOrder(sizes, lanes, seed=1, name="a/slice-000")
+    blocks = sum(sizes)
+    everything = {(shard, index) for shard, size in enumerate(sizes) for index in range(size)}
+    drawn = [0] * lanes
+    for turn in range(lanes + 1):
+        seen = []
+        for lane in range(lanes):
+            span = (lane + turn) % lanes
+            length = blocks * (span + 1) // lanes - blocks * span // lanes
+            for _ in range(length):
+                seen.append(order.block_at(lane, drawn[lane]))
+                drawn[lane] += 1
+        assert len(seen) == blocks
+        assert set(seen) == everything
+
+
+def test_spans_differ_by_at_most_one_block_and_passes_differ_in_order():
+    order = BlockOrder([50, 53], 8, seed=1, name="a/slice-000")
+    lengths = [103 * (span + 1) // 8 - 103 * span // 8 for span in range(8)]
+    assert max(lengths) - min(lengths) <= 1
+    passes = [[order.block_at(0, turn * 103 // 8 + at) for at in range(10)] for turn in range(3)]
+    assert passes[0] != passes[1] != passes[2]
+
+
+def lanes_of(corpus_root, lanes=4, mix=None, window_rows=8, seq_len=64):
+    corpus = Corpus(corpus_root, hint="")
+    shares = Mix(corpus, mix or {"code": 3, "docstrings": 2, "reference": 1}, lanes, seed=1)
+    states = [LaneState(tokens=shares.head_start(lane)) for lane in range(lanes)]
+    return [Lane(n, lanes, shares, seq_len, window_rows, (1, 0), state) for n, state in enumerate(states)], shares
+
+
+def test_lanes_serve_the_declared_proportions(corpus_root):
+    lanes, shares = lanes_of(corpus_root)
+    for _ in range(200):
+        for lane in lanes:
+            lane.next_row()
+    block = shares.block_tokens
+    for lane in lanes:
+        drawn = lane.drawn
+        total = sum(drawn.values())
+        for name, source in shares.sources.items():
+            # One block for the end of the window, one for the head start.
+            assert abs(drawn[name] - source.share * total) <= 2 * block
+    together = Counter()
+    for lane in lanes:
+        together.update(lane.drawn)
+    for name, source in shares.sources.items():
+        assert abs(together[name] - source.share * together.total()) <= len(lanes) * block
+
+
+def test_lanes_begin_apart_in_the_sequence_of_sources(corpus_root):
+    lanes, shares = lanes_of(corpus_root, lanes=24, mix={"code": 3, "docstrings": 2, "reference": 1}, window_rows=1)
+    first = Counter(shares.most_owed(shares.head_start(number)) for number in range(len(lanes)))
+    assert first == {"code/slice-000": 12, "docstrings/slice-000": 8, "reference/slice-000": 4}
+
+
+@pytest.mark.parametrize("served", [0, 1, 5, 23, 24, 25, 60])
+def test_a_lane_goes_on_from_its_state(corpus_root, served):
+    (lane, *_), shares = lanes_of(corpus_root)
+    for _ in range(served):
+        lane.next_row()
+    state = LaneState(**lane.state())
+    again = Lane(0, 4, shares, 64, 8, (1, 0), state)
+    for _ in range(60):
+        ours, theirs = lane.next_row(), again.next_row()
+        assert len(ours) == len(theirs)
+        assert all(np.array_equal(a.tokens, b.tokens) and a.slice == b.slice for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_window_that_comes_out_otherwise_is_an_error(corpus_root):
+    (lane, *_), shares = lanes_of(corpus_root)
+    lane.next_row()
+    state = LaneState(**{**lane.state(), "checksum": "0" * 16})
+    with pytest.raises(ValueError, match="lane 0: the window that was open at the checkpoint"):
+        Lane(0, 4, shares, 64, 8, (1, 0), state)
+
+
+def test_windows_are_refilled_at_different_times(corpus_root):
+    lanes, _ = lanes_of(corpus_root, window_rows=40)
+    rows_of_first_window = []
+    for lane in lanes:
+        count = 0
+        while lane.state()["window"] == 0:
+            lane.next_row()
+            count += 1
+        rows_of_first_window.append(count)
+    assert rows_of_first_window == sorted(rows_of_first_window)
+    assert len(set(rows_of_first_window)) == len(lanes)
+
+
+def steps_of(run, state=None, rank=0, world_size=1):
+    curriculum, corpus = check_run(run)
+    return Steps(run, curriculum, corpus, rank, world_size, DataState.from_dict(state) if state else DataState())
+
+
+def contents(step):
+    return [(batch.input_ids.tolist(), batch.cu_seqlens.tolist(), batch.targets.tolist()) for batch in step.micro_batches]
+
+
+def test_every_token_drawn_is_served_or_in_an_open_window(small_run):
+    run = small_run()
+    steps = list(steps_of(run))
+    accounts = steps[-1].state["accounts"]
+    curriculum = Curriculum(run.phases)
+    assert list(accounts) == list(run.phases)
+    text = special = padding = 0
+    for name, account in accounts.items():
+        capacity = curriculum.end_of(name) - curriculum.start_of(name)
+        served = sum(account["served"].values())
+        assert served + account["special"] + account["padding"] == capacity
+        unserved = sum(account["drawn"].values()) - served
+        assert 0 <= unserved <= run.data.lanes * (run.data.window_rows * run.phases[name].seq_len + 256)
+        text, special, padding = text + served, special + account["special"], padding + account["padding"]
+    assert text + special == sum(step.tokens for step in steps)
+    assert padding / (text + special + padding) < 0.2  # windows of 8 rows; see the test of windows of 512
+
+
+def test_steps_go_on_from_any_state(small_run):
+    run = small_run()
+    everything = list(steps_of(run))
+    for at in range(0, len(everything) - 1, 4):
+        rest = list(steps_of(run, everything[at].state))
+        assert [contents(step) for step in rest] == [contents(step) for step in everything[at + 1 :]]
+        assert rest[-1].state == everything[-1].state
+
+
+def test_micro_batches_do_not_change_what_a_step_sees(small_run):
+    whole = list(steps_of(small_run("trainer.micro_batch_tokens=100000")))
+    parts = list(steps_of(small_run("trainer.micro_batch_tokens=1")))
+    assert len(parts[12].micro_batches) > len(whole[12].micro_batches) == 1
+    for one, other in zip(whole, parts, strict=True):
+        assert [i for b in one.micro_batches for i in b.input_ids.tolist()] == [
+            i for b in other.micro_batches for i in b.input_ids.tolist()
+        ]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_ranks_together_see_what_one_rank_sees(small_run, world_size):
+    run = small_run("trainer.micro_batch_tokens=1", "phases.stable.ramp.tokens=0", "phases.stable.batch_rows=5")
+    alone = steps_of(run)
+    together = zip(*(steps_of(run, rank=rank, world_size=world_size) for rank in range(world_size)), strict=True)
+    for one, many in zip(alone, together, strict=True):
+        rows = sorted(contents(one))
+        assert rows == sorted(row for step in many for row in contents(step))
+
+
+def test_each_optimizer_step_sees_other_text(small_run):
+    seen = Counter()
+    for step in steps_of(small_run()):
+        for batch in step.micro_batches:
+            seen[tuple(batch.input_ids[:40].tolist())] += 1
+    assert max(seen.values()) == 1
