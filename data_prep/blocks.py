@@ -4,10 +4,11 @@ import json
 import os
 import shutil
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from datatrove.data import Document, DocumentsPipeline
+from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from streaming import MDSWriter
 
@@ -98,7 +99,7 @@ class WriteBlocks(PipelineStep):
         self.validation_share = validation_share
         self.seed = seed
 
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+    def run(self, data: Iterable[Document] | None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Write one bucket."""
         bucket = Bucket(self.work / "buckets" / f"{rank:05d}", self.sources, self.seed)
         writers: dict[str, BlockWriter] = {}
@@ -121,7 +122,7 @@ class WriteBlocks(PipelineStep):
         (self.work / "counts" / f"{rank:05d}.json").write_text(report)
         yield from data or ()
 
-    def _encoded(self, bucket: Bucket):
+    def _encoded(self, bucket: Bucket) -> Iterator[tuple[Document, np.ndarray]]:
         tokenizer = encode.load(self.root / "tokenizer.json")
         documents: list[Document] = list(bucket)
         done = 0

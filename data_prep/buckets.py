@@ -5,11 +5,11 @@ reading was shared out, and a duplicate always meets its twin.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import xxhash
-from datatrove.data import Document, DocumentsPipeline
+from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.readers import JsonlReader
 
@@ -26,7 +26,7 @@ class Cap(PipelineStep):
         super().__init__()
         self.limit_mb = limit_mb
 
-    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Pass documents on until the share is used up."""
         left = self.limit_mb * 1e6 / world_size
         for document in data:
@@ -47,7 +47,7 @@ class Deal(PipelineStep):
         self.source = source
         self.buckets = buckets
 
-    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Pass on the documents that hold text."""
         for document in data:
             if not document.text.strip():

@@ -1,7 +1,7 @@
 """Prepare a corpus: read and deal, train the tokenizer, write blocks, merge, verify, manifest.
 
-Every step can be cut short: datatrove skips the tasks that are done, folders get their name when they are whole, and the manifest,
-written last, is what makes the corpus one.
+Every step can be cut short: datatrove skips the tasks that are done, folders get their name when they are whole, and the
+manifest, written last, is what makes the corpus one.
 """
 
 import hashlib
@@ -151,9 +151,7 @@ def _read(corpus: Corpus, name: str, work: Path) -> None:
     steps = [instantiate(source.reader), *(instantiate(entry) for entry in source.filters)]
     if source.limit_mb:
         steps.append(Cap(source.limit_mb))
-    writer = JsonlWriter(
-        str(work / "buckets"), output_filename=f"${{bucket}}/{name}-${{rank}}.jsonl.zst", compression="zstd"
-    )
+    writer = JsonlWriter(str(work / "buckets"), output_filename=f"${{bucket}}/{name}-${{rank}}.jsonl.zst", compression="zstd")
     _run([*steps, Deal(name, corpus.buckets), writer], corpus.tasks, corpus.workers, work / "logs" / f"read-{name}")
 
 
@@ -216,9 +214,7 @@ def _merge(folder: Path, buckets: int) -> None:
     os.replace(unfinished, folder / "index.json")
 
 
-def _manifest(
-    corpus: Corpus, root: Path, work: Path, tokenizer: encode.Tokenizer, fingerprint: str
-) -> dict[str, Any]:
+def _manifest(corpus: Corpus, root: Path, work: Path, tokenizer: encode.Tokenizer, fingerprint: str) -> dict[str, Any]:
     reports = [json.loads((work / "counts" / f"{bucket:05d}.json").read_text()) for bucket in range(corpus.buckets)]
     counts: dict[str, Counter[str]] = {}
     for report in reports:

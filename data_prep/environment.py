@@ -9,11 +9,11 @@ import importlib.util
 import json
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html import unescape
 from pathlib import Path
 
-from datatrove.data import Document, DocumentsPipeline
+from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 _SHORTEST_DOCSTRING = 60
@@ -35,7 +35,7 @@ class _Files(PipelineStep):
         """The documents of one file."""
         raise NotImplementedError
 
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+    def run(self, data: Iterable[Document] | None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Read every `world_size`-th file, from the `rank`-th."""
         yield from data or ()
         for path in self.files()[rank::world_size]:
@@ -140,10 +140,10 @@ class KingJamesBible(_Files):
 
 def _docstrings(tree: ast.AST) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
     """The nodes of a module that have a docstring."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if ast.get_docstring(node, clean=False):
-                yield node
+        if isinstance(node, kinds) and ast.get_docstring(node, clean=False):
+            yield node
 
 
 def _without(source: str, nodes: list) -> str:

@@ -1,6 +1,8 @@
 """A reader for folders of plain text, the one form that datatrove has no reader for."""
 
-from datatrove.data import DocumentsPipeline
+from collections.abc import Iterator
+
+from datatrove.data import Document
 from datatrove.pipeline.readers.base import BaseDiskReader
 
 
@@ -9,7 +11,7 @@ class TextReader(BaseDiskReader):
 
     name = "📄 Text"
 
-    def read_file(self, filepath: str) -> DocumentsPipeline:
+    def read_file(self, filepath: str) -> Iterator[Document]:
         """The document of one file."""
         with self.data_folder.open(filepath, "r", compression="infer") as file:
             document = self.get_document_from_dict({"text": file.read()}, filepath, 0)

@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, checked before they are trusted.
 
-`checkpoints/end-of-<phase>.ckpt` at each boundary, `checkpoints/step-<step>.ckpt` between. Beside each lies a manifest of the same
-name (`.json`) with size, hash and position, written last: a checkpoint without a matching one is not whole.
+`checkpoints/end-of-<phase>.ckpt` at each boundary, `checkpoints/step-<step>.ckpt` between. Beside each lies a manifest of the
+same name (`.json`) with size, hash and position, written last: a checkpoint without a matching one is not whole.
 Lightning's own writer makes its temporary file in $TMPDIR and copies it, which a kill can cut short (Lightning#21253).
 """
 
@@ -110,9 +110,7 @@ def check(checkpoint: Path) -> None:
     manifest = read_manifest(checkpoint)
     size = checkpoint.stat().st_size
     if size != manifest["bytes"]:
-        raise ValueError(
-            f"{checkpoint} is not whole: {size} bytes, expected {manifest['bytes']}; take another checkpoint"
-        )
+        raise ValueError(f"{checkpoint} is not whole: {size} bytes, expected {manifest['bytes']}; take another checkpoint")
     if hash_file(checkpoint) != manifest["xxh3_64"]:
         raise ValueError(f"{checkpoint} is corrupt: its hash is not the one in {manifest_of(checkpoint).name}; take another")
 

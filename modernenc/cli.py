@@ -38,7 +38,7 @@ def run(schema: type[Config], group: str, config_name: str, job: Callable[[Confi
         hydra.main(config_path=str(CONF_DIR), config_name=config_name, version_base="1.3")(main)()
 
 
-class one_line_errors:  # noqa: N801 (a context manager reads as a verb)
+class one_line_errors:
     """End the process with one line for a mistake of the user's, unless `verbose`."""
 
     def __init__(self, verbose: bool | None = None) -> None:

@@ -160,9 +160,7 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store(name="run_schema", node=Run)
     for path in sorted(RECIPES_DIR.glob("*.yaml")):
-        store.store(
-            group="recipe", name=path.stem, package="_global_", node=OmegaConf.load(path), provider=str(path)
-        )
+        store.store(group="recipe", name=path.stem, package="_global_", node=OmegaConf.load(path), provider=str(path))
 
 
 def load(run_dir: Path) -> Run:

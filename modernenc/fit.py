@@ -36,10 +36,10 @@ def start(run: Run, curriculum: Curriculum) -> None:
     """Make the run folder and write what the run is; ValueError when the folder holds a run already."""
     folder = Path(run.run_dir)
     if (folder / CONFIG).exists():
-        held = OmegaConf.load(folder / CONFIG).get("recipe")
+        held = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
         raise ValueError(
-            f"run_dir={folder} holds a run of recipe {held}; go on with it by python -m modernenc.resume {folder}, "
-            "or choose another run_dir"
+            f"run_dir={folder} holds a run of recipe {cast(dict, held).get('recipe')}; "
+            f"go on with it by python -m modernenc.resume {folder}, or choose another run_dir"
         )
     from modernenc.plan import text
 
@@ -150,9 +150,13 @@ def _loggers(run: Run) -> list[Logger]:
 
 def _configure_logging(run_dir: Path) -> None:
     log.setLevel(logging.INFO)
+    for handler in log.handlers:
+        handler.close()
     log.handlers = [RichHandler(show_path=False, log_time_format="%H:%M:%S"), logging.FileHandler(run_dir / "log.txt")]
     log.handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # The loader is one process by design: more would repeat the packing.
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    # The loader is one process by design: more would repeat the packing. Its state is saved by the module.
+    for message in ("does not have many workers", "`IterableDataset` has `__len__`", "your dataloader is not resumable"):
+        warnings.filterwarnings("ignore", f".*{message}")
+    warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.* is deprecated")  # Lightning about torch

@@ -59,9 +59,9 @@ def _phases(run: Run, curriculum: Curriculum) -> Table:
         f"{level.batch_rows:,} x {level.steps:,} steps" for level in curriculum.levels_of(name)))  # fmt: skip
     row("tokens a step", lambda name, _: f"{curriculum.levels_of(name)[-1].step_tokens:,}")
     row("mask ratio", lambda _, phase: f"{phase.mask_ratio:g}")
-    keys = sorted({key for phase in run.phases.values() for key in phase.backbone})
-    for key in keys:
-        row(key, lambda name, _: f"{curriculum.at(curriculum.start_of(name)).backbone.get(key, run.backbone.get(key)):g}")
+    attributes = [{**run.backbone, **curriculum.at(curriculum.start_of(name)).backbone} for name in run.phases]
+    for key in sorted({key for phase in run.phases.values() for key in phase.backbone}):
+        table.add_row(key, *(f"{values[key]:g}" for values in attributes))
     row("unserved at end", lambda _, phase: f"<= {_unserved(run, phase):.1%}")
     return table
 

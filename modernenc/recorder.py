@@ -90,6 +90,6 @@ class Recorder(L.Callback):
         self._validated_at = module.tokens_seen
 
     def _log(self, trainer: L.Trainer, module: Pretraining, figures: dict[str, Any]) -> None:
-        numbers = {name: value for name, value in figures.items() if isinstance(value, int | float)}
+        numbers = {name: float(value) for name, value in figures.items() if isinstance(value, int | float)}
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=module.step)

@@ -4,9 +4,8 @@ import argparse
 import base64
 import html
 import io
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from modernenc.cli import one_line_errors
 from modernenc.config import CONFIG, Run, load
@@ -20,8 +19,10 @@ if TYPE_CHECKING:
 _PHASE_COLOURS = ("#dbe9f6", "#e5f2dd", "#fbe6d4", "#ece1f0", "#f7f3cf", "#d9f0ef")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: right }
-td:first-child, th:first-child { text-align: left } img { max-width: 100% } pre { background: #f6f6f6; padding: 1em; overflow-x: auto }
+table { border-collapse: collapse; margin: 1em 0 } img { max-width: 100% }
+td, th { padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: right }
+td:first-child, th:first-child { text-align: left }
+pre { background: #f6f6f6; padding: 1em; overflow-x: auto }
 mark { background: #fff2a8 } .wrong { background: #ffd9d3 } .facts b { font-size: 1.3em } .facts td { text-align: left }
 """
 
@@ -137,9 +138,7 @@ def _shade(axis: "Axes", curriculum: Curriculum, scale: float) -> None:
     axis.margins(x=0)
 
 
-def _facts(
-    run: Run, curriculum: Curriculum, training: list[dict[str, str]], validation: list[dict[str, str]]
-) -> str:
+def _facts(run: Run, curriculum: Curriculum, training: list[dict[str, str]], validation: list[dict[str, str]]) -> str:
     if not training:
         return "<p>No step was recorded yet.</p>"
     last = training[-1]
@@ -210,11 +209,13 @@ def _samples(run: Run, run_dir: Path) -> str:
         pieces, start = [], 1
         for place, answer, chances, guesses in zip(places.tolist(), truth.tolist(), *best, strict=True):
             pieces.append(html.escape(tokenizer.decode(ids[start:place].tolist())))
-            hint = ", ".join(f"{tokenizer.decode([g])!r} {p:.0%}" for g, p in zip(guesses.tolist(), chances.tolist(), strict=True))
+            hint = ", ".join(
+                f"{tokenizer.decode([g])!r} {p:.0%}" for g, p in zip(guesses.tolist(), chances.tolist(), strict=True)
+            )
             kind = "" if guesses[0] == answer else " class=wrong"
             shown = html.escape(tokenizer.decode([int(guesses[0])]))
             title = html.escape(f"{hint}; truth {tokenizer.decode([answer])!r}", quote=True)
-            pieces.append(f"<mark{kind} title=\"{title}\">{shown}</mark>")
+            pieces.append(f'<mark{kind} title="{title}">{shown}</mark>')
             start = place + 1
         pieces.append(html.escape(tokenizer.decode(ids[start:-1].tolist())))
         parts.append(f"<h3>{html.escape(source)}</h3><p>{''.join(pieces)}</p>")

@@ -29,10 +29,9 @@ class Pretraining(L.LightningModule):
     The loss of a step is the mean over the predicted tokens of the global batch, however it is split.
     """
 
-    automatic_optimization = False
-
     def __init__(self, run: Run, curriculum: Curriculum, corpus: Corpus) -> None:
         super().__init__()
+        self.automatic_optimization = False
         self.run = run
         self.curriculum = curriculum
         self.corpus = corpus
@@ -117,7 +116,9 @@ class Pretraining(L.LightningModule):
         """Take up position and data state; ValueError when the data were made with another tokenizer."""
         state = checkpoint[STATE_KEY]
         if state["tokenizer_sha256"] != self.corpus.manifest["tokenizer"]["sha256"]:
-            raise ValueError(f"data.root={self.run.data.root}: its tokenizer is not the one that the checkpoint was trained with")
+            raise ValueError(
+                f"data.root={self.run.data.root}: its tokenizer is not the one that the checkpoint was trained with"
+            )
         if state["threads"] != torch.get_num_threads():
             log.warning(
                 "%d threads, but %d at the checkpoint: weights will agree closely, not to the bit",

@@ -38,7 +38,9 @@ class Validator:
         self.run = run
         self.curriculum = curriculum
         self.corpus = corpus
-        self.sources = sorted({name.partition("/")[0] for phase in run.phases.values() for name, share in phase.mix.items() if share})
+        self.sources = sorted(
+            {name.partition("/")[0] for phase in run.phases.values() for name, share in phase.mix.items() if share}
+        )
         self._rows: dict[tuple[str, int], list[Row]] = {}
 
     def scores(self, objective: MaskedLM, phase: str) -> list[Score]:

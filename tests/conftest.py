@@ -34,7 +34,8 @@ SMALL = [
     "phases.stable.ramp.tokens=1500", "phases.extend.tokens=3000", "phases.extend.seq_len=128",
     "phases.decay.tokens=3000", "phases.decay.seq_len=128",
     "checkpoint.every_tokens=1500", "validation.every_tokens=0", "validation.tokens_per_source=512",
-    "phases.stable.mix={code: 3, docstrings: 2, reference: 1, prose: 0}", "phases.extend.mix={code: 1, docstrings: 1, reference: 0, prose: 0}",
+    "phases.stable.mix={code: 3, docstrings: 2, reference: 1, prose: 0}",
+    "phases.extend.mix={code: 1, docstrings: 1, reference: 0, prose: 0}",
     "phases.decay.mix={code: 1, docstrings: 3, reference: 0, prose: 0}", "logger.every_steps=1",
 ]  # fmt: skip
 """The demo recipe cut down to a second: three phases, a ramp, a change of length, three sources."""
@@ -79,7 +80,9 @@ def corpus_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             sources={
                 "code": python("code"),
                 "docstrings": python("docstrings"),
-                "reference": Source(reader=reference, limit_mb=0.3, licence="Apache-2.0", url="https://pypi.org/project/botocore"),
+                "reference": Source(
+                    reader=reference, limit_mb=0.3, licence="Apache-2.0", url="https://pypi.org/project/botocore"
+                ),
             },
             tokenizer=Tokenizer(vocab_size=512, train_mb=0.3),
             block_tokens=256,
@@ -97,9 +100,7 @@ def small_run(corpus_root: Path, tmp_path: Path) -> Callable[..., Run]:
     """The small run with some settings changed."""
 
     def make(*overrides: str) -> Run:
-        return composed(
-            ["+recipe=demo", *SMALL, f"data.root={corpus_root}", f"run_dir={tmp_path / 'run'}", *overrides]
-        )
+        return composed(["+recipe=demo", *SMALL, f"data.root={corpus_root}", f"run_dir={tmp_path / 'run'}", *overrides])
 
     return make
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modernenc.backbones.attention import PATHS, QKV, Layout, path_for
 
@@ -47,7 +48,7 @@ def test_a_window_costs_no_length_by_length_memory():
     qkv, layout = inputs(lengths=[8192])
     largest = 0
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             out = func(*args, **(kwargs or {}))

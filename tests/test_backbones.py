@@ -20,7 +20,7 @@ def objective(request) -> MaskedLM:
     settings = OmegaConf.to_container(OmegaConf.load(request.param))
     assert isinstance(settings, dict)
     target = settings.pop("_target_")
-    dropout = {key: 0.0 for key in settings if "dropout" in key}
+    dropout = {key: 0.0 for key in settings if "dropout" in str(key)}
     torch.manual_seed(0)
     model = MaskedLM(get_class(target)(**{**settings, **SMALLER, **dropout}))
     for parameter in model.parameters():  # at initialisation the layers hardly change the residual: make them matter

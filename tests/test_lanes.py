@@ -12,7 +12,9 @@ from modernenc.data.lanes import BlockOrder, Lane, LaneState, Mix
 from modernenc.data.loader import DataState, Steps
 
 
-@pytest.mark.parametrize(("sizes", "lanes"), [([5, 3, 7], 4), ([1] * 30, 7), ([40], 40), ([13, 1, 1, 29, 8, 8, 8, 8, 8, 8, 9], 6)])
+@pytest.mark.parametrize(
+    ("sizes", "lanes"), [([5, 3, 7], 4), ([1] * 30, 7), ([40], 40), ([13, 1, 1, 29, 8, 8, 8, 8, 8, 8, 9], 6)]
+)
 def test_each_pass_serves_each_block_once(sizes, lanes):
     order = BlockOrder(sizes, lanes, seed=1, name="a/slice-000")
     blocks = sum(sizes)

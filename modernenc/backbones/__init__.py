@@ -4,6 +4,7 @@ The contract, tested over every `conf/backbone/*.yaml`: documents laid end to en
 what a phase may set; `matrices()` lists what an optimizer may orthogonalise; `prediction_head()` builds the masked-LM head.
 """
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
@@ -28,6 +29,10 @@ class Backbone(Protocol):
         self, input_ids: Int[Tensor, " tokens"], cu_seqlens: Int[Tensor, " docs_plus_1"], max_seqlen: int
     ) -> Float[Tensor, "tokens hidden"]:
         """Hidden states of documents laid end to end; ValueError when one is longer than `max_position`."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of any module."""
         ...
 
     def token_embeddings(self) -> nn.Embedding:

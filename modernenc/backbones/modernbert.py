@@ -115,6 +115,7 @@ class ModernBERT(nn.Module):
         from transformers import ModernBertConfig  # 3 s to import
 
         return ModernBertConfig(
+            pad_token_id=0,  # export sets the tokenizer's
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,

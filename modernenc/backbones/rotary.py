@@ -36,9 +36,7 @@ def rotation(theta: float, head_dim: int, positions: Int[Tensor, " tokens"], max
     return Rotation(table.cos[positions], table.sin[positions])
 
 
-def rotate(
-    x: Float[Tensor, "tokens heads head_dim"], rotation: Rotation
-) -> Float[Tensor, "tokens heads head_dim"]:
+def rotate(x: Float[Tensor, "tokens heads head_dim"], rotation: Rotation) -> Float[Tensor, "tokens heads head_dim"]:
     """Turn each pair (i, i + head_dim/2) by its token's angle."""
     cos, sin = (part.unsqueeze(1).to(x.dtype) for part in rotation)
     a, b = x.chunk(2, dim=-1)

@@ -54,7 +54,7 @@ class Shards:
         index = folder / "index.json"
         if not index.is_file():
             raise FileNotFoundError(f"{index} is missing; prepare the data again or restore it")
-        self._readers: list["MDSReader"] = []
+        self._readers: list[MDSReader] = []
         for entry in json.loads(index.read_text())["shards"]:
             self._readers.append(self._open(entry))
         self.sizes = [reader.samples for reader in self._readers]

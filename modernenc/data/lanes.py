@@ -64,7 +64,7 @@ class BlockOrder:
         return self.blocks * span // self.lanes
 
     def _permuted(self, turn: int, position: int) -> tuple[int, int]:
-        shards, ends = self._shards(turn)
+        _, ends = self._shards(turn)
         group = int(np.searchsorted(ends[SHUFFLE_SHARDS - 1 :: SHUFFLE_SHARDS], position, side="right"))
         first = 0 if group == 0 else int(ends[group * SHUFFLE_SHARDS - 1])
         shard, index = self._group(turn, group)[position - first].tolist()
@@ -77,7 +77,9 @@ class BlockOrder:
     def _group_order(self, turn: int, group: int) -> np.ndarray:
         shards, _ = self._shards(turn)
         members = shards[group * SHUFFLE_SHARDS : (group + 1) * SHUFFLE_SHARDS]
-        blocks = np.concatenate([np.stack([np.full(n, s), np.arange(n)], 1) for s, n in zip(members, self.sizes[members])])
+        blocks = np.concatenate(
+            [np.stack([np.full(n, s), np.arange(n)], 1) for s, n in zip(members, self.sizes[members], strict=True)]
+        )
         return np.random.default_rng([*self.seed, turn, group]).permutation(blocks)
 
 

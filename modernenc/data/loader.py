@@ -18,6 +18,7 @@ from modernenc.data.lanes import Lane, LaneState, Mix, Row
 from modernenc.data.masking import Masker, MicroBatch, collate
 from modernenc.data.packing import SPECIALS
 
+
 @dataclass
 class PhaseAccount:
     """Where the tokens of one phase went, so far."""
@@ -84,9 +85,7 @@ class Step:
 class Steps(IterableDataset[Step]):
     """The steps of one rank from a state on, in order, to the end of the curriculum."""
 
-    def __init__(
-        self, run: Run, curriculum: Curriculum, corpus: Corpus, rank: int, world_size: int, state: DataState
-    ) -> None:
+    def __init__(self, run: Run, curriculum: Curriculum, corpus: Corpus, rank: int, world_size: int, state: DataState) -> None:
         self.run = run
         self.curriculum = curriculum
         self.corpus = corpus

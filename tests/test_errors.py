@@ -1,0 +1,148 @@
+"""A user's mistake is one line that names it, before the first step; status not 0; nothing overwritten."""
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, SMALL, command
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "modernenc.train",
+        "modernenc.plan",
+        "modernenc.resume",
+        "modernenc.export",
+        "modernenc.report",
+        "data_prep",
+        "data_prep.verify",
+    ],
+)
+def test_help_is_there_at_once(module):
+    started = time.monotonic()
+    result = command(module, "--help")
+    elapsed = time.monotonic() - started
+    assert result.returncode == 0
+    assert "python -m" in result.stdout
+    assert elapsed < 2, elapsed  # 0.4 s on an idle machine
+
+
+def error(module: str, *arguments: str, cwd: Path = ROOT) -> str:
+    """The one line that the command ends with."""
+    result = command(module, *arguments, cwd=cwd)
+    assert result.returncode != 0
+    lines = [line for line in result.stderr.strip().splitlines() if line]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def small(corpus_root: Path, run_dir: Path, *more: str) -> list[str]:
+    return ["+recipe=demo", *SMALL, f"data.root={corpus_root}", f"run_dir={run_dir}", *more]
+
+
+CASES = {
+    "an unknown key": (["data.lane=3"], "data.lane|Key 'lane'"),
+    "a wrong type": (["data.lanes=many"], "many.*Integer|data.lanes"),
+    "an unknown key of the backbone": (["+backbone.depth=3"], r"backbone.depth: unknown key; ModernBERT takes vocab_size"),
+    "an unknown key of the optimizer": (["+optim.beta=3"], r"optim.beta: unknown key; muon takes lr"),
+    "a wrong type in the backbone": (["backbone.hidden_size=wide"], r"backbone.hidden_size=wide: expected int"),
+    "an unknown precision": (["trainer.precision=fp7"], r"trainer.precision=fp7: expected one of bf16-mixed, 32-true"),
+    "two workers": (["data.workers=2"], r"data.workers=2: expected 0 or 1"),
+    "more ranks than lanes": (["trainer.devices=5"], r"5 ranks exceed data.lanes=4"),
+    "fewer blocks than lanes": (["data.lanes=5000"], r"data.lanes=5000 exceeds the \d+ blocks of .*phases.stable.mix"),
+    "an unknown source": (["+phases.decay.mix.poetry=1"], r"phases.decay.mix.poetry: .* has code, docstrings, reference"),
+    "rows longer than the model": (
+        ["phases.decay.seq_len=4096"],
+        r"phases.decay.seq_len=4096 exceeds backbone.max_position=1024",
+    ),
+    "an unknown attribute": (
+        ["+phases.decay.backbone={rope: 3}"],
+        r"phases.decay.backbone.rope: a phase may set global_rope_theta",
+    ),
+    "a small vocabulary": (["backbone.vocab_size=100"], r"backbone.vocab_size=100 is smaller than the 512 entries"),
+    "an unknown curve": (["phases.stable.lr_curve=sine"], r"phases.stable.lr_curve=sine: expected one of constant"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mistake_in_a_recipe_is_one_line(corpus_root, tmp_path, case):
+    overrides, expected = CASES[case]
+    import re
+
+    line = error("modernenc.train", *small(corpus_root, tmp_path / "run", *overrides))
+    assert re.search(expected, line), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_recipe_names_those_there_are():
+    line = error("modernenc.train", "+recipe=nope")
+    assert "nope" in line and "base" in line and "demo" in line
+
+
+def test_no_recipe_names_those_there_are():
+    assert "base, demo" in error("modernenc.train")
+
+
+@pytest.mark.parametrize(("recipe", "corpus"), [("demo", "demo"), ("base", "base")])
+def test_missing_data_name_the_command_that_makes_them(tmp_path, recipe, corpus):
+    line = error("modernenc.train", f"+recipe={recipe}", cwd=tmp_path)
+    assert f"python -m data_prep +corpus={corpus}" in line
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_recipe_that_is_no_yaml_is_named(tmp_path):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text("phases: {a: {tokens: 3}")
+    assert "mine.yaml" in error("modernenc.train", "--config-dir", str(tmp_path), "+recipe=mine")
+
+
+def test_a_corpus_without_files_is_named(tmp_path):
+    line = error("data_prep", "+corpus=jsonl", f"input={tmp_path}", "sources.text.licence=x", cwd=tmp_path)
+    assert f"sources.text.reader: no files to read in {tmp_path}" in line
+
+
+def test_a_run_folder_that_holds_another_run_is_left_alone(corpus_root, tmp_path):
+    (tmp_path / "run").mkdir()
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(yaml.safe_dump({"recipe": "other"}))
+    line = error("modernenc.train", *small(corpus_root, tmp_path / "run"))
+    assert "holds a run of recipe other" in line and "modernenc.resume" in line
+    assert config.read_text() == yaml.safe_dump({"recipe": "other"})
+    assert len(list((tmp_path / "run").iterdir())) == 1
+
+
+def test_resuming_what_is_no_run_is_an_error(tmp_path):
+    assert "holds no run" in error("modernenc.resume", str(tmp_path))
+    assert "does not exist" in error("modernenc.resume", str(tmp_path / "x.ckpt"))
+
+
+def test_resuming_may_not_change_what_is_trained(tmp_path):
+    assert "makes another run" in error("modernenc.resume", str(tmp_path), "optim.lr=1")
+
+
+@pytest.mark.slow
+def test_a_corrupt_shard_or_checkpoint_stops_the_run_by_name(corpus_root, tmp_path):
+    """At the shard's first opening, with a loader worker and without; nothing of the run is lost."""
+    root = tmp_path / "copy"
+    shutil.copytree(corpus_root, root)
+    shard = sorted(root.glob("docstrings/slice-000/bucket-*/*.mds"))[0]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    for workers in (0, 1):
+        result = command("modernenc.train", *small(root, tmp_path / f"run{workers}", f"data.workers={workers}"))
+        assert result.returncode != 0
+        assert f"{shard.name} is corrupt" in result.stderr.strip().splitlines()[-1], result.stderr
+        assert "Traceback" not in result.stderr
+    result = command("modernenc.train", *small(corpus_root, tmp_path / "good"))
+    assert result.returncode == 0, result.stderr
+    checkpoint = tmp_path / "good" / "checkpoints" / "end-of-decay.ckpt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    assert "end-of-decay.ckpt is not whole" in error("modernenc.resume", str(checkpoint))
+    result = command("modernenc.resume", str(tmp_path / "good"))
+    assert result.returncode == 0, result.stderr
+    assert "end-of-decay.ckpt is not whole" in result.stdout + result.stderr

@@ -1,0 +1,40 @@
+"""Every recipe composes, can be planned, and the plan is the curriculum."""
+
+import time
+
+import pytest
+from conftest import command, composed
+
+from modernenc.checks import check_settings
+from modernenc.config import RECIPES_DIR
+from modernenc.plan import text
+
+RECIPES = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_composes_and_its_plan_shows_every_phase(recipe):
+    run = composed([f"+recipe={recipe}"])
+    curriculum = check_settings(run)
+    shown = text(run, curriculum)
+    assert f"{curriculum.total_tokens:,} tokens, {curriculum.total_steps:,} optimizer steps" in shown
+    for phase, setting in run.phases.items():
+        assert phase in shown
+        assert f"{curriculum.end_of(phase):,}" in shown
+        assert all(source in shown for source in setting.mix)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "stable_adamw"])
+def test_every_optimizer_can_be_planned(optimizer):
+    run = composed(["+recipe=demo", f"optim={optimizer}"])
+    assert f"recipe demo: {5_516_800:,} parameters" in text(run, check_settings(run))
+
+
+def test_the_plan_of_base_is_printed_in_seconds():
+    started = time.monotonic()
+    result = command("modernenc.plan", "+recipe=base")
+    elapsed = time.monotonic() - started
+    assert result.returncode == 0, result.stderr
+    assert "149,655,232 parameters" in result.stdout
+    assert "10,597" in result.stdout
+    assert elapsed < 8, elapsed  # 2.5 s on an idle machine

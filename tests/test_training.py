@@ -1,0 +1,147 @@
+"""The loop: it learns, it obeys the curriculum, and a run that was cut ends as one that was not."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from modernenc import optim
+from modernenc.checkpoints import newest
+from modernenc.checks import check_run
+from modernenc.config import Run
+from modernenc.curriculum import Curriculum
+from modernenc.fit import fit, start
+from modernenc.metrics import Table
+from modernenc.model import build_objective, load_objective
+from modernenc.resume import resume
+
+
+def train(run: Run) -> Path:
+    curriculum, corpus = check_run(run)
+    start(run, curriculum)
+    fit(run, curriculum, corpus, checkpoint=None)
+    return Path(run.run_dir)
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return torch.load(checkpoint, weights_only=True)["state_dict"]
+
+
+def same(one: Path, other: Path) -> bool:
+    first, second = weights(one), weights(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+FINAL = "checkpoints/end-of-decay.ckpt"
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "stable_adamw"])
+def test_it_crosses_every_phase_and_learns(small_run, optimizer):
+    run = small_run(f"optim={optimizer}", "optim.lr=3e-3", "optim.weight_decay=1e-5")
+    folder = train(run)
+    curriculum = Curriculum(run.phases)
+    rows = Table(folder / "metrics.csv").read()
+    assert [int(row["step"]) for row in rows] == list(range(1, curriculum.total_steps + 1))
+    for row, point in zip(rows, curriculum.steps(), strict=True):
+        assert row["phase"] == point.phase
+        assert float(row["lr"]) == pytest.approx(curriculum.at(int(row["tokens_seen"]) - 1).lr)
+        assert (int(row["batch_rows"]), int(row["seq_len"])) == (point.batch_rows, point.seq_len)
+    scores = [row for row in Table(folder / "validation.csv").read() if row["source"] == "all" and row["seq_len"] == "64"]
+    assert float(scores[-1]["loss"]) < float(scores[0]["loss"]) < 6.3
+    ends = sorted(path.stem for path in (folder / "checkpoints").glob("end-of-*.ckpt"))
+    assert ends == ["end-of-decay", "end-of-extend", "end-of-stable"]
+    assert (folder.parent / "latest").resolve() == folder
+    for name in ("config.yaml", "plan.txt", "curriculum.png", "report.html", "lineage.json", "log.txt"):
+        assert (folder / name).stat().st_size > 0
+
+
+def test_each_checkpoint_resumes_to_the_same_weights(small_run, tmp_path):
+    """Dropout on, and a loader worker now and then: neither may matter."""
+    whole = train(small_run("backbone.attention_out_dropout=0.1", "checkpoint.keep_last=100"))
+    final = whole / "final.ckpt"
+    (whole / FINAL).rename(final)
+    checkpoints = sorted((whole / "checkpoints").glob("*.ckpt"))
+    assert len(checkpoints) >= 6
+    for number, checkpoint in enumerate(checkpoints):
+        resume(checkpoint, [f"data.workers={number % 2}"])
+        assert same(whole / FINAL, final), checkpoint.stem
+    steps = [int(row["step"]) for row in Table(whole / "metrics.csv").read()]
+    assert steps == list(range(1, len(steps) + 1))
+    assert [event["event"] for event in json.loads((whole / "lineage.json").read_text())] == ["start"] + ["resume"] * len(
+        checkpoints
+    )
+
+
+def test_a_loader_worker_changes_nothing(small_run, tmp_path):
+    one = train(small_run())
+    other = train(small_run("data.workers=1", f"run_dir={tmp_path / 'other'}"))
+    assert same(one / FINAL, other / FINAL)
+
+
+def test_micro_batches_change_the_weights_by_rounding_only(small_run, tmp_path):
+    settings = ["optim=adamw", "optim.lr=1e-3", "trainer.precision=32-true"]
+    one = weights(train(small_run(*settings, "trainer.micro_batch_tokens=64")) / FINAL)
+    other = weights(train(small_run(*settings, "trainer.micro_batch_tokens=4096", f"run_dir={tmp_path / 'other'}")) / FINAL)
+    for name, value in one.items():
+        assert float((value - other[name]).norm() / other[name].norm()) < 1e-4, name
+
+
+def test_a_finished_run_is_left_alone(small_run, capsys):
+    folder = train(small_run())
+    before = (folder / "metrics.csv").read_text()
+    resume(folder, [])
+    assert "is finished" in capsys.readouterr().out
+    assert (folder / "metrics.csv").read_text() == before
+
+
+def test_the_backbone_is_loaded_as_its_phase_left_it(small_run):
+    run = small_run()
+    folder = train(run)
+    thetas = {
+        phase: getattr(load_objective(run, folder / "checkpoints" / f"end-of-{phase}.ckpt")[0].backbone, "global_rope_theta")
+        for phase in run.phases
+    }
+    assert thetas == {"stable": 10_000, "extend": 160_000, "decay": 160_000}
+
+
+def test_resuming_with_other_data_is_refused(small_run):
+    folder = train(small_run("checkpoint.keep_last=100"))
+    checkpoint = newest(folder).with_name("end-of-stable.ckpt")
+    content = torch.load(checkpoint, weights_only=True)
+    for lane in content["modernenc"]["data"]["lanes"].values():
+        lane["checksum"] = "0" * 16
+    from modernenc.checkpoints import AtomicCheckpointIO
+
+    AtomicCheckpointIO().save_checkpoint(content, checkpoint)
+    resume_at = content["modernenc"]["data"]
+    resume_at["phase"] = "stable"
+    with pytest.raises(ValueError, match="does not come out the same"):
+        resume(checkpoint, [])
+
+
+def test_the_peak_that_decay_is_relative_to_follows_the_phase(small_run):
+    run = small_run("optim=stable_adamw", "optim.lr=1e-3", "phases.extend.lr=4e-4", "phases.decay.lr=2e-4")
+    curriculum = Curriculum(run.phases)
+    objective = build_objective(run)
+    optimizers = optim.stable_adamw(objective, objective.backbone, 1e-3, 1e-5, [0.9, 0.98], 1e-6)
+    for phase, peak in (("stable", 1e-3), ("extend", 4e-4), ("decay", 2e-4)):
+        optim.apply(optimizers, curriculum.at(curriculum.start_of(phase)), run.optim["lr"])
+        decaying, others = optimizers[0].param_groups
+        assert decaying["max_lr"] == pytest.approx(peak)
+        assert decaying["weight_decay"] == run.phases[phase].weight_decay
+        assert others["weight_decay"] == 0
+        assert {parameter.ndim for parameter in decaying["params"]} == {2}
+        assert {parameter.ndim for parameter in others["params"]} == {1}
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest(small_run):
+    run = small_run()
+    objective = build_objective(run)
+    arguments = {key: value for key, value in run.optim.items() if key != "_target_"}
+    muon, adamw = optim.muon(objective, objective.backbone, **arguments)
+    chosen = {id(parameter) for group in muon.param_groups for parameter in group["params"]}
+    rest = {id(parameter) for group in adamw.param_groups for parameter in group["params"]}
+    assert chosen == {id(parameter) for parameter in objective.backbone.matrices()}
+    assert chosen | rest == {id(parameter) for parameter in objective.parameters()}
+    assert not chosen & rest
