@@ -10,7 +10,6 @@ import logging
 import os
 import shutil
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -279,11 +278,13 @@ def _cross_entropy(held_out: np.ndarray, text: Any) -> float:
 def _dropped(work: Path, name: str) -> dict[str, int]:
     """Documents that reading and filters dropped, by reason, from datatrove's own statistics."""
     dropped: Counter[str] = Counter()
-    for path in islice(sorted((work / "logs" / f"read-{name}" / "stats").glob("*.json")), None):
+    for path in sorted((work / "logs" / f"read-{name}" / "stats").glob("*.json")):
         for step in json.loads(path.read_text()):
-            for key, value in step["stats"].items():
-                if key.startswith("dropped_"):
-                    dropped[key.removeprefix("dropped_")] += value if isinstance(value, int) else value["total"]
+            counts = {key: value if isinstance(value, int) else value["total"] for key, value in step["stats"].items()}
+            reasons = {key: count for key, count in counts.items() if key.startswith("dropped_")}
+            if not reasons and "dropped" in counts:  # a filter that gives no reason is one
+                reasons = {step["name"].split()[-1].lower(): counts["dropped"]}
+            dropped.update({key.removeprefix("dropped_"): count for key, count in reasons.items()})
     return dict(dropped)
 
 

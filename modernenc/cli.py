@@ -51,9 +51,16 @@ class one_line_errors:
         """Turn a mistake into one line on stderr and status 2."""
         mistakes = (HydraException, OmegaConfBaseException, YAMLError, ValueError, FileNotFoundError)
         if isinstance(error, mistakes) and not self.verbose:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: {_message(error)}", file=sys.stderr)
             sys.stderr.flush()
             raise SystemExit(2) from None
+
+
+def _message(error: BaseException) -> str:
+    text = str(error).strip()
+    if text.startswith("Caught "):  # a loader worker's error arrives with its traceback as text
+        text = text.splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split())
 
 
 def typed(cfg: DictConfig, schema: type[Config], group: str) -> Config:

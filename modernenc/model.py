@@ -31,18 +31,19 @@ def locate(path: Path) -> tuple[Run, Path]:
 
     Raises FileNotFoundError or ValueError, naming the file, when there is none.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; give a run folder or one of its checkpoints/*.ckpt")
+    named = path.suffix == ".ckpt"
+    run_dir = path.resolve().parent.parent if named else path.resolve()
+    run = load(run_dir)
+    run.run_dir = str(run_dir)
+
     from modernenc import checkpoints  # Lightning takes seconds to import
 
-    if path.suffix == ".ckpt":
-        checkpoints.check(path)
-        run_dir = path.resolve().parent.parent
-        run, checkpoint = load(run_dir), path.resolve()
-    else:
-        run_dir = path.resolve()
-        run = load(run_dir)
-        checkpoint = checkpoints.newest(run_dir)
-    run.run_dir = str(run_dir)
-    return run, checkpoint
+    if not named:
+        return run, checkpoints.newest(run_dir)
+    checkpoints.check(path)
+    return run, path.resolve()
 
 
 def load_objective(run: Run, checkpoint: Path) -> tuple[MaskedLM, dict[str, Any]]:

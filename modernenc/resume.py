@@ -38,13 +38,15 @@ def resume(path: Path, overrides: list[str]) -> None:
 
     from omegaconf import OmegaConf
 
+    from modernenc.model import locate
+
+    run, checkpoint = locate(path)
+
     from modernenc import checkpoints
     from modernenc.checks import check_run
     from modernenc.data.loader import open_mixes
     from modernenc.fit import fit
-    from modernenc.model import locate
 
-    run, checkpoint = locate(path)
     merged = OmegaConf.merge(OmegaConf.structured(run), OmegaConf.from_dotlist(overrides))
     run = cast(Run, OmegaConf.to_object(merged))
     curriculum, corpus = check_run(run)
