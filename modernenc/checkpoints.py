@@ -62,12 +62,10 @@ class Checkpointing(L.Callback):
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._tokens_at_save = 0
         self._time_of_save = time.monotonic()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count from where the run stands."""
-        self._tokens_at_save = cast("Pretraining", pl_module).tokens_seen
+        """Start the clock."""
         self._time_of_save = time.monotonic()
 
     def on_train_batch_end(
@@ -76,18 +74,15 @@ class Checkpointing(L.Callback):
         """Save when it is due."""
         module = cast("Pretraining", pl_module)
         phase = module.finished_phase
-        if not phase and not self._due(module.tokens_seen):
+        every_s = self.run.checkpoint.every_minutes * 60
+        by_time = 0 < every_s <= time.monotonic() - self._time_of_save
+        if not (phase or by_time or module.crossed(self.run.checkpoint.every_tokens)):
             return
         name = f"end-of-{phase}" if phase else f"step-{module.step:08d}"
         trainer.save_checkpoint(Path(self.run.run_dir) / "checkpoints" / f"{name}.ckpt")
-        prune(Path(self.run.run_dir), self.run.checkpoint.keep_last)
-        self._tokens_at_save, self._time_of_save = module.tokens_seen, time.monotonic()
-
-    def _due(self, tokens_seen: int) -> bool:
-        setting = self.run.checkpoint
-        by_tokens = 0 < setting.every_tokens <= tokens_seen - self._tokens_at_save
-        by_time = 0 < setting.every_minutes * 60 <= time.monotonic() - self._time_of_save
-        return by_tokens or by_time
+        if trainer.is_global_zero:
+            prune(Path(self.run.run_dir), self.run.checkpoint.keep_last)
+        self._time_of_save = time.monotonic()
 
 
 def manifest_of(checkpoint: Path) -> Path:

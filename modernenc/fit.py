@@ -56,7 +56,7 @@ def start(run: Run, curriculum: Curriculum) -> None:
 def fit(run: Run, curriculum: Curriculum, corpus: Corpus, checkpoint: Path | None) -> None:
     """Train to the end of the curriculum, from a checkpoint or from the start, then write the report."""
     _configure_logging(Path(run.run_dir))
-    _keep_freed_memory()
+    keep_freed_memory()
     module = Pretraining(run, curriculum, corpus)
     recorder = Recorder(run, Validator(run, curriculum, corpus))
     trainer = L.Trainer(
@@ -76,12 +76,15 @@ def fit(run: Run, curriculum: Curriculum, corpus: Corpus, checkpoint: Path | Non
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    _announce(run, curriculum, module, trainer, checkpoint)
+    if trainer.is_global_zero:
+        _announce(run, curriculum, module, trainer, checkpoint)
+    else:
+        log.setLevel(logging.WARNING)
     trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
+    if trainer.is_global_zero:
+        from modernenc.report import write
 
-    from modernenc.report import write
-
-    log.info("report: %s", write(Path(run.run_dir)))
+        log.info("report: %s", write(Path(run.run_dir)))
 
 
 def _announce(run: Run, curriculum: Curriculum, module: Pretraining, trainer: L.Trainer, checkpoint: Path | None) -> None:
@@ -109,7 +112,7 @@ def _announce(run: Run, curriculum: Curriculum, module: Pretraining, trainer: L.
     write_json(path, events)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Have glibc keep large freed blocks: returning them and faulting them in again took a fifth of a CPU step."""
     if platform.libc_ver()[0] == "glibc":
         mmap_max, trim_threshold = -4, -1  # parameters of mallopt(3)

@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+ALL = "all"
+"""Stands for all sources together in `validation.csv`."""
+
 
 class Table:
     """A CSV file that grows by rows of the same columns, the first of which is `step`."""

@@ -9,9 +9,9 @@ import lightning.pytorch as L
 import torch
 
 from modernenc.config import Run
-from modernenc.metrics import Table
+from modernenc.metrics import ALL, Table
 from modernenc.trainer import Pretraining
-from modernenc.validation import ALL, Validator
+from modernenc.validation import Validator
 
 
 class Recorder(L.Callback):
@@ -27,13 +27,11 @@ class Recorder(L.Callback):
         self.last_validation_loss: float | None = None
         self._sums: list[tuple[torch.Tensor, int, int]] = []
         self._since = time.monotonic()
-        self._validated_at = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget rows of steps that will be made again."""
         module = cast(Pretraining, pl_module)
-        self._validated_at = module.tokens_seen
-        for table in (self.metrics, self.validation):
+        for table in (self.metrics, self.validation) if trainer.is_global_zero else ():
             table.cut_after(module.step)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -50,14 +48,17 @@ class Recorder(L.Callback):
         phase = module.finished_phase
         if module.step % self.run.logger.every_steps == 0 or phase:
             self._record(trainer, module)
-        every = self.run.validation.every_tokens
-        if phase or 0 < every <= module.tokens_seen - self._validated_at:
+        if phase or module.crossed(self.run.validation.every_tokens):
             self._validate(trainer, module)
             self._since = time.monotonic()
 
     def _record(self, trainer: L.Trainer, module: Pretraining) -> None:
         point = self.validator.curriculum.at(module.tokens_seen - 1)
+        # Targets are those of all ranks already.
         loss, targets, tokens = (sum(column) for column in zip(*self._sums, strict=True))
+        if trainer.world_size > 1:
+            sums = torch.tensor([float(loss), float(tokens)], dtype=torch.float64, device=module.device)
+            loss, tokens = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
         seconds = time.monotonic() - self._since
         self.last = {
             "step": module.step,
@@ -72,7 +73,8 @@ class Recorder(L.Callback):
             "tokens_per_s": tokens / seconds,
             "seconds": module.seconds,
         }
-        self.metrics.append(self.last)
+        if trainer.is_global_zero:
+            self.metrics.append(self.last)
         self._log(trainer, module, self.last)
         self._sums = []
         self._since = time.monotonic()
@@ -83,11 +85,11 @@ class Recorder(L.Callback):
             scores = self.validator.scores(module.objective, phase)
         for score in scores:
             row = {"step": module.step, "tokens_seen": module.tokens_seen, "phase": phase, **asdict(score)}
-            self.validation.append(row)
+            if trainer.is_global_zero:
+                self.validation.append(row)
             if score.source == ALL:
                 self._log(trainer, module, {f"validation/{score.seq_len}/{score.mask_ratio}": score.loss})
         self.last_validation_loss = next(score.loss for score in scores if score.source == ALL)
-        self._validated_at = module.tokens_seen
 
     def _log(self, trainer: L.Trainer, module: Pretraining, figures: dict[str, Any]) -> None:
         numbers = {name: float(value) for name, value in figures.items() if isinstance(value, int | float)}

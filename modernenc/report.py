@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from modernenc.cli import one_line_errors
 from modernenc.config import CONFIG, Run, load
 from modernenc.curriculum import Curriculum
-from modernenc.metrics import Table
+from modernenc.data.blocks import VALIDATION, Corpus
+from modernenc.metrics import ALL, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,15 +46,16 @@ def write(run_dir: Path) -> Path:
     run.run_dir = str(run_dir)
     curriculum = Curriculum(run.phases)
     training, validation = Table(run_dir / "metrics.csv").read(), Table(run_dir / "validation.csv").read()
-    picture = draw_curriculum(curriculum)
+    picture = draw_curriculum(run, curriculum)
     picture.savefig(run_dir / "curriculum.png", dpi=110)
     sections = [
         f"<h1>{html.escape(run.recipe)}</h1>",
         _facts(run, curriculum, training, validation),
-        "<h2>Loss</h2>", _image(_draw_loss(curriculum, training, validation)),
+        "<h2>Loss</h2>", _image(_draw_loss(run, curriculum, training, validation)),
         "<h2>Validation</h2>", _validation_table(run, validation),
         "<h2>Curriculum</h2>", _image(picture),
         "<h2>Throughput</h2>", _image(_draw_throughput(curriculum, training)),
+        "<h2>Tokens</h2>", _account(run_dir),
         "<h2>Fill-mask on held-out text</h2>", _samples(run, run_dir),
         "<h2>Lineage</h2>", _preformatted((run_dir / "lineage.json").read_text()),
         "<h2>Configuration</h2>", _preformatted((run_dir / CONFIG).read_text()),
@@ -64,8 +66,8 @@ def write(run_dir: Path) -> Path:
     return path
 
 
-def draw_curriculum(curriculum: Curriculum) -> "Figure":
-    """Learning rate, batch, length and mask ratio over tokens seen."""
+def draw_curriculum(run: Run, curriculum: Curriculum) -> "Figure":
+    """Learning rate, batch, length, mask ratio and what phases set of the backbone, over tokens seen."""
     from matplotlib import pyplot
 
     tokens = sorted(
@@ -79,7 +81,7 @@ def draw_curriculum(curriculum: Curriculum) -> "Figure":
         "row length": [point.seq_len for point in points],
         "mask ratio": [point.mask_ratio for point in points],
         **{
-            key: [point.backbone.get(key, float("nan")) for point in points]
+            key: [point.backbone.get(key, run.backbone.get(key)) for point in points]
             for key in sorted({key for point in points for key in point.backbone})
         },
     }
@@ -94,7 +96,7 @@ def draw_curriculum(curriculum: Curriculum) -> "Figure":
     return figure
 
 
-def _draw_loss(curriculum: Curriculum, training: list[dict[str, str]], validation: list[dict[str, str]]) -> "Figure":
+def _draw_loss(run: Run, curriculum: Curriculum, training: list[dict[str, str]], validation: list[dict[str, str]]) -> "Figure":
     from matplotlib import pyplot
 
     scale, unit = _token_scale(curriculum.total_tokens)
@@ -104,16 +106,32 @@ def _draw_loss(curriculum: Curriculum, training: list[dict[str, str]], validatio
     first = min((int(row["seq_len"]) for row in validation), default=0)
     lengths = sorted({int(row["seq_len"]) for row in validation})
     for length, colour in zip(lengths, ("#1f4e79", "#b3541e", "#3a7d44"), strict=False):
-        rows = [row for row in validation if _is(row, "all", length, 0.15)]
+        rows = [row for row in validation if _is(row, ALL, length, 0.15)]
         label = f"validation, rows of {length}, 15 %"
         style = "o-" if length == first else "s--"
         axis.plot([int(row["tokens_seen"]) / scale for row in rows], [float(row["loss"]) for row in rows], style,
                   color=colour, markersize=4, label=label)  # fmt: skip
+    if validation:
+        axis.axhline(_unigram(run, validation), color="#888", linestyle=":", label="unigram frequencies")
     axis.set_xlabel(f"tokens seen ({unit})")
     axis.set_ylabel("nats per predicted token")
     _shade(axis, curriculum, scale)
     axis.legend(frameon=False)
     return figure
+
+
+def _unigrams(run: Run) -> dict[str, float]:
+    """Nats per held-out token of each source, for one who knows the frequencies of tokens and nothing else."""
+    sources = Corpus(Path(run.data.root), run.data.hint).sources
+    return {source: entry[VALIDATION]["unigram_nats"] for source, entry in sources.items()}
+
+
+def _unigram(run: Run, validation: list[dict[str, str]]) -> float:
+    """The same over all sources, each with the weight that it has in validation."""
+    last = [row for row in validation if row["step"] == validation[-1]["step"]]
+    targets = {row["source"]: int(row["targets"]) for row in last if row["source"] != ALL}
+    unigrams = _unigrams(run)
+    return sum(unigrams[source] * count for source, count in targets.items()) / sum(targets.values())
 
 
 def _draw_throughput(curriculum: Curriculum, training: list[dict[str, str]]) -> "Figure":
@@ -148,7 +166,7 @@ def _facts(run: Run, curriculum: Curriculum, training: list[dict[str, str]], val
         ("training loss", f"{float(last['loss']):.3f} nats"),
     ]
     first = next(iter(run.phases.values())).seq_len
-    finals = [row for row in validation if _is(row, "all", first, 0.15)]
+    finals = [row for row in validation if _is(row, ALL, first, 0.15)]
     if finals:
         cells.append((f"validation loss, rows of {first}, 15 %", f"{float(finals[-1]['loss']):.3f} nats"))
     head = "".join(f"<td>{name}<br><b>{value}</b></td>" for name, value in cells)
@@ -157,11 +175,9 @@ def _facts(run: Run, curriculum: Curriculum, training: list[dict[str, str]], val
 
 def _validation_table(run: Run, validation: list[dict[str, str]]) -> str:
     """Loss per source at the last step of each phase, beside the unigram baseline."""
-    from modernenc.data.blocks import VALIDATION, Corpus
-
     if not validation:
         return "<p>No validation yet.</p>"
-    sources = Corpus(Path(run.data.root), run.data.hint).sources
+    unigrams = {**_unigrams(run), ALL: _unigram(run, validation)}
     settings = sorted({(int(row["seq_len"]), float(row["mask_ratio"])) for row in validation})
     tables = []
     for seq_len, ratio in settings:
@@ -171,14 +187,38 @@ def _validation_table(run: Run, validation: list[dict[str, str]]) -> str:
         lines = []
         for source in dict.fromkeys(row["source"] for row in rows):
             at_end = {row["phase"]: row for row in rows if row["source"] == source and ends[row["phase"]] == row["step"]}
-            baseline = f"{sources[source][VALIDATION]['unigram_nats']:.2f}" if source in sources else ""
             values = "".join(f"<td>{float(row['loss']):.3f}</td>" for row in at_end.values())
             accuracy = f"<td>{float(list(at_end.values())[-1]['accuracy']):.1%}</td>"
-            lines.append(f"<tr><td>{html.escape(source)}</td><td>{baseline}</td>{values}{accuracy}</tr>")
+            lines.append(f"<tr><td>{html.escape(source)}</td><td>{unigrams[source]:.3f}</td>{values}{accuracy}</tr>")
         title = f"<h3>Rows of {seq_len}, {ratio:.0%} predicted (nats per token)</h3>"
         header = f"<tr><th>source</th><th>unigram</th>{head}<th>accuracy now</th></tr>"
         tables.append(f"{title}<table>{header}{''.join(lines)}</table>")
     return "".join(tables)
+
+
+def _account(run_dir: Path) -> str:
+    """Where the tokens of each phase went, up to the newest checkpoint."""
+    from modernenc.checkpoints import STATE_KEY, AtomicCheckpointIO, newest
+
+    try:
+        accounts = AtomicCheckpointIO().load_checkpoint(newest(run_dir))[STATE_KEY]["data"]["accounts"]
+    except FileNotFoundError:
+        return "<p>No checkpoint yet.</p>"
+    lines = []
+    for phase, account in accounts.items():
+        served, drawn = sum(account["served"].values()), sum(account["drawn"].values())
+        capacity = served + account["special"] + account["padding"]
+        shares = ", ".join(
+            f"{name.partition('/')[0]} {tokens / served:.1%}" for name, tokens in sorted(account["served"].items())
+        )
+        numbers = (served, account["special"], account["padding"], drawn - served, account["cuts"])
+        cells = "".join(f"<td>{number:,}</td>" for number in numbers)
+        lines.append(f"<tr><td>{html.escape(phase)}</td>{cells}<td>{1 - account['padding'] / capacity:.2%}</td>"
+                     f"<td>{html.escape(shares)}</td></tr>")  # fmt: skip
+    head = "".join(
+        f"<th>{name}</th>" for name in ("phase", "text", "cls, sep", "padding", "left in windows", "cuts", "fill", "served")
+    )
+    return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
 
 
 def _samples(run: Run, run_dir: Path) -> str:
@@ -186,7 +226,6 @@ def _samples(run: Run, run_dir: Path) -> str:
     import torch
     from tokenizers import Tokenizer
 
-    from modernenc.data.blocks import VALIDATION, Corpus
     from modernenc.model import load_objective, locate
 
     try:

@@ -1,7 +1,12 @@
 """Train a recipe: `python -m modernenc.train +recipe=NAME`."""
 
+import os
+
 from modernenc.cli import run
 from modernenc.config import Run, register
+
+LEADING_RUN_DIR = "MODERNENC_RUN_DIR"
+"""Tells further ranks the folder of the first, whose name holds the time."""
 
 
 def main(config: Run) -> None:
@@ -14,7 +19,12 @@ def main(config: Run) -> None:
     from modernenc.fit import fit, start  # torch and Lightning take seconds to import: mistakes are told before
 
     open_mixes(config, corpus)
-    start(config, curriculum)
+    if launched := os.environ.get(LEADING_RUN_DIR):  # a further rank, launched by Lightning with the same command
+        config.run_dir = launched
+    config.data.root = str(corpus.root.resolve())  # a run may be resumed from another folder
+    if not launched:
+        start(config, curriculum)
+        os.environ[LEADING_RUN_DIR] = config.run_dir
     fit(config, curriculum, corpus, checkpoint=None)
 
 

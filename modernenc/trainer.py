@@ -17,7 +17,7 @@ from modernenc.checkpoints import STATE_KEY
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum, Point
 from modernenc.data.blocks import Corpus
-from modernenc.data.loader import DataState, Step, StepLoader, Steps
+from modernenc.data.loader import DataState, Step, StepLoader, Steps, merge
 from modernenc.model import build_objective, set_backbone
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,11 @@ class Pretraining(L.LightningModule):
         """The phase that ends exactly here; empty in the midst of one."""
         ends = {self.curriculum.end_of(phase): phase for phase in self.run.phases}
         return ends.get(self.tokens_seen, "")
+
+    def crossed(self, every_tokens: float) -> bool:
+        """Whether the last step reached or passed a multiple of `every_tokens`; never for 0."""
+        before = self.tokens_seen - self.curriculum.at(self.tokens_seen - 1).step_tokens
+        return every_tokens > 0 and self.tokens_seen // every_tokens > before // every_tokens
 
     def configure_optimizers(self) -> list[Optimizer]:
         """The optimizers that the recipe chose."""
@@ -107,7 +112,7 @@ class Pretraining(L.LightningModule):
             "phase": self.curriculum.at(self.tokens_seen - 1).phase,
             "boundary": bool(self.finished_phase),
             "seconds": self.seconds,
-            "data": self.data_state,
+            "data": self._data_state_of_all_ranks(),
             "tokenizer_sha256": self.corpus.manifest["tokenizer"]["sha256"],
             "threads": torch.get_num_threads(),
         }
@@ -129,6 +134,13 @@ class Pretraining(L.LightningModule):
         self.step = state["step"]
         self.seconds = state["seconds"]
         self.data_state = state["data"]
+
+    def _data_state_of_all_ranks(self) -> dict[str, Any]:
+        if self.trainer.world_size == 1:
+            return self.data_state
+        states: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(states, self.data_state)
+        return merge([DataState.from_dict(state) for state in states]).to_dict()
 
     def _seed_dropout(self, first_row: int) -> None:
         """Dropout is a function of (seed, step, row), not of what ran before."""

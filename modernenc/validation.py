@@ -11,11 +11,11 @@ from modernenc.data.blocks import VALIDATION, Corpus
 from modernenc.data.lanes import Chunk, Row, seed_of
 from modernenc.data.masking import Masker, MicroBatch, collate
 from modernenc.data.packing import SPECIALS, cut, pack
+from modernenc.metrics import ALL
 from modernenc.objectives.masked_lm import MaskedLM
 
 FIXED_RATIO = 0.15
 """Mask ratio at which every model and phase is validated, so that losses compare."""
-ALL = "all"
 
 
 @dataclass(frozen=True)

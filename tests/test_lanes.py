@@ -9,7 +9,7 @@ from modernenc.checks import check_run
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.data.lanes import BlockOrder, Lane, LaneState, Mix
-from modernenc.data.loader import DataState, Steps
+from modernenc.data.loader import DataState, Steps, merge
 
 
 @pytest.mark.parametrize(
@@ -160,6 +160,22 @@ def test_ranks_together_see_what_one_rank_sees(small_run, world_size):
     for one, many in zip(alone, together, strict=True):
         rows = sorted(contents(one))
         assert rows == sorted(row for step in many for row in contents(step))
+
+
+def test_other_numbers_of_ranks_go_on_from_the_same_state(small_run):
+    run = small_run("trainer.micro_batch_tokens=1", "phases.stable.ramp.tokens=0", "phases.stable.batch_rows=5")
+    alone = list(steps_of(run))
+    state, done = None, 0
+    for world_size, steps in ((2, 9), (3, 11), (1, 1), (4, None)):
+        ranks = [list(steps_of(run, state, rank, world_size)) for rank in range(world_size)]
+        for number, together in enumerate(list(zip(*ranks, strict=True))[:steps]):
+            assert sorted(contents(alone[done + number])) == sorted(row for step in together for row in contents(step))
+        last = (steps or len(ranks[0])) - 1
+        state = merge([DataState.from_dict(rank[last].state) for rank in ranks]).to_dict()
+        assert state["accounts"] == alone[done + last].state["accounts"]
+        assert dict(sorted(state["lanes"].items())) == alone[done + last].state["lanes"]
+        done += last + 1
+    assert done == len(alone)
 
 
 def test_each_optimizer_step_sees_other_text(small_run):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SMALL, command
 
 from modernenc import optim
 from modernenc.checkpoints import newest
@@ -85,6 +86,26 @@ def test_micro_batches_change_the_weights_by_rounding_only(small_run, tmp_path):
     other = weights(train(small_run(*settings, "trainer.micro_batch_tokens=4096", f"run_dir={tmp_path / 'other'}")) / FINAL)
     for name, value in one.items():
         assert float((value - other[name]).norm() / other[name].norm()) < 1e-4, name
+
+
+@pytest.mark.slow
+def test_two_ranks_end_with_the_weights_of_one(corpus_root, tmp_path):
+    settings = ["+recipe=demo", *SMALL, f"data.root={corpus_root}", "optim=adamw", "optim.lr=1e-3", "trainer.precision=32-true"]
+    for ranks in (1, 2):
+        devices = [
+            f"trainer.devices={ranks}",
+            f"run_dir={tmp_path / str(ranks)}",
+            *(["trainer.strategy=ddp"] if ranks > 1 else []),
+        ]
+        result = command("modernenc.train", *settings, *devices)
+        assert result.returncode == 0, result.stderr
+    one, other = weights(tmp_path / "1" / FINAL), weights(tmp_path / "2" / FINAL)
+    for name, value in one.items():
+        assert float((value - other[name]).norm() / other[name].norm()) < 1e-5, name
+    losses = [[float(row["loss"]) for row in Table(tmp_path / ranks / "metrics.csv").read()] for ranks in "12"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    states = [torch.load(tmp_path / ranks / FINAL, weights_only=True)["modernenc"]["data"] for ranks in "12"]
+    assert states[0] == {**states[1], "lanes": dict(sorted(states[1]["lanes"].items()))}
 
 
 def test_a_finished_run_is_left_alone(small_run, capsys):

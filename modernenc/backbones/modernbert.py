@@ -7,6 +7,7 @@ first, attends globally, the others to a window.
 import math
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -147,7 +148,8 @@ class Embeddings(nn.Module):
 
     def __init__(self, vocab_size: int, hidden_size: int, norm_eps: float) -> None:
         super().__init__()
-        self.tok_embeddings = nn.Embedding(vocab_size, hidden_size)
+        # Unfilled: the model initialises it. nn.Embedding's own normal_, on the meta device, would import torch's compiler.
+        self.tok_embeddings = nn.Embedding.from_pretrained(torch.empty(vocab_size, hidden_size), freeze=False)
         self.norm = nn.LayerNorm(hidden_size, norm_eps, bias=False)
 
     def forward(self, input_ids: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens hidden"]:

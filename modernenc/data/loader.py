@@ -41,6 +41,15 @@ class PhaseAccount:
         self.special += SPECIALS * len(row)
         self.padding += seq_len - text - SPECIALS * len(row)
 
+    def add(self, other: "PhaseAccount") -> None:
+        """Count what another rank counted."""
+        for mine, theirs in ((self.drawn, other.drawn), (self.served, other.served)):
+            for name, tokens in theirs.items():
+                mine[name] = mine.get(name, 0) + tokens
+        self.special += other.special
+        self.padding += other.padding
+        self.cuts += other.cuts
+
 
 @dataclass
 class DataState:
@@ -97,7 +106,13 @@ class Steps(IterableDataset[Step]):
     def __iter__(self) -> Iterator[Step]:
         """Make steps, one optimizer step each."""
         state = DataState.from_dict(self.state.to_dict())
-        lanes = {lane: self._lane(lane, state.phase, LaneState(**saved)) for lane, saved in state.lanes.items()}
+        if self.rank:  # rank 0 carries on the account of all ranks
+            state.accounts = {phase: PhaseAccount() for phase in state.accounts}
+        lanes = {
+            lane: self._lane(lane, state.phase, LaneState(**saved))
+            for lane, saved in state.lanes.items()
+            if lane % self.world_size == self.rank
+        }
         for point in self.curriculum.steps(state.tokens_seen):
             if point.phase != state.phase:
                 lanes = self._enter(point.phase, lanes)
@@ -163,6 +178,16 @@ def _count_draws(account: PhaseAccount, lane: Lane) -> None:
 def open_mixes(run: Run, corpus: Corpus) -> dict[str, Mix]:
     """The mix of each phase, opened; FileNotFoundError or ValueError names a shard that is absent or cut short."""
     return {name: Mix(corpus, phase.mix, run.data.lanes, run.seed) for name, phase in run.phases.items()}
+
+
+def merge(states: list[DataState]) -> DataState:
+    """The state of a run from those of its ranks after the same step: any number of ranks can go on from it."""
+    merged = DataState(states[0].tokens_seen, states[0].phase)
+    for state in states:
+        merged.lanes.update(state.lanes)
+        for phase, account in state.accounts.items():
+            merged.accounts.setdefault(phase, PhaseAccount()).add(account)
+    return merged
 
 
 class StepLoader(DataLoader[Step]):
