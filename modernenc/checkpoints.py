@@ -8,19 +8,13 @@ Lightning's own writer makes its temporary file in $TMPDIR and copies it, which 
 import json
 import logging
 import os
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
-import lightning.pytorch as L
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
-from modernenc.config import Run
 from modernenc.hashing import hash_file
-
-if TYPE_CHECKING:
-    from modernenc.trainer import Pretraining
 
 log = logging.getLogger(__name__)
 
@@ -55,34 +49,6 @@ class AtomicCheckpointIO(CheckpointIO):
         """Delete a checkpoint and its manifest."""
         manifest_of(Path(path)).unlink(missing_ok=True)
         Path(path).unlink(missing_ok=True)
-
-
-class Checkpointing(L.Callback):
-    """Save at each phase boundary, and between them by tokens and by time. Checkpoints are at step boundaries."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self._time_of_save = time.monotonic()
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
-        self._time_of_save = time.monotonic()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save when it is due."""
-        module = cast("Pretraining", pl_module)
-        phase = module.finished_phase
-        every_s = self.run.checkpoint.every_minutes * 60
-        by_time = 0 < every_s <= time.monotonic() - self._time_of_save
-        if not (phase or by_time or module.crossed(self.run.checkpoint.every_tokens)):
-            return
-        name = f"end-of-{phase}" if phase else f"step-{module.step:08d}"
-        trainer.save_checkpoint(Path(self.run.run_dir) / "checkpoints" / f"{name}.ckpt")
-        if trainer.is_global_zero:
-            prune(Path(self.run.run_dir), self.run.checkpoint.keep_last)
-        self._time_of_save = time.monotonic()
 
 
 def manifest_of(checkpoint: Path) -> Path:

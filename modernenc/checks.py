@@ -84,10 +84,14 @@ def _check_ranks(run: Run) -> None:
             f"trainer.devices x trainer.num_nodes = {ranks} ranks exceed data.lanes={run.data.lanes}; "
             "use fewer devices or more lanes (more lanes make another run)"
         )
+    # Rank r serves the lanes l with l mod ranks = r: where the lanes start over, its next row may be that much further.
+    needed = ranks + run.data.lanes % ranks
     for name, phase in run.phases.items():
-        rows = phase.ramp.start_rows if phase.ramp.tokens else phase.batch_rows
-        if rows < ranks:
-            raise ValueError(f"phases.{name}: {rows} rows a step leave some of the {ranks} ranks without a row; raise them")
+        key, rows = ("ramp.start_rows", phase.ramp.start_rows) if phase.ramp.tokens else ("batch_rows", phase.batch_rows)
+        if rows < needed:
+            raise ValueError(
+                f"phases.{name}.{key}={rows}: {ranks} ranks and {run.data.lanes} lanes need at least {needed} rows"
+            )
 
 
 def _check_arguments(group: str, node: Any, find: Callable[[str], Any], given: tuple[str, ...] = ()) -> Any:

@@ -18,12 +18,12 @@ from rich.logging import RichHandler
 
 import modernenc
 from modernenc.backbones.attention import path_for
-from modernenc.checkpoints import AtomicCheckpointIO, Checkpointing, write_json
+from modernenc.checkpoints import AtomicCheckpointIO, write_json
 from modernenc.config import CONFIG, Run
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.progress import TokenProgress
-from modernenc.recorder import Recorder
+from modernenc.recorder import Checkpointing, Recorder
 from modernenc.trainer import Pretraining
 from modernenc.validation import Validator
 

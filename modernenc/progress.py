@@ -45,7 +45,7 @@ class TokenProgress(L.Callback):
     ) -> None:
         """Move on."""
         module = cast(Pretraining, pl_module)
-        phase = self.curriculum.at(module.tokens_seen - 1).phase
+        phase = module.last_point.phase
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=module.step, description=phase, text=self._text(module))
         elif trainer.is_global_zero and time.monotonic() - self._last_line > _LINE_EVERY_S:

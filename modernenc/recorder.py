@@ -1,4 +1,4 @@
-"""Write down what happens: training figures every few steps, validation at phase boundaries and between."""
+"""What a run writes after a step: training figures, validation, checkpoints."""
 
 import time
 from dataclasses import asdict
@@ -8,6 +8,7 @@ from typing import Any, cast
 import lightning.pytorch as L
 import torch
 
+from modernenc.checkpoints import prune
 from modernenc.config import Run
 from modernenc.metrics import ALL, Table
 from modernenc.trainer import Pretraining
@@ -53,7 +54,7 @@ class Recorder(L.Callback):
             self._since = time.monotonic()
 
     def _record(self, trainer: L.Trainer, module: Pretraining) -> None:
-        point = self.validator.curriculum.at(module.tokens_seen - 1)
+        point = module.last_point
         # Targets are those of all ranks already.
         loss, targets, tokens = (sum(column) for column in zip(*self._sums, strict=True))
         if trainer.world_size > 1:
@@ -80,7 +81,7 @@ class Recorder(L.Callback):
         self._since = time.monotonic()
 
     def _validate(self, trainer: L.Trainer, module: Pretraining) -> None:
-        phase = self.validator.curriculum.at(module.tokens_seen - 1).phase
+        phase = module.last_point.phase
         with trainer.precision_plugin.forward_context():
             scores = self.validator.scores(module.objective, phase)
         for score in scores:
@@ -95,3 +96,31 @@ class Recorder(L.Callback):
         numbers = {name: float(value) for name, value in figures.items() if isinstance(value, int | float)}
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=module.step)
+
+
+class Checkpointing(L.Callback):
+    """Save at each phase boundary, and between them by tokens and by time. Checkpoints are at step boundaries."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._time_of_save = time.monotonic()
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._time_of_save = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save when it is due."""
+        module = cast(Pretraining, pl_module)
+        phase = module.finished_phase
+        every_s = self.run.checkpoint.every_minutes * 60
+        by_time = 0 < every_s <= time.monotonic() - self._time_of_save
+        if not (phase or by_time or module.crossed(self.run.checkpoint.every_tokens)):
+            return
+        name = f"end-of-{phase}" if phase else f"step-{module.step:08d}"
+        trainer.save_checkpoint(Path(self.run.run_dir) / "checkpoints" / f"{name}.ckpt")
+        if trainer.is_global_zero:
+            prune(Path(self.run.run_dir), self.run.checkpoint.keep_last)
+        self._time_of_save = time.monotonic()

@@ -41,6 +41,8 @@ class Pretraining(L.LightningModule):
         self.seconds = 0.0
         """Time spent training, over all resumes."""
         self.data_state = DataState().to_dict()
+        self.last_point = curriculum.at(0)
+        """What the curriculum said of the last step."""
         self.step_sums: tuple[torch.Tensor, int, int] | None = None
         """Loss, predicted tokens and tokens of the last step."""
 
@@ -57,8 +59,7 @@ class Pretraining(L.LightningModule):
 
     def crossed(self, every_tokens: float) -> bool:
         """Whether the last step reached or passed a multiple of `every_tokens`; never for 0."""
-        before = self.tokens_seen - self.curriculum.at(self.tokens_seen - 1).step_tokens
-        return every_tokens > 0 and self.tokens_seen // every_tokens > before // every_tokens
+        return every_tokens > 0 and self.tokens_seen // every_tokens > self.last_point.tokens_seen // every_tokens
 
     def configure_optimizers(self) -> list[Optimizer]:
         """The optimizers that the recipe chose."""
@@ -96,6 +97,7 @@ class Pretraining(L.LightningModule):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        self.last_point = point
         self.tokens_seen += point.step_tokens
         self.step += 1
         self.data_state = batch.state
@@ -109,7 +111,7 @@ class Pretraining(L.LightningModule):
         checkpoint[STATE_KEY] = {
             "tokens_seen": self.tokens_seen,
             "step": self.step,
-            "phase": self.curriculum.at(self.tokens_seen - 1).phase,
+            "phase": self.last_point.phase,
             "boundary": bool(self.finished_phase),
             "seconds": self.seconds,
             "data": self._data_state_of_all_ranks(),

@@ -53,6 +53,7 @@ CASES = {
     "an unknown precision": (["trainer.precision=fp7"], r"trainer.precision=fp7: expected one of bf16-mixed, 32-true"),
     "two workers": (["data.workers=2"], r"data.workers=2: expected 0 or 1"),
     "more ranks than lanes": (["trainer.devices=5"], r"5 ranks exceed data.lanes=4"),
+    "fewer rows than ranks": (["trainer.devices=3"], r"phases.decay.batch_rows=2: 3 ranks and 4 lanes need at least 4 rows"),
     "fewer blocks than lanes": (["data.lanes=5000"], r"data.lanes=5000 exceeds the \d+ blocks of .*phases.stable.mix"),
     "an unknown source": (["+phases.decay.mix.poetry=1"], r"phases.decay.mix.poetry: .* has code, docstrings, reference"),
     "rows longer than the model": (

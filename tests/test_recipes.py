@@ -24,6 +24,17 @@ def test_a_recipe_composes_and_its_plan_shows_every_phase(recipe):
         assert all(source in shown for source in setting.mix)
 
 
+def test_a_recipe_of_ones_own_starts_from_a_shipped_one(tmp_path):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [demo, _self_]\nphases: {decay: {tokens: 123_000}}\n"
+    )
+    result = command("modernenc.plan", "--config-dir", str(tmp_path), "+recipe=mine", "data.root=nowhere")
+    assert result.returncode == 0, result.stderr
+    assert "recipe mine: 5,516,800 parameters" in result.stdout
+    assert "124,928" in result.stdout  # 61 steps of 2,048 tokens
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "stable_adamw"])
 def test_every_optimizer_can_be_planned(optimizer):
     run = composed(["+recipe=demo", f"optim={optimizer}"])

@@ -46,7 +46,7 @@ def test_it_crosses_every_phase_and_learns(small_run, optimizer):
     assert [int(row["step"]) for row in rows] == list(range(1, curriculum.total_steps + 1))
     for row, point in zip(rows, curriculum.steps(), strict=True):
         assert row["phase"] == point.phase
-        assert float(row["lr"]) == pytest.approx(curriculum.at(int(row["tokens_seen"]) - 1).lr)
+        assert float(row["lr"]) == pytest.approx(point.lr)
         assert (int(row["batch_rows"]), int(row["seq_len"])) == (point.batch_rows, point.seq_len)
     scores = [row for row in Table(folder / "validation.csv").read() if row["source"] == "all" and row["seq_len"] == "64"]
     assert float(scores[-1]["loss"]) < float(scores[0]["loss"]) < 6.3
@@ -106,6 +106,17 @@ def test_two_ranks_end_with_the_weights_of_one(corpus_root, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     states = [torch.load(tmp_path / ranks / FINAL, weights_only=True)["modernenc"]["data"] for ranks in "12"]
     assert states[0] == {**states[1], "lanes": dict(sorted(states[1]["lanes"].items()))}
+
+
+@pytest.mark.slow
+def test_wandb_without_a_login_logs_offline_and_stops_nothing(corpus_root, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = ["+recipe=demo", *SMALL, f"data.root={corpus_root}", f"run_dir={tmp_path / 'run'}", "logger.wandb=online"]
+    result = command("modernenc.train", *settings)
+    assert result.returncode == 0, result.stderr
+    assert "there is no login: logging offline" in " ".join(result.stdout.split())
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
 
 
 def test_a_finished_run_is_left_alone(small_run, capsys):
