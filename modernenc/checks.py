@@ -12,6 +12,7 @@ from modernenc.config import Run
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 
+ACCELERATORS = ("auto", "cpu", "gpu")
 PRECISIONS = ("bf16-mixed", "32-true")
 WANDB_MODES = ("off", "offline", "online")
 
@@ -58,12 +59,27 @@ def check_settings(run: Run) -> Curriculum:
     return curriculum
 
 
+def check_hardware(run: Run) -> None:
+    """Raise ValueError when this machine lacks the devices that the run asks for."""
+    import torch
+
+    devices = torch.cuda.device_count()
+    if run.trainer.accelerator == "gpu" and devices < run.trainer.devices:
+        raise ValueError(
+            f"trainer.accelerator=gpu trainer.devices={run.trainer.devices}: this machine has {devices} CUDA devices; "
+            "ask for fewer, or for trainer.accelerator=cpu trainer.devices=1 trainer.strategy=auto"
+        )
+
+
 def _check_values(run: Run) -> None:
     def require(holds: bool, key: str, value: object, expected: str) -> None:
         if not holds:
             raise ValueError(f"{key}={value}: expected {expected}")
 
     trainer, data = run.trainer, run.data
+    require(
+        trainer.accelerator in ACCELERATORS, "trainer.accelerator", trainer.accelerator, f"one of {', '.join(ACCELERATORS)}"
+    )
     require(trainer.precision in PRECISIONS, "trainer.precision", trainer.precision, f"one of {', '.join(PRECISIONS)}")
     require(trainer.micro_batch_tokens > 0, "trainer.micro_batch_tokens", trainer.micro_batch_tokens, "1 or more")
     require(trainer.devices > 0, "trainer.devices", trainer.devices, "1 or more")

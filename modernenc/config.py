@@ -85,7 +85,7 @@ class Trainer:
     """Hardware and precision. Nothing here changes which tokens a step sees."""
 
     accelerator: str = MISSING
-    """Lightning's accelerator: auto, cpu, gpu."""
+    """Lightning's accelerator: auto, cpu or gpu."""
     devices: int = MISSING
     """Devices per node."""
     num_nodes: int = 1

@@ -145,10 +145,12 @@ def _loggers(run: Run) -> list[Logger]:
     from lightning.pytorch.loggers import WandbLogger
 
     offline = run.logger.wandb == "offline"
-    if not offline and wandb.api.api_key is None:
+    if not offline and not wandb.login(prompt=False):
         log.warning("logger.wandb=online, but there is no login: logging offline; run wandb login, then wandb sync")
         offline = True
-    return [WandbLogger(project=run.logger.project, name=run.recipe, save_dir=run.run_dir, offline=offline)]
+    return [
+        WandbLogger(project=run.logger.project, name=run.recipe, save_dir=run.run_dir, mode="offline" if offline else "online")
+    ]
 
 
 def _configure_logging(run_dir: Path) -> None:

@@ -50,8 +50,9 @@ class Recorder(L.Callback):
         if module.step % self.run.logger.every_steps == 0 or phase:
             self._record(trainer, module)
         if phase or module.crossed(self.run.validation.every_tokens):
+            started = time.monotonic()
             self._validate(trainer, module)
-            self._since = time.monotonic()
+            self._since += time.monotonic() - started  # speed is that of training
 
     def _record(self, trainer: L.Trainer, module: Pretraining) -> None:
         point = module.last_point

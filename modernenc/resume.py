@@ -43,13 +43,14 @@ def resume(path: Path, overrides: list[str]) -> None:
     run, checkpoint = locate(path)
 
     from modernenc import checkpoints
-    from modernenc.checks import check_run
+    from modernenc.checks import check_hardware, check_run
     from modernenc.data.loader import open_mixes
     from modernenc.fit import fit
 
     merged = OmegaConf.merge(OmegaConf.structured(run), OmegaConf.from_dotlist(overrides))
     run = cast(Run, OmegaConf.to_object(merged))
     curriculum, corpus = check_run(run)
+    check_hardware(run)
     open_mixes(run, corpus)
     if checkpoints.read_manifest(checkpoint)["tokens_seen"] >= curriculum.total_tokens:
         print(f"{run.run_dir} is finished: {checkpoint} is at the end of the curriculum")

@@ -11,9 +11,10 @@ LEADING_RUN_DIR = "MODERNENC_RUN_DIR"
 
 def main(config: Run) -> None:
     """Check the run, then train it in a new folder."""
-    from modernenc.checks import check_run
+    from modernenc.checks import check_hardware, check_run
 
     curriculum, corpus = check_run(config)
+    check_hardware(config)
 
     from modernenc.data.loader import open_mixes
     from modernenc.fit import fit, start  # torch and Lightning take seconds to import: mistakes are told before

@@ -51,9 +51,18 @@ CASES = {
     "an unknown key of the optimizer": (["+optim.beta=3"], r"optim.beta: unknown key; muon takes lr"),
     "a wrong type in the backbone": (["backbone.hidden_size=wide"], r"backbone.hidden_size=wide: expected int"),
     "an unknown precision": (["trainer.precision=fp7"], r"trainer.precision=fp7: expected one of bf16-mixed, 32-true"),
+    "more devices than there are": (
+        [
+            "trainer.accelerator=gpu",
+            "trainer.devices=99",
+            "data.lanes=100",
+            "phases={stable: {batch_rows: 200, ramp: {tokens: 0}}, extend: {batch_rows: 200}, decay: {batch_rows: 200}}",
+        ],
+        r"trainer.accelerator=gpu trainer.devices=99: this machine has \d+ CUDA devices",
+    ),
     "two workers": (["data.workers=2"], r"data.workers=2: expected 0 or 1"),
     "more ranks than lanes": (["trainer.devices=5"], r"5 ranks exceed data.lanes=4"),
-    "fewer rows than ranks": (["trainer.devices=3"], r"phases.decay.batch_rows=2: 3 ranks and 4 lanes need at least 4 rows"),
+    "fewer rows than ranks": (["trainer.devices=3"], r"phases.extend.batch_rows=2: 3 ranks and 4 lanes need at least 4 rows"),
     "fewer blocks than lanes": (["data.lanes=5000"], r"data.lanes=5000 exceeds the \d+ blocks of .*phases.stable.mix"),
     "an unknown source": (["+phases.decay.mix.poetry=1"], r"phases.decay.mix.poetry: .* has code, docstrings, reference"),
     "rows longer than the model": (
