@@ -17,6 +17,7 @@ import numpy as np
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
+from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -97,7 +98,7 @@ def _inputs(name: str, source: Any) -> list[str]:
     """What a source reads, with sizes and times, so that a change is noticed."""
     try:
         reader = instantiate(source.reader)
-    except Exception as error:  # whatever a reader's constructor finds wrong is the user's argument
+    except (HydraException, ValueError, OSError) as error:
         raise ValueError(f"sources.{name}.reader: {error}") from error
     if hasattr(reader, "files"):
         try:

@@ -81,7 +81,7 @@ def corpus_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "code": python("code"),
                 "docstrings": python("docstrings"),
                 "reference": Source(
-                    reader=reference, limit_mb=0.3, licence="Apache-2.0", url="https://pypi.org/project/botocore"
+                    reader=reference, limit_mb=0.3, licence="Apache-2.0", url="https://github.com/boto/botocore"
                 ),
             },
             tokenizer=Tokenizer(vocab_size=512, train_mb=0.3),
