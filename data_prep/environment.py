@@ -9,6 +9,7 @@ import importlib.util
 import json
 import re
 import sysconfig
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from html import unescape
 from pathlib import Path
@@ -27,13 +28,15 @@ class _Files(PipelineStep):
     type = "📖 - READER"
     name = "🐍 Python environment"
 
+    @abstractmethod
     def files(self) -> list[Path]:
         """What is read, in order."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def documents(self, path: Path) -> Iterator[Document]:
         """The documents of one file."""
-        raise NotImplementedError
+        ...
 
     def run(self, data: Iterable[Document] | None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Read every `world_size`-th file, from the `rank`-th."""
