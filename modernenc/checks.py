@@ -14,6 +14,9 @@ from modernenc.data.blocks import Corpus
 
 ACCELERATORS = ("auto", "cpu", "gpu")
 PRECISIONS = ("bf16-mixed", "32-true")
+STRATEGIES = ("auto", "ddp", "fsdp")
+DETERMINISM = ("fast", "strict")
+ACTIONS = ("off", "warn", "stop")
 WANDB_MODES = ("off", "offline", "online")
 
 
@@ -81,6 +84,17 @@ def _check_values(run: Run) -> None:
         trainer.accelerator in ACCELERATORS, "trainer.accelerator", trainer.accelerator, f"one of {', '.join(ACCELERATORS)}"
     )
     require(trainer.precision in PRECISIONS, "trainer.precision", trainer.precision, f"one of {', '.join(PRECISIONS)}")
+    require(trainer.strategy in STRATEGIES, "trainer.strategy", trainer.strategy, f"one of {', '.join(STRATEGIES)}")
+    require(trainer.determinism in DETERMINISM, "trainer.determinism", trainer.determinism, f"one of {', '.join(DETERMINISM)}")
+    require(run.watch.action in ACTIONS, "watch.action", run.watch.action, f"one of {', '.join(ACTIONS)}")
+    require(run.clip_grad_norm >= 0, "clip_grad_norm", run.clip_grad_norm, "a norm, or 0 for no limit")
+    muon = str(run.optim.get("_target_", "")).endswith(".muon") if isinstance(run.optim, dict) else False
+    require(
+        not (muon and trainer.strategy == "fsdp"),
+        "trainer.strategy",
+        "fsdp",
+        "ddp with optim=muon, whose matrices must be whole",
+    )
     require(trainer.micro_batch_tokens > 0, "trainer.micro_batch_tokens", trainer.micro_batch_tokens, "1 or more")
     require(trainer.devices > 0, "trainer.devices", trainer.devices, "1 or more")
     require(trainer.num_nodes > 0, "trainer.num_nodes", trainer.num_nodes, "1 or more")

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -17,6 +17,8 @@ from modernenc.config import CONF_DIR
 Config = TypeVar("Config")
 
 _TRACEBACK = "HYDRA_FULL_ERROR"
+_FIELDS = {"from": "branch_from"}
+"""Keys of the command line that Python cannot have as names of fields."""
 
 
 def run(schema: type[Config], group: str, config_name: str, job: Callable[[Config], None]) -> None:
@@ -49,9 +51,10 @@ class one_line_errors:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         """Turn a mistake into one line on stderr and status 2."""
-        mistakes = (HydraException, OmegaConfBaseException, YAMLError, ValueError, FileNotFoundError)
+        mistakes = (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError)
         if isinstance(error, mistakes) and not self.verbose:
-            print(f"error: {_message(error)}", file=sys.stderr)
+            rank = os.environ.get("RANK", "0")
+            print(f"error{'' if rank == '0' else f' on rank {rank}'}: {_message(error)}", file=sys.stderr)
             sys.stderr.flush()
             raise SystemExit(2) from None
 
@@ -69,6 +72,11 @@ def typed(cfg: DictConfig, schema: type[Config], group: str) -> Config:
     if group not in choices:
         known = sorted(hydra_options(group))
         raise ValueError(f"no {group} chosen; add +{group}=NAME, with one of: {', '.join(known)}")
+    with open_dict(cfg):
+        for said, field in _FIELDS.items():
+            if said in cfg:
+                cfg[field] = cfg.pop(said)
+    cfg = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(schema), cfg))  # an unknown key is refused here
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ValueError(f"{', '.join(missing)}: no value; set it in the {group} or on the command line")

@@ -91,9 +91,13 @@ class Trainer:
     num_nodes: int = 1
     """Nodes."""
     strategy: str = "auto"
-    """Lightning's strategy."""
+    """How several devices share the work: auto (ddp where there are several), ddp, or fsdp (FSDP2: weights and optimizer
+    states are split over them)."""
     precision: str = MISSING
     """`bf16-mixed` (fp32 weights, bf16 matrix products) or `32-true`."""
+    determinism: str = "fast"
+    """fast, or strict: the same bits from the same run on GPUs too, by slower kernels where there are some; a CPU always gives
+    the same bits."""
     micro_batch_tokens: int = MISSING
     """Row capacity of one forward pass per device; at least one row is taken."""
 
@@ -121,6 +125,20 @@ class Validation:
 
 
 @dataclass
+class Watch:
+    """When to say that training goes wrong."""
+
+    action: str = MISSING
+    """off, warn, or stop: end the run after some spikes in a row, without saving, and say what to go back to."""
+    window_tokens: float = MISSING
+    """Rows of figures of the last so many tokens are what a new one is compared with."""
+    z: float = MISSING
+    """Robust standard deviations above the median, of loss or log gradient norm, that make a spike."""
+    patience: int = MISSING
+    """Spikes in a row, in rows of figures, after which `stop` stops."""
+
+
+@dataclass
 class Logger:
     """Where figures go besides `metrics.csv`."""
 
@@ -140,18 +158,23 @@ class Run:
     """Name of the recipe; set by `+recipe=NAME`."""
     run_dir: str = MISSING
     """Folder that the run writes."""
+    branch_from: str = ""
+    """Checkpoint of another run to go on from, set by `+from=CKPT`; empty starts afresh."""
     seed: int = MISSING
     """Seed of initialisation, data order, masks and dropout."""
     backbone: Any = MISSING
     """`_target_`: a backbone class, and its arguments."""
     optim: Any = MISSING
     """`_target_`: a function of `modernenc.optim`, and its arguments; `lr` and `weight_decay` among them."""
+    clip_grad_norm: float = 0
+    """Largest norm of a step's gradient, which is scaled down to it; 0 means no limit."""
     phases: dict[str, Phase] = MISSING
     """The curriculum, in the order written."""
     data: Data = field(default_factory=Data)
     trainer: Trainer = field(default_factory=Trainer)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     validation: Validation = field(default_factory=Validation)
+    watch: Watch = field(default_factory=Watch)
     logger: Logger = field(default_factory=Logger)
 
 

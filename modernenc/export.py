@@ -42,6 +42,8 @@ def export(path: Path, out: Path) -> float:
     from modernenc.model import load_objective, locate
 
     run, checkpoint = locate(path)
+    if checkpoint is None:
+        raise FileNotFoundError(f"{path} holds no checkpoint yet: nothing to export")
     corpus = Corpus(Path(run.data.root), run.data.hint)
     objective, _ = load_objective(run, checkpoint)
     config = objective.backbone.hugging_face_config()

@@ -1,11 +1,9 @@
 """Start a run, go on with one: the run folder, the Lightning trainer, the report."""
 
 import ctypes
-import json
 import logging
 import os
 import platform
-import time
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -13,27 +11,30 @@ from typing import Any, cast
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from omegaconf import OmegaConf
 from rich.logging import RichHandler
 
-import modernenc
+from modernenc import checkpoints, lineage, ranks
 from modernenc.backbones.attention import path_for
-from modernenc.checkpoints import AtomicCheckpointIO, write_json
 from modernenc.config import CONFIG, Run
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
+from modernenc.preemption import STOPPED, Preemption
 from modernenc.progress import TokenProgress
 from modernenc.recorder import Checkpointing, Recorder
 from modernenc.trainer import Pretraining
 from modernenc.validation import Validator
+from modernenc.watch import UNSTABLE, Watch
 
 log = logging.getLogger("modernenc")
 
-LINEAGE = "lineage.json"
 
+def start(run: Run, curriculum: Curriculum, content: dict[str, Any] | None = None) -> None:
+    """Make the run folder and write what the run is, with the checkpoint that it branches from.
 
-def start(run: Run, curriculum: Curriculum) -> None:
-    """Make the run folder and write what the run is; ValueError when the folder holds a run already."""
+    ValueError when the folder holds a run already; OSError when it cannot be written.
+    """
     folder = Path(run.run_dir)
     if (folder / CONFIG).exists():
         held = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
@@ -44,7 +45,9 @@ def start(run: Run, curriculum: Curriculum) -> None:
     from modernenc.plan import text
 
     folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.structured(run), folder / CONFIG)
+    if content is not None:
+        checkpoints.write(content, folder / checkpoints.FOLDER / "branch.ckpt")
+    save_config(run)
     (folder / "plan.txt").write_text(text(run, curriculum) + "\n")
     latest = folder.parent / "latest"
     unfinished = folder.parent / ".latest"
@@ -53,21 +56,44 @@ def start(run: Run, curriculum: Curriculum) -> None:
     os.replace(unfinished, latest)
 
 
-def fit(run: Run, curriculum: Curriculum, corpus: Corpus, checkpoint: Path | None) -> None:
-    """Train to the end of the curriculum, from a checkpoint or from the start, then write the report."""
-    _configure_logging(Path(run.run_dir))
+def save_config(run: Run) -> None:
+    """Write the resolved configuration, whole or not at all."""
+    path = Path(run.run_dir) / CONFIG
+    unfinished = path.with_suffix(".yaml.tmp")
+    OmegaConf.save(OmegaConf.structured(run), unfinished)
+    unfinished.replace(path)
+
+
+def fit(run: Run, curriculum: Curriculum, corpus: Corpus, content: dict[str, Any] | None, event: dict[str, Any]) -> None:
+    """Train to the end of the curriculum, from a checkpoint's content or from the start, then write the report.
+
+    `event` is what to add to the lineage. Exits with `preemption.STOPPED` when asked to stop before the end, with
+    `watch.UNSTABLE` when it stopped by itself.
+    """
+    first = ranks.is_first()
+    if first:
+        _configure_logging(Path(run.run_dir))
+        checkpoints.sweep(Path(run.run_dir))
     keep_freed_memory()
-    module = Pretraining(run, curriculum, corpus)
+    _choose_determinism(run)
+    module = Pretraining(run, curriculum, corpus, content)
     recorder = Recorder(run, Validator(run, curriculum, corpus))
     trainer = L.Trainer(
         accelerator=run.trainer.accelerator,
         devices=run.trainer.devices,
         num_nodes=run.trainer.num_nodes,
-        strategy=run.trainer.strategy,
+        strategy=_strategy(run),
         precision=cast(Any, run.trainer.precision),
-        callbacks=[recorder, Checkpointing(run), TokenProgress(curriculum, recorder)],
-        logger=_loggers(run),
-        plugins=[AtomicCheckpointIO()],
+        callbacks=[
+            Meeting(run, event["checkpoint"]),
+            recorder,
+            Watch(run, recorder),
+            Checkpointing(run),
+            TokenProgress(curriculum, recorder),
+            Preemption(),
+        ],
+        logger=_loggers(run) if first else [],
+        plugins=[ranks.environment(run.trainer.devices, run.trainer.num_nodes)],
         default_root_dir=run.run_dir,
         max_epochs=-1,  # the curriculum ends the run, by tokens
         limit_val_batches=0,
@@ -76,40 +102,82 @@ def fit(run: Run, curriculum: Curriculum, corpus: Corpus, checkpoint: Path | Non
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    if trainer.is_global_zero:
-        _announce(run, curriculum, module, trainer, checkpoint)
+    if first:
+        _announce(run, curriculum, module, trainer, event["checkpoint"])
+        lineage.add(Path(run.run_dir), event, trainer.world_size, module.tokens_seen)
     else:
         log.setLevel(logging.WARNING)
-    trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
-    if trainer.is_global_zero:
-        from modernenc.report import write
+    try:
+        trainer.fit(module)
+    except RuntimeError as error:
+        if trainer.world_size > 1 and _is_of_another_rank(error):
+            raise ConnectionError(
+                f"another rank was lost after step {module.step}: its own last lines say why; what was saved is whole: "
+                f"python -m modernenc.resume {run.run_dir}"
+            ) from error
+        raise
+    if not first:
+        return
+    if module.abandoned:
+        log.error("stopped at step %d without saving: %s", module.step, module.instability)
+        raise SystemExit(UNSTABLE)
+    if module.interrupted:
+        log.warning("stopped at step %d and saved; go on with: python -m modernenc.resume %s", module.step, run.run_dir)
+        raise SystemExit(STOPPED)
+    from modernenc.report import write
 
-        log.info("report: %s", write(Path(run.run_dir)))
+    log.info("report: %s", write(Path(run.run_dir)))
 
 
-def _announce(run: Run, curriculum: Curriculum, module: Pretraining, trainer: L.Trainer, checkpoint: Path | None) -> None:
-    """The first lines of a run: what, where, how; and the same into the lineage."""
+class Meeting(L.Callback):
+    """The first thing that ranks do together: see that they are who they think, and take up the same."""
+
+    def __init__(self, run: Run, checkpoint: str) -> None:
+        self.run = run
+        self.checkpoint = checkpoint
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Compare notes; ValueError when ranks disagree."""
+        ranks.export(trainer.strategy, self.run.trainer.devices, self.run.trainer.num_nodes)
+        self.run.run_dir, checkpoint = trainer.strategy.broadcast((self.run.run_dir, self.checkpoint))
+        if checkpoint != self.checkpoint:
+            raise ValueError(
+                f"rank 0 resumes from {checkpoint}, this one from {self.checkpoint}; name the checkpoint to resume"
+            )
+
+
+def _strategy(run: Run) -> Strategy | str:
+    world = run.trainer.devices * run.trainer.num_nodes
+    if run.trainer.strategy == "fsdp":
+        return ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)
+    return "ddp" if run.trainer.strategy == "ddp" or world > 1 else "auto"
+
+
+def _choose_determinism(run: Run) -> None:
+    """`strict` has torch refuse kernels whose result may change from one call to the next."""
+    strict = run.trainer.determinism == "strict"
+    if strict:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(strict)
+
+
+def _is_of_another_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed for want of a peer: gloo and NCCL say so in words only."""
+    text = str(error).lower()
+    return any(word in text for word in ("gloo", "nccl", "connection closed", "connection reset", "broken pipe"))
+
+
+def _announce(run: Run, curriculum: Curriculum, module: Pretraining, trainer: L.Trainer, checkpoint: str) -> None:
+    """The first lines of a run: what, where, how."""
     parameters = sum(parameter.numel() for parameter in module.parameters())
     dtype = torch.bfloat16 if run.trainer.precision == "bf16-mixed" else torch.float32
     device = trainer.strategy.root_device
     log.info("recipe %s, %s parameters, %s tokens in %s steps", run.recipe, f"{parameters:,}",
              f"{curriculum.total_tokens:,}", f"{curriculum.total_steps:,}")  # fmt: skip
-    log.info("device %s, precision %s, attention path %s, %d threads", device, run.trainer.precision,
-             path_for(device, dtype), torch.get_num_threads())  # fmt: skip
+    log.info("device %s, precision %s, attention path %s, %d ranks of %d threads", device, run.trainer.precision,
+             path_for(device, dtype), trainer.world_size, torch.get_num_threads())  # fmt: skip
     _advise_precision(device, run.trainer.precision)
     log.info("run folder %s%s", run.run_dir, f", from {checkpoint}" if checkpoint else "")
-    path = Path(run.run_dir) / LINEAGE
-    events = json.loads(path.read_text()) if path.exists() else []
-    events.append({
-        "event": "resume" if checkpoint else "start",
-        "checkpoint": str(checkpoint) if checkpoint else "",
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "modernenc": modernenc.__version__,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "ranks": trainer.world_size,
-    })  # fmt: skip
-    write_json(path, events)
 
 
 def keep_freed_memory() -> None:

@@ -5,7 +5,9 @@ from typing import Any, cast
 
 import torch
 from hydra.utils import get_class
+from torch import nn
 
+from modernenc import checkpoints
 from modernenc.backbones import Backbone
 from modernenc.config import Run, load
 from modernenc.curriculum import Curriculum, Point
@@ -26,10 +28,11 @@ def set_backbone(backbone: Backbone, point: Point) -> None:
         setattr(backbone, name, value)
 
 
-def locate(path: Path) -> tuple[Run, Path]:
+def locate(path: Path) -> tuple[Run, Path | None]:
     """The run and the whole checkpoint that a path names: a run folder's newest, or the checkpoint itself.
 
-    Raises FileNotFoundError or ValueError, naming the file, when there is none.
+    There is no checkpoint yet in a run that was stopped before its first. Raises FileNotFoundError or ValueError, naming the
+    file, for what is no run, or has no whole checkpoint left.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a run folder or one of its checkpoints/*.ckpt")
@@ -37,24 +40,36 @@ def locate(path: Path) -> tuple[Run, Path]:
     run_dir = path.resolve().parent.parent if named else path.resolve()
     run = load(run_dir)
     run.run_dir = str(run_dir)
-
-    from modernenc import checkpoints  # Lightning takes seconds to import
-
     if not named:
         return run, checkpoints.newest(run_dir)
     checkpoints.check(path)
     return run, path.resolve()
 
 
+def weights_of(objective: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and saved buffers by name, each once: tied ones go by their first name."""
+    saved = objective.state_dict()
+    buffers = {name: buffer for name, buffer in objective.named_buffers() if name in saved}
+    return {**dict(objective.named_parameters()), **buffers}
+
+
+@torch.no_grad()
+def load_weights(objective: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Fill an objective with the weights of a checkpoint; ValueError when their names or shapes are not the same."""
+    own = weights_of(objective)
+    for name in sorted(own.keys() | weights.keys()):
+        if name not in own or name not in weights or own[name].shape != weights[name].shape:
+            has = tuple(weights[name].shape) if name in weights else "nothing"
+            needs = tuple(own[name].shape) if name in own else "nothing"
+            raise ValueError(f"the checkpoint has {has} for {name}, the backbone needs {needs}: it is of another recipe")
+        own[name].copy_(weights[name])
+
+
 def load_objective(run: Run, checkpoint: Path) -> tuple[MaskedLM, dict[str, Any]]:
     """The objective with a checkpoint's weights, its backbone as in the phase reached, and the checkpoint's own state."""
-    from modernenc.checkpoints import STATE_KEY, AtomicCheckpointIO
-
-    content = AtomicCheckpointIO().load_checkpoint(checkpoint)
+    content = checkpoints.read(checkpoint)
     objective = build_objective(run)
-    prefix = "objective."
-    weights = {key.removeprefix(prefix): value for key, value in content["state_dict"].items() if key.startswith(prefix)}
-    objective.load_state_dict(weights)
-    state = content[STATE_KEY]
+    load_weights(objective, content["weights"])
+    state = content["state"]
     set_backbone(objective.backbone, Curriculum(run.phases).at(state["tokens_seen"] - 1))
     return objective.eval(), state

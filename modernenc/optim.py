@@ -9,10 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from modernenc.backbones import Backbone
 from modernenc.curriculum import Point
+
+_COUNTERS = ("step", "setup")
+"""What optimi keeps in parameter groups that is state, not a setting."""
 
 
 def stable_adamw(
@@ -77,6 +81,51 @@ def state_numbers(target: str, objective: nn.Module, backbone: Backbone) -> int:
     if target == f"{muon.__module__}.{muon.__name__}":
         numbers -= sum(parameter.numel() for parameter in backbone.matrices())
     return numbers
+
+
+def names_of(objective: nn.Module) -> dict[int, str]:
+    """Name of each parameter by its identity: checkpoints know parameters by name, optimizers by position."""
+    return {id(parameter): name for name, parameter in objective.named_parameters()}
+
+
+def snapshot(optimizers: Iterable[Optimizer], names: dict[int, str]) -> list[dict[str, Any]]:
+    """State of each optimizer by parameter name, whole on every rank; hyperparameters are the recipe's and left out."""
+    return [
+        {
+            "state": {
+                names[id(parameter)]: {key: whole(value) for key, value in state.items()}
+                for parameter, state in optimizer.state.items()
+            },
+            "groups": [{key: group[key] for key in _COUNTERS if key in group} for group in optimizer.param_groups],
+        }
+        for optimizer in optimizers
+    ]
+
+
+def restore(optimizers: Iterable[Optimizer], names: dict[int, str], saved: list[dict[str, Any]]) -> None:
+    """Give new optimizers the states of `snapshot`, split over ranks where their parameters are."""
+    for optimizer, snapshot in zip(optimizers, saved, strict=True):
+        content = optimizer.state_dict()
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        content["state"] = {
+            position: {key: _like(parameter, value) for key, value in snapshot["state"][names[id(parameter)]].items()}
+            for position, parameter in enumerate(parameters)
+            if names[id(parameter)] in snapshot["state"]
+        }
+        for group, counters in zip(content["param_groups"], snapshot["groups"], strict=True):
+            group.update(counters)
+        optimizer.load_state_dict(content)
+
+
+def whole(value: Any) -> Any:
+    """A tensor with the parts that other ranks hold; every rank must ask."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _like(parameter: nn.Parameter, value: Any) -> Any:
+    if isinstance(parameter, DTensor) and isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return value
 
 
 def _groups(parameters: Iterable[nn.Parameter], lr: float) -> list[dict[str, Any]]:

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as L
-import torch
 
-from modernenc.checkpoints import prune
+from modernenc.checkpoints import Writer
 from modernenc.config import Run
 from modernenc.metrics import ALL, Table
 from modernenc.trainer import Pretraining
@@ -26,7 +25,6 @@ class Recorder(L.Callback):
         self.last: dict[str, Any] = {}
         """The newest training figures."""
         self.last_validation_loss: float | None = None
-        self._sums: list[tuple[torch.Tensor, int, int]] = []
         self._since = time.monotonic()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -44,8 +42,6 @@ class Recorder(L.Callback):
     ) -> None:
         """Record the step, and validate when it is due."""
         module = cast(Pretraining, pl_module)
-        assert module.step_sums is not None
-        self._sums.append(module.step_sums)
         phase = module.finished_phase
         if module.step % self.run.logger.every_steps == 0 or phase:
             self._record(trainer, module)
@@ -56,17 +52,15 @@ class Recorder(L.Callback):
 
     def _record(self, trainer: L.Trainer, module: Pretraining) -> None:
         point = module.last_point
-        # Targets are those of all ranks already.
-        loss, targets, tokens = (sum(column) for column in zip(*self._sums, strict=True))
-        if trainer.world_size > 1:
-            sums = torch.tensor([float(loss), float(tokens)], dtype=torch.float64, device=module.device)
-            loss, tokens = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        since = module.recorded()
+        loss, tokens = module.sum_over_ranks([float(since.loss), float(since.tokens)])
         seconds = time.monotonic() - self._since
         self.last = {
             "step": module.step,
             "tokens_seen": module.tokens_seen,
             "phase": point.phase,
-            "loss": float(loss) / max(1, targets),
+            "loss": loss / max(1, since.targets),
+            "grad_norm": float(since.grad_norm),
             "lr": point.lr,
             "weight_decay": point.weight_decay,
             "batch_rows": point.batch_rows,
@@ -78,7 +72,6 @@ class Recorder(L.Callback):
         if trainer.is_global_zero:
             self.metrics.append(self.last)
         self._log(trainer, module, self.last)
-        self._sums = []
         self._since = time.monotonic()
 
     def _validate(self, trainer: L.Trainer, module: Pretraining) -> None:
@@ -100,28 +93,39 @@ class Recorder(L.Callback):
 
 
 class Checkpointing(L.Callback):
-    """Save at each phase boundary, and between them by tokens and by time. Checkpoints are at step boundaries."""
+    """Save at each phase boundary, between them by tokens and by time, and when asked to stop; always after a whole step."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self._writer = Writer(Path(run.run_dir), run.checkpoint.keep_last)
         self._time_of_save = time.monotonic()
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
         self._time_of_save = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save when it is due."""
+        """Save when it is due; OSError when the last one could not be written."""
         module = cast(Pretraining, pl_module)
+        self._writer.check()
         phase = module.finished_phase
+        if module.abandoned or not (phase or module.interrupted or self._due(trainer, module)):
+            return
+        content = module.snapshot()
+        if trainer.is_global_zero:
+            self._writer.save(content, f"end-of-{phase}" if phase else f"step-{module.step:08d}")
+        self._time_of_save = time.monotonic()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Wait until all is on disk, on all ranks: a launcher may kill the first one when another has gone."""
+        self._writer.close()
+        trainer.strategy.barrier()
+
+    def _due(self, trainer: L.Trainer, module: Pretraining) -> bool:
         every_s = self.run.checkpoint.every_minutes * 60
         by_time = 0 < every_s <= time.monotonic() - self._time_of_save
-        if not (phase or by_time or module.crossed(self.run.checkpoint.every_tokens)):
-            return
-        name = f"end-of-{phase}" if phase else f"step-{module.step:08d}"
-        trainer.save_checkpoint(Path(self.run.run_dir) / "checkpoints" / f"{name}.ckpt")
-        if trainer.is_global_zero:
-            prune(Path(self.run.run_dir), self.run.checkpoint.keep_last)
-        self._time_of_save = time.monotonic()
+        if every_s:
+            by_time = bool(trainer.strategy.broadcast(by_time))  # clocks differ
+        return by_time or module.crossed(self.run.checkpoint.every_tokens)

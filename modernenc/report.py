@@ -198,12 +198,12 @@ def _validation_table(run: Run, validation: list[dict[str, str]]) -> str:
 
 def _account(run_dir: Path) -> str:
     """Where the tokens of each phase went, up to the newest checkpoint."""
-    from modernenc.checkpoints import STATE_KEY, AtomicCheckpointIO, newest
+    from modernenc.checkpoints import newest, read
 
-    try:
-        accounts = AtomicCheckpointIO().load_checkpoint(newest(run_dir))[STATE_KEY]["data"]["accounts"]
-    except FileNotFoundError:
+    checkpoint = newest(run_dir)
+    if checkpoint is None:
         return "<p>No checkpoint yet.</p>"
+    accounts = read(checkpoint)["state"]["data"]["accounts"]
     lines = []
     for phase, account in accounts.items():
         served, drawn = sum(account["served"].values()), sum(account["drawn"].values())
@@ -211,12 +211,20 @@ def _account(run_dir: Path) -> str:
         shares = ", ".join(
             f"{name.partition('/')[0]} {tokens / served:.1%}" for name, tokens in sorted(account["served"].items())
         )
-        numbers = (served, account["special"], account["padding"], drawn - served, account["cuts"])
+        numbers = (
+            served,
+            account["special"],
+            account["padding"],
+            drawn - served - account["skipped"],
+            account["skipped"],
+            account["cuts"],
+        )
         cells = "".join(f"<td>{number:,}</td>" for number in numbers)
         lines.append(f"<tr><td>{html.escape(phase)}</td>{cells}<td>{1 - account['padding'] / capacity:.2%}</td>"
                      f"<td>{html.escape(shares)}</td></tr>")  # fmt: skip
     head = "".join(
-        f"<th>{name}</th>" for name in ("phase", "text", "cls, sep", "padding", "left in windows", "cuts", "fill", "served")
+        f"<th>{name}</th>"
+        for name in ("phase", "text", "cls, sep", "padding", "left in windows", "skipped", "cuts", "fill", "served")
     )
     return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
 
@@ -228,9 +236,8 @@ def _samples(run: Run, run_dir: Path) -> str:
 
     from modernenc.model import load_objective, locate
 
-    try:
-        _, checkpoint = locate(run_dir)
-    except FileNotFoundError:
+    _, checkpoint = locate(run_dir)
+    if checkpoint is None:
         return "<p>No checkpoint yet.</p>"
     corpus = Corpus(Path(run.data.root), run.data.hint)
     tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))

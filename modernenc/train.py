@@ -1,16 +1,14 @@
 """Train a recipe: `python -m modernenc.train +recipe=NAME`."""
 
-import os
+from pathlib import Path
 
+from modernenc import ranks
 from modernenc.cli import run
 from modernenc.config import Run, register
 
-LEADING_RUN_DIR = "MODERNENC_RUN_DIR"
-"""Tells further ranks the folder of the first, whose name holds the time."""
-
 
 def main(config: Run) -> None:
-    """Check the run, then train it in a new folder."""
+    """Check the run, then train it in a new folder, from the start or from another run's checkpoint."""
     from modernenc.checks import check_hardware, check_run
 
     curriculum, corpus = check_run(config)
@@ -20,13 +18,18 @@ def main(config: Run) -> None:
     from modernenc.fit import fit, start  # torch and Lightning take seconds to import: mistakes are told before
 
     open_mixes(config, corpus)
-    if launched := os.environ.get(LEADING_RUN_DIR):  # a further rank, launched by Lightning with the same command
-        config.run_dir = launched
     config.data.root = str(corpus.root.resolve())  # a run may be resumed from another folder
-    if not launched:
-        start(config, curriculum)
-        os.environ[LEADING_RUN_DIR] = config.run_dir
-    fit(config, curriculum, corpus, checkpoint=None)
+    content, event = None, {"event": "start", "checkpoint": ""}
+    if config.branch_from:
+        from modernenc import checkpoints
+        from modernenc.branch import fork
+
+        parent = Path(config.branch_from).resolve()
+        content = fork(config, corpus, checkpoints.read(parent))
+        event = {"event": "branch", "checkpoint": str(parent)}
+    if ranks.is_first():  # the folder's name holds the time: the other ranks learn of it when they meet
+        start(config, curriculum, content)
+    fit(config, curriculum, corpus, content, event)
 
 
 if __name__ == "__main__":

@@ -3,48 +3,76 @@
 import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, cast
 
 import lightning.pytorch as L
 import numpy as np
 import torch
 from hydra.utils import get_method
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from omegaconf import OmegaConf
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 
-from modernenc import optim
-from modernenc.checkpoints import STATE_KEY
+from modernenc import optim, ranks
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum, Point
 from modernenc.data.blocks import Corpus
 from modernenc.data.loader import DataState, Step, StepLoader, Steps, merge
-from modernenc.model import build_objective, set_backbone
+from modernenc.model import build_objective, load_weights, set_backbone, weights_of
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class Unrecorded:
+    """Figures of the steps since the last row of `metrics.csv`."""
+
+    loss: torch.Tensor
+    """Summed over this rank's predicted tokens, in nats."""
+    targets: int
+    """Predicted tokens of all ranks."""
+    tokens: int
+    """This rank's tokens, padding left out, since this process began."""
+    grad_norm: torch.Tensor
+    """Largest norm of a step's gradient, before clipping."""
 
 
 class Pretraining(L.LightningModule):
     """Objective, optimizers and the position in the curriculum.
 
-    The loss of a step is the mean over the predicted tokens of the global batch, however it is split.
+    The loss of a step is the mean over the predicted tokens of the global batch, however it is split. `checkpoint` is the
+    content to go on from; ValueError when it does not fit the run or the data.
     """
 
-    def __init__(self, run: Run, curriculum: Curriculum, corpus: Corpus) -> None:
+    def __init__(self, run: Run, curriculum: Curriculum, corpus: Corpus, checkpoint: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.run = run
         self.curriculum = curriculum
         self.corpus = corpus
+        self.fingerprint = corpus.fingerprint(phase.mix for phase in run.phases.values())
         self.objective = build_objective(run)
         self.tokens_seen = 0
         self.step = 0
         self.seconds = 0.0
         """Time spent training, over all resumes."""
         self.data_state = DataState().to_dict()
+        self.stop_requested = False
+        """Whether this process was asked to save and stop after the step."""
+        self.interrupted = False
+        """Whether some rank was, before the last step began: all ranks know."""
+        self.instability = ""
+        """Why the run should stop without saving; set by the first rank."""
+        self.abandoned = False
+        """Whether there was such a reason, before the last step began: all ranks know."""
         self.last_point = curriculum.at(0)
         """What the curriculum said of the last step."""
-        self.step_sums: tuple[torch.Tensor, int, int] | None = None
-        """Loss, predicted tokens and tokens of the last step."""
+        self.unrecorded = self._nothing()
+        self._optimizer_states: list[dict[str, Any]] = []
+        if checkpoint is not None:
+            self._take_up(checkpoint)
 
     @property
     def point(self) -> Point:
@@ -61,10 +89,22 @@ class Pretraining(L.LightningModule):
         """Whether the last step reached or passed a multiple of `every_tokens`; never for 0."""
         return every_tokens > 0 and self.tokens_seen // every_tokens > self.last_point.tokens_seen // every_tokens
 
+    def configure_model(self) -> None:
+        """Split the parameters over the ranks, block by block, when the strategy is FSDP2."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not isinstance(self.objective, FSDPModule):
+            mesh = self.trainer.strategy.device_mesh["data_parallel"]
+            for block in self.objective.backbone.blocks():
+                fully_shard(block, mesh=mesh)
+            fully_shard(self.objective, mesh=mesh)
+
     def configure_optimizers(self) -> list[Optimizer]:
-        """The optimizers that the recipe chose."""
+        """The optimizers that the recipe chose, with their states of the checkpoint."""
         arguments = {key: value for key, value in self.run.optim.items() if key != "_target_"}
-        return get_method(self.run.optim["_target_"])(self.objective, self.objective.backbone, **arguments)
+        optimizers = get_method(self.run.optim["_target_"])(self.objective, self.objective.backbone, **arguments)
+        if self._optimizer_states:
+            optim.restore(optimizers, optim.names_of(self.objective), self._optimizer_states)
+            self._optimizer_states = []
+        return optimizers
 
     def train_dataloader(self) -> StepLoader:
         """The steps from here on."""
@@ -82,18 +122,18 @@ class Pretraining(L.LightningModule):
         started = time.monotonic()
         point = self.point
         set_backbone(self.objective.backbone, point)
-        optimizers = cast(list[Any], self.optimizers(use_pl_optimizer=True))
-        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        optimizers = self._optimizers()
         optim.apply((optimizer.optimizer for optimizer in optimizers), point, self.run.optim["lr"])
-        targets = int(self._sum_over_ranks(batch.targets))
+        targets, requests, reasons = self.sum_over_ranks([batch.targets, self.stop_requested, bool(self.instability)])
         loss = torch.zeros((), device=self.device)
         for number, micro_batch in enumerate(batch.micro_batches, 1):
             self._seed_dropout(micro_batch.first_row)
             with self._synchronised(number == len(batch.micro_batches)):
-                part = self.objective(micro_batch)
-                # DDP averages over ranks: times their number it is a sum.
+                part, _ = self.objective(micro_batch)
+                # Gradients are averaged over ranks: times their number it is a sum.
                 self.manual_backward(part * (self.trainer.world_size / max(1, targets)))
             loss += part.detach()
+        grad_norm = self._clip()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -101,30 +141,60 @@ class Pretraining(L.LightningModule):
         self.tokens_seen += point.step_tokens
         self.step += 1
         self.data_state = batch.state
-        self.step_sums = (loss, targets, batch.tokens)
+        since = self.unrecorded
+        since.loss, since.grad_norm = since.loss.to(self.device), since.grad_norm.to(self.device)
+        self.unrecorded = Unrecorded(
+            since.loss + loss,
+            since.targets + int(targets),
+            since.tokens + batch.tokens,
+            torch.maximum(since.grad_norm, grad_norm),
+        )
+        self.interrupted, self.abandoned = requests > 0, reasons > 0
         self.seconds += time.monotonic() - started
-        if self.tokens_seen >= self.curriculum.total_tokens:
+        if self.interrupted or self.abandoned or self.tokens_seen >= self.curriculum.total_tokens:
             self.trainer.should_stop = True
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what Lightning does not know: position, data state, and the run itself."""
-        checkpoint[STATE_KEY] = {
+    def snapshot(self) -> dict[str, Any]:
+        """All that a run needs to go on after the last step, copied; every rank must ask, the first one has it whole."""
+        weights = {name: optim.whole(value) for name, value in weights_of(self.objective).items()}
+        optimizers = [optimizer.optimizer for optimizer in self._optimizers()]
+        states = optim.snapshot(optimizers, optim.names_of(self.objective))
+        data = self._data_state_of_all_ranks()
+        (loss,) = self.sum_over_ranks([float(self.unrecorded.loss)])
+        if self.global_rank:
+            return {}
+        state = {
             "tokens_seen": self.tokens_seen,
             "step": self.step,
             "phase": self.last_point.phase,
             "boundary": bool(self.finished_phase),
             "seconds": self.seconds,
-            "data": self._data_state_of_all_ranks(),
-            "tokenizer_sha256": self.corpus.manifest["tokenizer"]["sha256"],
+            "unrecorded": {"loss": loss, "targets": self.unrecorded.targets, "grad_norm": float(self.unrecorded.grad_norm)},
+            "data": data,
+            "corpus": self.fingerprint,
             "threads": torch.get_num_threads(),
         }
+        run = OmegaConf.to_container(OmegaConf.structured(self.run))
+        return {"state": state, "run": run, "weights": _copied(weights), "optimizers": _copied(states)}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up position and data state; ValueError when the data were made with another tokenizer."""
-        state = checkpoint[STATE_KEY]
-        if state["tokenizer_sha256"] != self.corpus.manifest["tokenizer"]["sha256"]:
+    def recorded(self) -> Unrecorded:
+        """The figures since the last call, which start anew."""
+        since, self.unrecorded = self.unrecorded, self._nothing()
+        return since
+
+    def sum_over_ranks(self, numbers: list[float]) -> list[float]:
+        """Each number summed over the ranks."""
+        if self.trainer.world_size == 1:
+            return numbers
+        tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        return self.trainer.strategy.reduce(tensor, reduce_op="sum").tolist()
+
+    def _take_up(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state"]
+        if state["corpus"] != self.fingerprint:
             raise ValueError(
-                f"data.root={self.run.data.root}: its tokenizer is not the one that the checkpoint was trained with"
+                f"data.root={self.run.data.root}: not the data that the checkpoint was trained with (tokenizer, sources or "
+                "shards differ); restore them, or start another run"
             )
         if state["threads"] != torch.get_num_threads():
             log.warning(
@@ -132,17 +202,33 @@ class Pretraining(L.LightningModule):
                 torch.get_num_threads(),
                 state["threads"],
             )
+        load_weights(self.objective, checkpoint["weights"])
+        self._optimizer_states = checkpoint["optimizers"]
         self.tokens_seen = state["tokens_seen"]
         self.step = state["step"]
         self.seconds = state["seconds"]
         self.data_state = state["data"]
+        self.unrecorded = Unrecorded(
+            # The sum of all ranks; only one may take it up.
+            loss=torch.tensor(state["unrecorded"]["loss"] if ranks.is_first() else 0.0),
+            targets=state["unrecorded"]["targets"],
+            tokens=0,
+            grad_norm=torch.tensor(state["unrecorded"]["grad_norm"]),
+        )
+
+    def _nothing(self) -> Unrecorded:
+        return Unrecorded(torch.zeros((), device=self.device), 0, 0, torch.zeros((), device=self.device))
+
+    def _optimizers(self) -> list[Any]:
+        optimizers = cast(Any, self.optimizers(use_pl_optimizer=True))
+        return optimizers if isinstance(optimizers, list) else [optimizers]
 
     def _data_state_of_all_ranks(self) -> dict[str, Any]:
         if self.trainer.world_size == 1:
             return self.data_state
-        states: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(states, self.data_state)
-        return merge([DataState.from_dict(state) for state in states]).to_dict()
+        states: list[Any] | None = [None] * self.trainer.world_size if self.global_rank == 0 else None
+        torch.distributed.gather_object(self.data_state, states)
+        return merge([DataState.from_dict(state) for state in states]).to_dict() if states else {}
 
     def _seed_dropout(self, first_row: int) -> None:
         """Dropout is a function of (seed, step, row), not of what ran before."""
@@ -151,11 +237,25 @@ class Pretraining(L.LightningModule):
 
     def _synchronised(self, last: bool) -> AbstractContextManager[None]:
         """Gradients cross ranks on the last micro-batch only."""
-        strategy = self.trainer.strategy
-        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) and not last else nullcontext()
+        if isinstance(self.objective, FSDPModule):  # Lightning's own switch does nothing here
+            self.objective.set_requires_gradient_sync(last)
+        elif isinstance(self.trainer.strategy, DDPStrategy) and not last:
+            return self.trainer.strategy.block_backward_sync()
+        return nullcontext()
 
-    def _sum_over_ranks(self, count: int) -> float:
-        if self.trainer.world_size == 1:
-            return count
-        total = self.trainer.strategy.reduce(torch.tensor(count, device=self.device), reduce_op="sum")
-        return float(total)
+    def _clip(self) -> torch.Tensor:
+        """Norm of the gradient over all ranks, cut to `clip_grad_norm` where the recipe wants it."""
+        parameters = list(self.objective.parameters())
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if self.run.clip_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.run.clip_grad_norm, norm)
+        return optim.whole(norm)
+
+
+def _copied(value: Any) -> Any:
+    """The same on the CPU, sharing nothing with what trains on."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value

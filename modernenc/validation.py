@@ -64,7 +64,7 @@ class Validator:
             sums = torch.zeros(3, dtype=torch.float64)
             for batch in self._batches(source, seq_len, ratio):
                 batch = batch.to(device)
-                loss, logits = objective.score(batch)
+                loss, logits = objective(batch)
                 correct = (logits.argmax(-1) == batch.targets).sum()
                 sums += torch.tensor([loss.item(), correct.item(), len(batch.targets)], dtype=torch.float64)
             total += sums

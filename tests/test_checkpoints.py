@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from modernenc.checkpoints import STATE_KEY, AtomicCheckpointIO, check, manifest_of, newest, prune
+from modernenc.checkpoints import check, manifest_of, newest, prune, read, write
 
 
 def save(run_dir: Path, name: str, tokens: int) -> Path:
     path = run_dir / "checkpoints" / f"{name}.ckpt"
     state = {"tokens_seen": tokens, "step": tokens // 10, "phase": "stable", "boundary": False}
-    AtomicCheckpointIO().save_checkpoint({"weights": torch.full((1000,), float(tokens)), STATE_KEY: state}, path)
+    write({"weights": torch.full((1000,), float(tokens)), "state": state}, path)
     return path
 
 
@@ -29,7 +29,7 @@ def flip_a_bit(path: Path) -> None:
 
 def test_what_was_saved_is_loaded(tmp_path):
     path = save(tmp_path, "step-1", 10)
-    assert AtomicCheckpointIO().load_checkpoint(path)["weights"][0] == 10
+    assert read(path)["weights"][0] == 10
     assert json.loads(manifest_of(path).read_text())["tokens_seen"] == 10
 
 
@@ -38,7 +38,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage):
     path = save(tmp_path, "step-1", 10)
     damage(path)
     with pytest.raises(ValueError, match=r"step-1.ckpt is (not whole|corrupt)"):
-        AtomicCheckpointIO().load_checkpoint(path)
+        read(path)
 
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, lambda path: manifest_of(path).unlink()])
@@ -82,7 +82,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 
     path = tmp_path / "checkpoints" / "step-1.ckpt"
     state = {"tokens_seen": 1, "step": 1, "phase": "a", "boundary": False}
-    AtomicCheckpointIO().save_checkpoint({"evil": Evil(), STATE_KEY: state}, path)
+    write({"evil": Evil(), "state": state}, path)
     check(path)
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
-        AtomicCheckpointIO().load_checkpoint(path)
+        read(path)

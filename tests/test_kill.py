@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, command
 
+from modernenc.checkpoints import read
 from modernenc.checks import check_run
 from modernenc.data.loader import DataState, Steps
 from modernenc.metrics import Table
@@ -69,9 +70,9 @@ def test_killed_three_times_ends_with_the_same_weights(small_run, corpus_root, t
         kill_at(process, killed, moment)
         process = launch("modernenc.resume", str(killed))
     assert process.wait(timeout=120) == 0
-    one = torch.load(tmp_path / "whole" / FINAL, weights_only=True)
-    other = torch.load(killed / FINAL, weights_only=True)
-    assert all(torch.equal(one["state_dict"][name], other["state_dict"][name]) for name in one["state_dict"])
-    assert one["modernenc"]["data"] == other["modernenc"]["data"]
+    one = read(tmp_path / "whole" / FINAL)
+    other = read(killed / FINAL)
+    assert all(torch.equal(one["weights"][name], other["weights"][name]) for name in one["weights"])
+    assert one["state"]["data"] == other["state"]["data"]
     rows = [Table(folder / "metrics.csv").read() for folder in (tmp_path / "whole", killed)]
     assert [(row["step"], row["loss"]) for row in rows[0]] == [(row["step"], row["loss"]) for row in rows[1]]

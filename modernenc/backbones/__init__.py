@@ -1,7 +1,8 @@
 """Backbones: `forward(input_ids, cu_seqlens, max_seqlen) -> hidden`, one file and one YAML each.
 
 The contract, tested over every `conf/backbone/*.yaml`: documents laid end to end never see each other; `PHASE_ATTRIBUTES` names
-what a phase may set; `matrices()` lists what an optimizer may orthogonalise; `prediction_head()` builds the masked-LM head.
+what a phase may set; `blocks()` are its layers; `matrices()` lists what an optimizer may orthogonalise; `prediction_head()`
+builds the masked-LM head.
 """
 
 from collections.abc import Iterator
@@ -41,6 +42,10 @@ class Backbone(Protocol):
 
     def prediction_head(self) -> nn.Module:
         """A new head from hidden states to what the decoder reads."""
+        ...
+
+    def blocks(self) -> list[nn.Module]:
+        """The layers, each of which may be split over ranks by itself."""
         ...
 
     def matrices(self) -> list[nn.Parameter]:

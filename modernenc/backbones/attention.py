@@ -144,7 +144,8 @@ def flash(qkv: QKV, layout: Layout, window: int | None) -> Float[Tensor, "tokens
 
     ends, longest = layout.cu_seqlens, layout.max_seqlen
     sides = (-1, -1) if window is None else (window, window)
-    return flash_attn_varlen_func(*qkv, ends, ends, longest, longest, window_size=sides)
+    strict = torch.are_deterministic_algorithms_enabled()  # torch's own kernels ask by themselves
+    return flash_attn_varlen_func(*qkv, ends, ends, longest, longest, window_size=sides, deterministic=strict)
 
 
 def varlen(qkv: QKV, layout: Layout, window: int | None) -> Float[Tensor, "tokens heads head_dim"]:

@@ -107,6 +107,10 @@ class ModernBERT(nn.Module):
         """The published head: dense, GELU, norm."""
         return PredictionHead(self.hidden_size, self.norm_eps)
 
+    def blocks(self) -> list[nn.Module]:
+        """The layers, each of which may be split over ranks by itself."""
+        return list(self.layers)
+
     def matrices(self) -> list[nn.Parameter]:
         """All matrices of the layers; Wqkv and the GLU's Wi count as one each, unsplit."""
         return [parameter for parameter in self.layers.parameters() if parameter.ndim == 2]

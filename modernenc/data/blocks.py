@@ -10,6 +10,7 @@ memory and lock files outlive a killed run, and it deletes raw shards whose inde
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
+import xxhash
 from jaxtyping import Integer
 
 from modernenc.hashing import hash_file
@@ -148,6 +150,13 @@ class Corpus:
     def ordinary_ids(self) -> Integer[np.ndarray, " ids"]:
         """Ids that stand for text: all but the special ones."""
         return np.setdiff1d(np.arange(self.vocab_size), self.manifest["tokenizer"]["special_ids"])
+
+    def fingerprint(self, mixes: Iterable[dict[str, float]]) -> str:
+        """Hash of the manifest and of the index of every slice in the mixes: it changes with any token of theirs."""
+        digest = xxhash.xxh3_64((self.root / MANIFEST).read_bytes())
+        for folder in sorted({path for mix in mixes for path in self.slices(mix)}):
+            digest.update((self.root / folder / "index.json").read_bytes())
+        return digest.hexdigest()
 
     def slices(self, mix: dict[str, float], key: str = "mix") -> dict[str, float]:
         """Share of each slice, summing to 1: a source's share goes to its slices in proportion to their tokens.

@@ -5,10 +5,12 @@
 3. Rows are grouped into micro-batches; the lanes' state after the step travels with them.
 """
 
+import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from torch.utils.data import DataLoader, IterableDataset
 
 from modernenc.config import Run
@@ -27,6 +29,8 @@ class PhaseAccount:
     """Text tokens drawn from each slice into windows."""
     served: dict[str, int] = field(default_factory=dict)
     """Text tokens of each slice that reached a step; the rest of `drawn` lies unserved in open windows."""
+    skipped: int = 0
+    """Text tokens of rows that a rollback passed by."""
     special: int = 0
     padding: int = 0
     cuts: int = 0
@@ -46,6 +50,7 @@ class PhaseAccount:
         for mine, theirs in ((self.drawn, other.drawn), (self.served, other.served)):
             for name, tokens in theirs.items():
                 mine[name] = mine.get(name, 0) + tokens
+        self.skipped += other.skipped
         self.special += other.special
         self.padding += other.padding
         self.cuts += other.cuts
@@ -108,16 +113,9 @@ class Steps(IterableDataset[Step]):
         state = DataState.from_dict(self.state.to_dict())
         if self.rank:  # rank 0 carries on the account of all ranks
             state.accounts = {phase: PhaseAccount() for phase in state.accounts}
-        lanes = {
-            lane: self._lane(lane, state.phase, LaneState(**saved))
-            for lane, saved in state.lanes.items()
-            if lane % self.world_size == self.rank
-        }
+        lanes = self._restored(state)
         for point in self.curriculum.steps(state.tokens_seen):
-            if point.phase != state.phase:
-                lanes = self._enter(point.phase, lanes)
-                state.phase = point.phase
-                state.accounts[point.phase] = PhaseAccount()
+            lanes = self._in_phase(point.phase, state, lanes)
             account = state.accounts[point.phase]
             micro_batches = self._micro_batches(point, lanes, account)
             state.tokens_seen += point.step_tokens
@@ -125,9 +123,39 @@ class Steps(IterableDataset[Step]):
             yield Step(
                 micro_batches=micro_batches,
                 targets=sum(len(batch.targets) for batch in micro_batches),
-                tokens=sum(len(batch.input_ids) for batch in micro_batches),
+                tokens=sum(len(batch.input_ids) for batch in micro_batches if len(batch.targets)),
                 state=state.to_dict(),
             )
+
+    def skip(self, tokens: int) -> DataState:
+        """The state here, with the next rows, of so much capacity, passed by; one rank serves all lanes."""
+        assert self.world_size == 1
+        state = DataState.from_dict(self.state.to_dict())
+        point = self.curriculum.at(state.tokens_seen)
+        lanes = self._in_phase(point.phase, state, self._restored(state))
+        account = state.accounts[point.phase]
+        for row in range(point.first_row, point.first_row - (-tokens // point.seq_len)):
+            lane = lanes[row % self.run.data.lanes]
+            account.skipped += sum(len(chunk.tokens) for chunk in lane.next_row())
+            _count_draws(account, lane)
+        state.lanes = {number: lane.state() for number, lane in lanes.items()}
+        return state
+
+    def _restored(self, state: DataState) -> dict[int, Lane]:
+        """This rank's lanes as they stood."""
+        return {
+            lane: self._lane(lane, state.phase, LaneState(**saved))
+            for lane, saved in state.lanes.items()
+            if lane % self.world_size == self.rank
+        }
+
+    def _in_phase(self, phase: str, state: DataState, lanes: dict[int, Lane]) -> dict[int, Lane]:
+        """The lanes, moved on to a phase when it is a new one."""
+        if phase == state.phase:
+            return lanes
+        state.phase = phase
+        state.accounts[phase] = PhaseAccount()
+        return self._enter(phase, lanes)
 
     def _micro_batches(self, point: Point, lanes: dict[int, Lane], account: PhaseAccount) -> list[MicroBatch]:
         masker = Masker(self.corpus.roles, self.corpus.ordinary_ids, point.mask_ratio)
@@ -144,7 +172,12 @@ class Steps(IterableDataset[Step]):
             _count_draws(account, lane)
             masked.append(masker.mask(row, (self.run.seed, phase, number)))
         size = max(1, self.run.trainer.micro_batch_tokens // point.seq_len)
-        return [collate(masked[at : at + size], numbers[at]) for at in range(0, len(masked), size)]
+        micro_batches = [collate(masked[at : at + size], numbers[at]) for at in range(0, len(masked), size)]
+        # Ranks run the same number of them, even where some have a row less: collectives in a forward pass must pair up.
+        idle = -(-most_rows(point, self.run.data.lanes, self.world_size) // size) - len(micro_batches)
+        nothing = masked[-1]
+        nothing = replace(nothing, target_positions=nothing.target_positions[:0], targets=nothing.targets[:0])
+        return micro_batches + [collate([nothing], numbers[-1])] * idle
 
     def _enter(self, phase: str, before: dict[int, Lane]) -> dict[int, Lane]:
         """Lanes at the start of a phase: passes over the slices go on, open windows of the phase before are left."""
@@ -166,6 +199,12 @@ class Steps(IterableDataset[Step]):
         seed = (self.run.seed, list(self.run.phases).index(phase))
         seq_len = self.run.phases[phase].seq_len
         return Lane(lane, data.lanes, self.mixes[phase], seq_len, data.window_rows, seed, state)
+
+
+def most_rows(point: Point, lanes: int, world_size: int) -> int:
+    """Rows of the rank that has the most in a step."""
+    rows = np.arange(point.first_row, point.first_row + point.batch_rows)
+    return int(np.bincount(rows % lanes % world_size).max())
 
 
 def _count_draws(account: PhaseAccount, lane: Lane) -> None:
@@ -200,8 +239,15 @@ class StepLoader(DataLoader[Step]):
             num_workers=workers,
             prefetch_factor=2 if workers else None,
             pin_memory=pin_memory,
+            worker_init_fn=_ignore_signals,
         )
 
     def __len__(self) -> int:
         """Endless: tokens end a run. Lightning reads a loader without a length one item ahead of training."""
         return 10**12
+
+
+def _ignore_signals(worker: int) -> None:
+    """A signal to stop is for the trainer, which ends its worker: one that died first would look like a failure."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

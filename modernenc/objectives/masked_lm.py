@@ -19,12 +19,8 @@ class MaskedLM(nn.Module):
         self.decoder.weight = backbone.token_embeddings().weight
         nn.init.zeros_(self.decoder.bias)
 
-    def forward(self, batch: MicroBatch) -> Float[Tensor, ""]:
-        """Cross-entropy of the predicted tokens, summed, in nats."""
-        return self.score(batch)[0]
-
-    def score(self, batch: MicroBatch) -> tuple[Float[Tensor, ""], Float[Tensor, "targets vocab"]]:
-        """The same, and the logits it came from."""
+    def forward(self, batch: MicroBatch) -> tuple[Float[Tensor, ""], Float[Tensor, "targets vocab"]]:
+        """Cross-entropy of the predicted tokens, summed, in nats; and the logits it came from."""
         logits = self.logits(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.target_positions)
         return F.cross_entropy(logits.float(), batch.targets, reduction="sum"), logits
 

@@ -1,0 +1,37 @@
+"""Where a run came from: `lineage.json`, one entry per start, resume, rollback and branch, in order.
+
+An entry says what happened (`event`), from which checkpoint and position, when, on how many ranks, and with what versions;
+a rollback also what it changed, what it skipped and where the steps that it gave up lie; a branch whose child it is.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import modernenc
+from modernenc.checkpoints import write_json
+
+LINEAGE = "lineage.json"
+
+
+def read(run_dir: Path) -> list[dict[str, Any]]:
+    """All entries so far."""
+    path = run_dir / LINEAGE
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def add(run_dir: Path, event: dict[str, Any], ranks: int, tokens_seen: int) -> None:
+    """Append an entry."""
+    entry = {
+        **event,
+        "tokens_seen": tokens_seen,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "modernenc": modernenc.__version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "ranks": ranks,
+    }
+    write_json(run_dir / LINEAGE, [*read(run_dir), entry])

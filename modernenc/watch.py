@@ -1,0 +1,125 @@
+"""Tell when training goes wrong: a spike of loss or gradient, or a loss that falls no more.
+
+Each recorded row is compared with those of the last `watch.window_tokens` in its phase by a robust z-score: distance from the
+median in units of the median absolute deviation times 1.4826, which for normal noise is the standard deviation.
+"""
+
+import logging
+import math
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple, cast
+
+import lightning.pytorch as L
+
+from modernenc.checkpoints import FOLDER, tokens_seen
+from modernenc.config import Run
+from modernenc.recorder import Recorder
+from modernenc.trainer import Pretraining
+
+log = logging.getLogger(__name__)
+
+UNSTABLE = 3
+"""Exit code of a run that stopped by `watch.action=stop`."""
+_ENOUGH = 20
+"""Rows before anything is said."""
+_LEAST_SPREAD = 0.002
+"""Relative to the median: what nearly equal rows are taken to vary by."""
+
+
+class Point(NamedTuple):
+    """One recorded row."""
+
+    tokens_seen: int
+    loss: float
+    log_grad_norm: float
+
+
+def z_score(value: float, others: list[float]) -> float:
+    """Robust distance of a value from others, in standard deviations."""
+    middle = median(others)
+    spread = 1.4826 * median(abs(other - middle) for other in others)
+    return (value - middle) / max(spread, _LEAST_SPREAD * abs(middle), 1e-12)
+
+
+class Watch(L.Callback):
+    """Warns of spikes and plateaus; with `watch.action=stop` ends the run after `watch.patience` spikes in a row."""
+
+    def __init__(self, run: Run, recorder: Recorder) -> None:
+        self.run = run
+        self.recorder = recorder
+        self._phase = ""
+        self._points: list[Point] = []
+        self._spikes: list[Point] = []
+        """The last rows, as far back as each was a spike."""
+        self._next_plateau = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take up what was recorded before."""
+        if trainer.is_global_zero:
+            for row in self.recorder.metrics.read():
+                self._add(row["phase"], _point(row))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at a new row."""
+        module, row = cast(Pretraining, pl_module), self.recorder.last
+        if self.run.watch.action == "off" or not trainer.is_global_zero or row.get("step") != module.step:
+            return
+        point = _point(row)
+        if row["phase"] == self._phase and len(self._points) >= _ENOUGH:
+            self._look(point, module)
+        self._add(row["phase"], point)
+
+    def _look(self, point: Point, module: Pretraining) -> None:
+        scores = {
+            "loss": z_score(point.loss, [other.loss for other in self._points]),
+            "gradient": z_score(point.log_grad_norm, [other.log_grad_norm for other in self._points]),
+        }
+        if not all(math.isfinite(value) for value in point[1:]) or max(scores.values()) > self.run.watch.z:
+            self._spikes.append(point)
+            log.warning(
+                "spike at step %d: loss %.3f (%.1f deviations above its median), log gradient norm %.2f (%.1f)",
+                module.step, point.loss, scores["loss"], point.log_grad_norm, scores["gradient"],
+            )  # fmt: skip
+            if self.run.watch.action == "stop" and len(self._spikes) >= self.run.watch.patience:
+                module.instability = self._advice(module)
+        else:
+            self._spikes = []
+            self._look_for_plateau(point)
+
+    def _look_for_plateau(self, point: Point) -> None:
+        """The median of the window's newer half is no lower than that of its older half."""
+        reach = point.tokens_seen - self._points[0].tokens_seen
+        if reach < 0.9 * self.run.watch.window_tokens or point.tokens_seen < self._next_plateau:
+            return
+        middle = point.tokens_seen - reach / 2
+        older = median(other.loss for other in self._points if other.tokens_seen <= middle)
+        newer = median(other.loss for other in self._points if other.tokens_seen > middle)
+        if newer >= older:
+            self._next_plateau = point.tokens_seen + int(self.run.watch.window_tokens)
+            log.warning("plateau: the median loss of the last %s tokens is %.4f, %.4f before", f"{reach // 2:,}", newer, older)
+
+    def _advice(self, module: Pretraining) -> str:
+        first = self._spikes[0].tokens_seen
+        folder = Path(self.run.run_dir) / FOLDER
+        good = [path for path in folder.glob("*.ckpt") if tokens_seen(path) < first]
+        if not good:
+            return f"unstable since {first:,} tokens, and no checkpoint is older; start again with a lower learning rate"
+        last = max(good, key=tokens_seen)
+        return (
+            f"unstable since {first:,} tokens; go back to {last} with: python -m modernenc.resume {last} --rollback "
+            f"and optim.lr=... or --skip-tokens {module.tokens_seen - int(tokens_seen(last))}"
+        )
+
+    def _add(self, phase: str, point: Point) -> None:
+        if phase != self._phase:
+            self._phase, self._points, self._spikes = phase, [], []
+        self._points.append(point)
+        oldest = point.tokens_seen - self.run.watch.window_tokens
+        self._points = [other for other in self._points if other.tokens_seen >= oldest]
+
+
+def _point(row: dict[str, Any]) -> Point:
+    return Point(int(row["tokens_seen"]), float(row["loss"]), math.log(max(float(row["grad_norm"]), 1e-12)))
