@@ -11,11 +11,12 @@ import numpy as np
 from rich.progress import track
 
 from modernenc.data.blocks import VALIDATION, Block, Corpus, Shards
+from modernenc.data.store import Store
 
 
 def verify(root: Path) -> None:
     """Raise FileNotFoundError or ValueError, naming the file, for the first thing that is wrong."""
-    corpus = Corpus(root, hint="prepare it with: python -m data_prep +corpus=NAME")
+    corpus = Corpus(Store(str(root)), hint="prepare it with: python -m data_prep +corpus=NAME")
     expected = {
         f"{source}/{split}": counts
         for source, entry in corpus.sources.items()
@@ -38,7 +39,9 @@ def _count(corpus: Corpus, folder: str) -> dict[str, int]:
             block = shards.read(shard, index)
             fault = _fault(block, corpus, special)
             if fault:
-                raise ValueError(f"{shards.folder} shard {shard} block {index}: {fault}; prepare the data again")
+                raise ValueError(
+                    f"{shards.store.where(shards.folder)} shard {shard} block {index}: {fault}; prepare the data again"
+                )
             counts["blocks"] += 1
             counts["tokens"] += len(block.tokens)
             counts["cuts"] += block.continues

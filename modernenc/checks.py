@@ -3,7 +3,6 @@
 import importlib.util
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from hydra.utils import get_class, get_method
@@ -23,7 +22,7 @@ WANDB_MODES = ("off", "offline", "online")
 def check_run(run: Run) -> tuple[Curriculum, Corpus]:
     """The curriculum and the corpus of a run that can train; ValueError or FileNotFoundError names what cannot."""
     curriculum = check_settings(run)
-    corpus = Corpus(Path(run.data.root), run.data.hint)
+    corpus = Corpus.of(run.data)
     if corpus.vocab_size > run.backbone["vocab_size"]:
         raise ValueError(
             f"backbone.vocab_size={run.backbone['vocab_size']} is smaller than the {corpus.vocab_size} entries of "

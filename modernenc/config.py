@@ -69,7 +69,11 @@ class Data:
     """Where the blocks are and how lanes cut them into rows."""
 
     root: str = MISSING
-    """Folder that `python -m data_prep` wrote."""
+    """Folder that `python -m data_prep` wrote, or the URL of a copy: s3://, gs://, hf://datasets/ORG/NAME@REVISION/, ..."""
+    cache: str = ""
+    """Folder on this machine for the shards of a remote root; empty for a local one, which is read in place."""
+    timeout_s: float = 60
+    """How long a remote may be silent before a read of it counts as failed; it is tried three times."""
     lanes: int = MISSING
     """Number of lanes: the unit of order, and the largest number of ranks."""
     window_rows: int = MISSING

@@ -44,7 +44,7 @@ def export(path: Path, out: Path) -> float:
     run, checkpoint = locate(path)
     if checkpoint is None:
         raise FileNotFoundError(f"{path} holds no checkpoint yet: nothing to export")
-    corpus = Corpus(Path(run.data.root), run.data.hint)
+    corpus = Corpus.of(run.data)
     objective, _ = load_objective(run, checkpoint)
     config = objective.backbone.hugging_face_config()
     roles = corpus.roles

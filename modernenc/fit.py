@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import multiprocessing
 import os
 import platform
 import warnings
@@ -71,6 +72,7 @@ def fit(run: Run, curriculum: Curriculum, corpus: Corpus, content: dict[str, Any
     `watch.UNSTABLE` when it stopped by itself.
     """
     first = ranks.is_first()
+    _quiet_libraries()
     if first:
         _configure_logging(Path(run.run_dir))
         checkpoints.sweep(Path(run.run_dir))
@@ -116,6 +118,10 @@ def fit(run: Run, curriculum: Curriculum, corpus: Corpus, content: dict[str, Any
                 f"python -m modernenc.resume {run.run_dir}"
             ) from error
         raise
+    finally:
+        corpus.store.close()
+        for worker in multiprocessing.active_children():  # they do not listen to signals, so Python would wait for them
+            worker.kill()
     if not first:
         return
     if module.abandoned:
@@ -227,6 +233,9 @@ def _configure_logging(run_dir: Path) -> None:
         handler.close()
     log.handlers = [RichHandler(show_path=False, log_time_format="%H:%M:%S"), logging.FileHandler(run_dir / "log.txt")]
     log.handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+
+
+def _quiet_libraries() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # The loader is one process by design: more would repeat the packing. Its state is saved by the module.

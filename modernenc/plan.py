@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from io import StringIO
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -10,7 +9,7 @@ from rich.table import Table
 from modernenc.cli import run as run_cli
 from modernenc.config import Phase, Run, register
 from modernenc.curriculum import Curriculum
-from modernenc.data.blocks import MANIFEST, Corpus
+from modernenc.data.blocks import Corpus
 
 _WIDTH = 100
 
@@ -20,7 +19,7 @@ def main(config: Run) -> None:
     from modernenc.checks import check_run, check_settings
 
     curriculum = check_settings(config)
-    if (Path(config.data.root) / MANIFEST).is_file():
+    if _corpus(config):
         check_run(config)
     print(text(config, curriculum))
 
@@ -75,15 +74,23 @@ def _lr(curriculum: Curriculum, phase: str) -> str:
     return " -> ".join(f"{lr:.3g}" for number, lr in enumerate(steps) if number == 0 or lr != steps[number - 1])
 
 
+def _corpus(run: Run) -> Corpus | None:
+    """What data_prep made, if it has."""
+    try:
+        return Corpus.of(run.data)
+    except FileNotFoundError:
+        return None
+
+
 def _unserved(run: Run, phase: Phase) -> float:
     """Tokens drawn but left in open windows at the phase's end, at most one window per lane, as a share of the phase."""
     return run.data.lanes * run.data.window_rows * phase.seq_len / phase.tokens
 
 
 def _mixes(run: Run, curriculum: Curriculum) -> Table:
-    root = Path(run.data.root)
-    corpus = Corpus(root, run.data.hint) if (root / MANIFEST).is_file() else None
-    title = "mix, by tokens" + (" and passes over what the corpus holds" if corpus else f" ({root} is not prepared yet)")
+    corpus = _corpus(run)
+    state = " and passes over what the corpus holds" if corpus else f" ({run.data.root} is not prepared yet)"
+    title = f"mix, by tokens{state}"
     table = Table(title=title, title_justify="left")
     table.add_column("source", overflow="fold")
     for name in run.phases:

@@ -122,7 +122,7 @@ def _draw_loss(run: Run, curriculum: Curriculum, training: list[dict[str, str]],
 
 def _unigrams(run: Run) -> dict[str, float]:
     """Nats per held-out token of each source, for one who knows the frequencies of tokens and nothing else."""
-    sources = Corpus(Path(run.data.root), run.data.hint).sources
+    sources = Corpus.of(run.data).sources
     return {source: entry[VALIDATION]["unigram_nats"] for source, entry in sources.items()}
 
 
@@ -239,7 +239,7 @@ def _samples(run: Run, run_dir: Path) -> str:
     _, checkpoint = locate(run_dir)
     if checkpoint is None:
         return "<p>No checkpoint yet.</p>"
-    corpus = Corpus(Path(run.data.root), run.data.hint)
+    corpus = Corpus.of(run.data)
     tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))
     objective, _ = load_objective(run, checkpoint)
     parts = []

@@ -18,7 +18,7 @@ def main(config: Run) -> None:
     from modernenc.fit import fit, start  # torch and Lightning take seconds to import: mistakes are told before
 
     open_mixes(config, corpus)
-    config.data.root = str(corpus.root.resolve())  # a run may be resumed from another folder
+    config.data.root = str(corpus.store)  # a run may be resumed from another folder
     content, event = None, {"event": "start", "checkpoint": ""}
     if config.branch_from:
         from modernenc import checkpoints

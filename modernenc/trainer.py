@@ -187,7 +187,8 @@ class Pretraining(L.LightningModule):
         if self.trainer.world_size == 1:
             return numbers
         tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        return self.trainer.strategy.reduce(tensor, reduce_op="sum").tolist()
+        torch.distributed.all_reduce(tensor)  # Lightning's own reduce is two collectives: it waits at a barrier first
+        return tensor.tolist()
 
     def _take_up(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state"]

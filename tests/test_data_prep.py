@@ -17,6 +17,7 @@ from data_prep.config import Tokenizer as TokenizerSettings
 from data_prep.verify import verify
 from modernenc.data.blocks import Corpus as Opened
 from modernenc.data.blocks import Shards
+from modernenc.data.store import Store
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "mix", "quartz"]
 
@@ -52,7 +53,7 @@ def corpus(out: Path, sources: dict[str, Source], **settings) -> Corpus:
 
 def stored(root: Path) -> dict[str, list[str]]:
     """The documents of each folder, put together again from its blocks."""
-    opened = Opened(root, hint="")
+    opened = Opened(Store(str(root)))
     tokenizer = Tokenizer.from_file(str(opened.tokenizer_file))
     found: dict[str, list[str]] = {}
     for source, entry in opened.sources.items():
@@ -182,7 +183,7 @@ def test_a_given_tokenizer_is_used_with_its_own_roles(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(other))
     build(corpus(tmp_path / "out", {"a": jsonl(tmp_path / "a")}, tokenizer=TokenizerSettings(file=str(path))))
-    opened = Opened(tmp_path / "out", hint="")
+    opened = Opened(Store(str(tmp_path / "out")))
     given = Tokenizer.from_file(str(path))
     assert (opened.roles.cls, opened.roles.mask) == (given.token_to_id("<s>"), given.token_to_id("<mask>"))
     assert not set(opened.ordinary_ids.tolist()) & {opened.roles.cls, opened.roles.mask, opened.roles.pad}
@@ -210,7 +211,7 @@ def test_a_flipped_bit_is_found_by_verify_and_at_first_opening(damaged):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    for find in (verify, lambda root: Shards(root / "code" / "slice-000").read(0, 0)):
+    for find in (verify, lambda root: Shards(Store(str(root)), "code/slice-000").read(0, 0)):
         with pytest.raises(ValueError, match=rf"{path.name} is corrupt"):
             find(damaged)
 
@@ -219,10 +220,10 @@ def test_a_truncated_or_absent_shard_is_named_before_anything_is_read(damaged):
     path = one_shard(damaged)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match=rf"{path.name} has .* bytes, expected"):
-        Shards(damaged / "code" / "slice-000")
+        Shards(Store(str(damaged)), "code/slice-000")
     path.unlink()
     with pytest.raises(FileNotFoundError, match=rf"{path.name} is named by .* but absent"):
-        Shards(damaged / "code" / "slice-000")
+        Shards(Store(str(damaged)), "code/slice-000")
 
 
 def test_a_manifest_that_counts_otherwise_is_found(damaged):
@@ -247,5 +248,5 @@ def test_a_foreign_folder_whose_index_names_absent_files_loses_nothing(tmp_path)
     raw.write_bytes(zstandard.ZstdDecompressor().decompressobj().decompress(compressed.read_bytes()))
     compressed.unlink()
     with pytest.raises(ValueError, match=r"names compressed shards"):
-        Shards(tmp_path / "x")
+        Shards(Store(str(tmp_path)), "x")
     assert raw.exists()

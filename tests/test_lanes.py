@@ -10,6 +10,7 @@ from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.data.lanes import BlockOrder, Lane, LaneState, Mix
 from modernenc.data.loader import DataState, Steps, merge
+from modernenc.data.store import Store
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ def test_spans_differ_by_at_most_one_block_and_passes_differ_in_order():
 
 
 def lanes_of(corpus_root, lanes=4, mix=None, window_rows=8, seq_len=64):
-    corpus = Corpus(corpus_root, hint="")
+    corpus = Corpus(Store(str(corpus_root)))
     shares = Mix(corpus, mix or {"code": 3, "docstrings": 2, "reference": 1}, lanes, seed=1)
     states = [LaneState(tokens=shares.head_start(lane)) for lane in range(lanes)]
     return [Lane(n, lanes, shares, seq_len, window_rows, (1, 0), state) for n, state in enumerate(states)], shares
@@ -112,7 +113,12 @@ def steps_of(run, state=None, rank=0, world_size=1):
 
 
 def contents(step):
-    return [(batch.input_ids.tolist(), batch.cu_seqlens.tolist(), batch.targets.tolist()) for batch in step.micro_batches]
+    """What each micro-batch holds; one without targets only keeps ranks in step."""
+    return [
+        (batch.input_ids.tolist(), batch.cu_seqlens.tolist(), batch.targets.tolist())
+        for batch in step.micro_batches
+        if len(batch.targets)
+    ]
 
 
 def test_every_token_drawn_is_served_or_in_an_open_window(small_run):
@@ -160,6 +166,8 @@ def test_ranks_together_see_what_one_rank_sees(small_run, world_size):
     for one, many in zip(alone, together, strict=True):
         rows = sorted(contents(one))
         assert rows == sorted(row for step in many for row in contents(step))
+        assert len({len(step.micro_batches) for step in many}) == 1  # FSDP2 gathers weights in each forward pass
+        assert sum(step.tokens for step in many) == one.tokens
 
 
 def test_other_numbers_of_ranks_go_on_from_the_same_state(small_run):

@@ -21,6 +21,8 @@ import numpy as np
 import xxhash
 from jaxtyping import Integer
 
+from modernenc.config import Data
+from modernenc.data.store import Store
 from modernenc.hashing import hash_file
 
 if TYPE_CHECKING:
@@ -44,24 +46,30 @@ def columns(dtype: str) -> dict[str, str]:
     return {"tokens": f"ndarray:{dtype}", "ends": "ndarray:uint32", "continues": "uint8"}
 
 
+class Entry(NamedTuple):
+    """What an index says of one shard."""
+
+    name: str
+    bytes: int
+    digest: str
+    samples: int
+
+
 class Shards:
     """The blocks of one folder, by shard and index.
 
-    Every file that the index names must be there with its size: FileNotFoundError or ValueError otherwise. A shard's hash is
-    checked when it is first read; ValueError names one that does not match.
+    Every local file that the index names must be there with its size: FileNotFoundError or ValueError otherwise; a remote one
+    is fetched when it is first read. Then its hash is checked too; ValueError names one that does not match.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, store: Store, folder: str) -> None:
+        self.store = store
         self.folder = folder
-        index = folder / "index.json"
-        if not index.is_file():
-            raise FileNotFoundError(f"{index} is missing; prepare the data again or restore it")
-        self._readers: list[MDSReader] = []
-        for entry in json.loads(index.read_text())["shards"]:
-            self._readers.append(self._open(entry))
-        self.sizes = [reader.samples for reader in self._readers]
+        self._index: dict[str, Any] = json.loads(store.file(f"{folder}/index.json").read_text())
+        self._entries = [self._entry(entry) for entry in self._index["shards"]]
+        self.sizes = [entry.samples for entry in self._entries]
         """Blocks of each shard."""
-        self._checked = [False] * len(self._readers)
+        self._readers: dict[int, MDSReader] = {}
         self._first = [0, *accumulate(self.sizes)]
 
     def __len__(self) -> int:
@@ -70,40 +78,55 @@ class Shards:
 
     def read(self, shard: int, index: int) -> Block:
         """The block at `index` of `shard`."""
-        if not self._checked[shard]:
+        if shard not in self._readers:
             self.check(shard)
+            self._readers[shard] = self._open(shard)
         sample: dict[str, Any] = self._readers[shard][index]
         return Block(sample["tokens"], sample["ends"], bool(sample["continues"]))
 
     def check(self, shard: int) -> None:
-        """Compare the shard's hash with the index; ValueError when they differ or when the index has none."""
-        reader = self._readers[shard]
-        path = self.folder / reader.raw_data.basename
-        expected = reader.raw_data.hashes.get(SHARD_HASH)
-        if expected is None:
-            raise ValueError(f"{self.folder / 'index.json'} has no {SHARD_HASH} for {path.name}; prepare the data again")
-        if (found := hash_file(path)) != expected:
+        """Compare the shard's hash with the index, fetching it where it is remote; ValueError when they differ."""
+        entry = self._entries[shard]
+        path = self.store.shard(*entry[:3])
+        if (found := hash_file(path)) == entry.digest:
+            return
+        if self.store.cache is None:
             raise ValueError(
-                f"{path} is corrupt: {SHARD_HASH} {found}, expected {expected}; "
+                f"{path} is corrupt: {SHARD_HASH} {found}, expected {entry.digest}; "
                 "restore it from a copy or prepare the data again"
             )
-        self._checked[shard] = True
+        path.unlink()  # a bad copy: the store compares the new one itself
+        self.store.shard(*entry[:3])
 
-    def _open(self, entry: dict[str, Any]) -> "MDSReader":
-        from streaming.base.format import reader_from_json  # 4 s to import: `plan` and a config error do without
+    def prefetch(self, shard: int) -> None:
+        """Say that a shard will be read soon."""
+        if shard not in self._readers:
+            self.store.prefetch(*self._entries[shard][:3])
 
+    def _entry(self, entry: dict[str, Any]) -> Entry:
+        index = self.store.where(f"{self.folder}/index.json")
         if entry["zip_data"] is not None:
             raise ValueError(
-                f"{self.folder / 'index.json'} names compressed shards ({entry['zip_data']['basename']}), but blocks are "
+                f"{index} names compressed shards ({entry['zip_data']['basename']}), but blocks are "
                 "read raw; decompress them and set compression and zip_data to null in the index"
             )
-        path = self.folder / entry["raw_data"]["basename"]
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is named by {self.folder / 'index.json'} but absent; restore it")
-        size = path.stat().st_size
-        if size != entry["raw_data"]["bytes"]:
-            raise ValueError(f"{path} has {size} bytes, expected {entry['raw_data']['bytes']}; restore it from a copy")
-        reader = cast("MDSReader", reader_from_json(str(self.folder), "", entry))
+        raw = entry["raw_data"]
+        name = f"{self.folder}/{raw['basename']}"
+        if SHARD_HASH not in raw["hashes"]:
+            raise ValueError(f"{index} has no {SHARD_HASH} for {raw['basename']}; prepare the data again")
+        if self.store.cache is None:
+            path = self.store.path(name)
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is named by {index} but absent; restore it")
+            if (size := path.stat().st_size) != raw["bytes"]:
+                raise ValueError(f"{path} has {size} bytes, expected {raw['bytes']}; restore it from a copy")
+        return Entry(name, raw["bytes"], raw["hashes"][SHARD_HASH], entry["samples"])
+
+    def _open(self, shard: int) -> "MDSReader":
+        from streaming.base.format import reader_from_json  # 4 s to import: `plan` and a config error do without
+
+        folder = self.store.path(self.folder)
+        reader = cast("MDSReader", reader_from_json(str(folder), "", self._index["shards"][shard]))
         reader.validate(allow_unsafe_types=False)
         return reader
 
@@ -125,16 +148,22 @@ class Corpus:
     Raises FileNotFoundError when there is no manifest: a folder without one is not whole. `hint` says what to do about it.
     """
 
-    def __init__(self, root: Path, hint: str) -> None:
-        self.root = root
-        path = root / MANIFEST
-        if not path.is_file():
-            raise FileNotFoundError(f"data.root={root}: no {MANIFEST} there; {hint}")
-        self.manifest: dict[str, Any] = json.loads(path.read_text())
+    def __init__(self, store: Store, hint: str = "") -> None:
+        self.store = store
+        try:
+            self._manifest = store.file(MANIFEST).read_bytes()
+        except FileNotFoundError:
+            raise FileNotFoundError(f"data.root={store}: no {MANIFEST} there; {hint}") from None
+        self.manifest: dict[str, Any] = json.loads(self._manifest)
         self.block_tokens: int = self.manifest["block_tokens"]
         self.vocab_size: int = self.manifest["tokenizer"]["vocab_size"]
         self.roles = Roles(**self.manifest["tokenizer"]["roles"])
         self._opened: dict[str, Shards] = {}
+
+    @classmethod
+    def of(cls, data: Data) -> "Corpus":
+        """The corpus of a run."""
+        return cls(Store(data.root, data.cache, data.timeout_s), data.hint)
 
     @property
     def sources(self) -> dict[str, dict[str, Any]]:
@@ -144,7 +173,7 @@ class Corpus:
     @property
     def tokenizer_file(self) -> Path:
         """The tokenizer that made the ids."""
-        return self.root / "tokenizer.json"
+        return self.store.file("tokenizer.json")
 
     @cached_property
     def ordinary_ids(self) -> Integer[np.ndarray, " ids"]:
@@ -153,9 +182,9 @@ class Corpus:
 
     def fingerprint(self, mixes: Iterable[dict[str, float]]) -> str:
         """Hash of the manifest and of the index of every slice in the mixes: it changes with any token of theirs."""
-        digest = xxhash.xxh3_64((self.root / MANIFEST).read_bytes())
+        digest = xxhash.xxh3_64(self._manifest)
         for folder in sorted({path for mix in mixes for path in self.slices(mix)}):
-            digest.update((self.root / folder / "index.json").read_bytes())
+            digest.update(self.store.file(f"{folder}/index.json").read_bytes())
         return digest.hexdigest()
 
     def slices(self, mix: dict[str, float], key: str = "mix") -> dict[str, float]:
@@ -173,7 +202,7 @@ class Corpus:
             chosen = {n: entry["tokens"] for n, entry in known.items() if wanted in ("", n)}
             if not chosen:
                 have = ", ".join(self.sources) if not known else ", ".join(f"{source}/{n}" for n in known)
-                raise ValueError(f"{key}.{name}: {self.root} has no such source; it has {have}")
+                raise ValueError(f"{key}.{name}: {self.store} has no such source; it has {have}")
             for slice_name, tokens in chosen.items():
                 path = f"{source}/{slice_name}"
                 shares[path] = shares.get(path, 0.0) + share / total * tokens / sum(chosen.values())
@@ -187,5 +216,5 @@ class Corpus:
     def open(self, folder: str) -> Shards:
         """The blocks of `source/slice-NNN` or `source/validation`."""
         if folder not in self._opened:
-            self._opened[folder] = Shards(self.root / folder)
+            self._opened[folder] = Shards(self.store, folder)
         return self._opened[folder]

@@ -199,6 +199,7 @@ class Lane:
     def _open(self) -> None:
         self._blocks = dict(self._state.blocks)
         self._tokens = dict(self._state.tokens)
+        self._prefetch(2 * self.window_rows * self.seq_len)
         chunks = list(self._draw())
         rows = pack([len(chunk.tokens) + SPECIALS for chunk in chunks], self.seq_len)
         order = np.random.default_rng([*self.seed, self.lane, self._state.window]).permutation(len(rows))
@@ -221,6 +222,16 @@ class Lane:
             self.cuts += len(chunks) - len(block.ends) + block.continues
             wanted -= len(block.tokens) + SPECIALS * len(chunks)
             yield from (Chunk(tokens, name) for tokens in chunks)
+
+    def _prefetch(self, capacity: int) -> None:
+        """Have the shards of the next rows fetched, from where the lane stands; for remote ones only."""
+        blocks, tokens = dict(self._blocks), dict(self._tokens)
+        for _ in range(-(-capacity // self.mix.block_tokens)):
+            name = self.mix.most_owed(tokens)
+            source = self.mix.sources[name]
+            source.shards.prefetch(source.order.block_at(self.lane, blocks.get(name, 0))[0])
+            blocks[name] = blocks.get(name, 0) + 1
+            tokens[name] = tokens.get(name, 0) + self.mix.block_tokens
 
 
 def _checksum(rows: list[Row]) -> str:

@@ -5,9 +5,11 @@
 3. Rows are grouped into micro-batches; the lanes' state after the step travels with them.
 """
 
+import ctypes
 import signal
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,8 @@ from modernenc.data.blocks import Corpus
 from modernenc.data.lanes import Lane, LaneState, Mix, Row
 from modernenc.data.masking import Masker, MicroBatch, collate
 from modernenc.data.packing import SPECIALS
+
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 @dataclass
@@ -175,9 +179,7 @@ class Steps(IterableDataset[Step]):
         micro_batches = [collate(masked[at : at + size], numbers[at]) for at in range(0, len(masked), size)]
         # Ranks run the same number of them, even where some have a row less: collectives in a forward pass must pair up.
         idle = -(-most_rows(point, self.run.data.lanes, self.world_size) // size) - len(micro_batches)
-        nothing = masked[-1]
-        nothing = replace(nothing, target_positions=nothing.target_positions[:0], targets=nothing.targets[:0])
-        return micro_batches + [collate([nothing], numbers[-1])] * idle
+        return micro_batches + [collate([masker.empty_row()], first_row=0)] * idle
 
     def _enter(self, phase: str, before: dict[int, Lane]) -> dict[int, Lane]:
         """Lanes at the start of a phase: passes over the slices go on, open windows of the phase before are left."""
@@ -239,7 +241,7 @@ class StepLoader(DataLoader[Step]):
             num_workers=workers,
             prefetch_factor=2 if workers else None,
             pin_memory=pin_memory,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_follow_the_trainer,
         )
 
     def __len__(self) -> int:
@@ -247,7 +249,13 @@ class StepLoader(DataLoader[Step]):
         return 10**12
 
 
-def _ignore_signals(worker: int) -> None:
-    """A signal to stop is for the trainer, which ends its worker: one that died first would look like a failure."""
+def _follow_the_trainer(worker: int) -> None:
+    """End with the trainer, and not before it.
+
+    A signal to stop is for the trainer alone: a worker that died first would look like a failure. One that outlived a killed
+    trainer would hold its connections open, and other ranks would wait for it.
+    """
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

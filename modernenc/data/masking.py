@@ -9,6 +9,7 @@ from torch import Tensor
 
 from modernenc.data.blocks import Roles
 from modernenc.data.lanes import Row
+from modernenc.data.packing import SPECIALS
 
 MASK_SHARE, RANDOM_SHARE = 0.8, 0.1
 """Of the predicted tokens: replaced by the mask token, by a random one; the rest stay. Devlin et al. 2018, section 3.1."""
@@ -68,6 +69,11 @@ class Masker:
         replacement[random] = self.ordinary_ids[rng.integers(len(self.ordinary_ids), size=int(random.sum()))]
         input_ids[positions] = replacement
         return MaskedRow(input_ids, [len(chunk.tokens) + 2 for chunk in row], positions, targets)
+
+    def empty_row(self) -> MaskedRow:
+        """A row of an empty document, with nothing to predict."""
+        nothing = np.empty(0, dtype=np.int64)
+        return MaskedRow(np.array([self.roles.cls, self.roles.sep]), [SPECIALS], nothing, nothing)
 
     def _wrap(self, row: Row) -> tuple[Integer[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]]:
         """Token ids of the row, and which of them are text."""
