@@ -13,4 +13,4 @@ def main(corpus: Corpus) -> None:
 
 if __name__ == "__main__":
     register()
-    run(Corpus, "corpus", "prepare", main)
+    run(Corpus, ("corpus",), "prepare", main)

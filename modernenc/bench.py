@@ -107,4 +107,4 @@ def padded(batch: "MicroBatch", pad: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     register()
-    run_cli(Run, "recipe", "train", main)
+    run_cli(Run, ("recipe",), "train", main)

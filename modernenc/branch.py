@@ -18,8 +18,10 @@ from modernenc.data.loader import DataState, Steps
 
 ABANDONED = "abandoned"
 """Folder of a run that holds, by number, what its rollbacks gave up."""
-PLACE = ("run_dir", "branch_from", "trainer", "checkpoint", "validation", "watch", "logger", "data.root", "data.cache",
-         "data.workers", "data.hint")  # fmt: skip
+PLACE = (
+    "run_dir", "branch_from", "trainer", "checkpoint", "validation", "watch", "logger", "cluster",
+    "data.root", "data.cache", "data.timeout_s", "data.workers", "data.hint",
+)  # fmt: skip
 """Settings that do not change what a run trains."""
 _HISTORY = ("seed", "backbone", "data.lanes", "data.window_rows", "optim._target_")
 """Settings that a position in the data, or the weights, only make sense with."""

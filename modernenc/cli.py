@@ -21,10 +21,10 @@ _FIELDS = {"from": "branch_from"}
 """Keys of the command line that Python cannot have as names of fields."""
 
 
-def run(schema: type[Config], group: str, config_name: str, job: Callable[[Config], None]) -> None:
+def run(schema: type[Config], groups: tuple[str, ...], config_name: str, job: Callable[[Config], None]) -> None:
     """Compose `conf/<config_name>.yaml` with the command line, and call `job` with the typed result.
 
-    `group` is what must be chosen with `+group=NAME`. Mistakes end the process with status 2 and one line;
+    `groups` are what must be chosen with `+group=NAME`. Mistakes end the process with status 2 and one line;
     HYDRA_FULL_ERROR=1 shows where they arose.
     """
     verbose = os.environ.get(_TRACEBACK) == "1"
@@ -34,7 +34,7 @@ def run(schema: type[Config], group: str, config_name: str, job: Callable[[Confi
         if not verbose:
             del os.environ[_TRACEBACK]
         with one_line_errors(verbose):  # Hydra would report the job's errors in its own way
-            job(typed(cfg, schema, group))
+            job(typed(cfg, schema, groups))
 
     with one_line_errors(verbose):
         hydra.main(config_path=str(CONF_DIR), config_name=config_name, version_base="1.3")(main)()
@@ -66,12 +66,13 @@ def _message(error: BaseException) -> str:
     return " ".join(text.split())
 
 
-def typed(cfg: DictConfig, schema: type[Config], group: str) -> Config:
+def typed(cfg: DictConfig, schema: type[Config], groups: tuple[str, ...]) -> Config:
     """The composed configuration as an object of `schema`; ValueError names what is missing."""
     choices = HydraConfig.get().runtime.choices
-    if group not in choices:
-        known = sorted(hydra_options(group))
-        raise ValueError(f"no {group} chosen; add +{group}=NAME, with one of: {', '.join(known)}")
+    for group in groups:
+        if group not in choices:
+            known = sorted(hydra_options(group))
+            raise ValueError(f"no {group} chosen; add +{group}=NAME, with one of: {', '.join(known)}")
     with open_dict(cfg):
         for said, field in _FIELDS.items():
             if said in cfg:
@@ -79,7 +80,7 @@ def typed(cfg: DictConfig, schema: type[Config], group: str) -> Config:
     cfg = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(schema), cfg))  # an unknown key is refused here
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
-        raise ValueError(f"{', '.join(missing)}: no value; set it in the {group} or on the command line")
+        raise ValueError(f"{', '.join(missing)}: no value; set it in the {groups[0]} or on the command line")
     OmegaConf.resolve(cfg)
     return cast(Config, OmegaConf.to_object(cfg))
 

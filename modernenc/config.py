@@ -155,6 +155,36 @@ class Logger:
 
 
 @dataclass
+class Cluster:
+    """What `modernenc.launch` asks SLURM for; one process per task, `trainer.devices` and `trainer.num_nodes` follow."""
+
+    nodes: int = 1
+    """Nodes."""
+    tasks_per_node: int = 1
+    """Processes per node: as many as GPUs, where there are some."""
+    gpus_per_node: int = 0
+    """GPUs per node; 0 asks for none."""
+    cpus_per_task: int = 1
+    """Processor cores per process: threads of the model on a CPU, the loader beside a GPU."""
+    time: str = ""
+    """Time limit, as sbatch takes it: hours:minutes:seconds."""
+    signal_s: int = 300
+    """Seconds before the limit at which the run is told to save: longer than a step, a validation and a save take."""
+    partition: str = ""
+    """Partition; empty leaves it to the cluster."""
+    account: str = ""
+    """Account; empty leaves it to the cluster."""
+    options: list[str] = field(default_factory=list)
+    """Further options of sbatch, such as --exclusive."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines before training, such as: module load cuda."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables of the processes, such as NCCL_SOCKET_IFNAME."""
+    scratch: str = ""
+    """Folder on each node's own disk: each job has its TMPDIR there, deleted when it ends; empty leaves TMPDIR as it is."""
+
+
+@dataclass
 class Run:
     """One reproducible training."""
 
@@ -180,6 +210,7 @@ class Run:
     validation: Validation = field(default_factory=Validation)
     watch: Watch = field(default_factory=Watch)
     logger: Logger = field(default_factory=Logger)
+    cluster: Cluster = field(default_factory=Cluster)
 
 
 def register() -> None:

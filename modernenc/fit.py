@@ -182,6 +182,8 @@ def _announce(run: Run, curriculum: Curriculum, module: Pretraining, trainer: L.
              f"{curriculum.total_tokens:,}", f"{curriculum.total_steps:,}")  # fmt: skip
     log.info("device %s, precision %s, attention path %s, %d ranks of %d threads", device, run.trainer.precision,
              path_for(device, dtype), trainer.world_size, torch.get_num_threads())  # fmt: skip
+    if run.trainer.strategy == "fsdp":
+        log.info("FSDP2: weights and optimizer states are split over ranks")
     _advise_precision(device, run.trainer.precision)
     log.info("run folder %s%s", run.run_dir, f", from {checkpoint}" if checkpoint else "")
 

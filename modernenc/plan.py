@@ -147,4 +147,4 @@ def _bytes(size: float) -> str:
 
 if __name__ == "__main__":
     register()
-    run_cli(Run, "recipe", "train", main)
+    run_cli(Run, ("recipe",), "train", main)

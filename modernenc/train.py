@@ -34,4 +34,4 @@ def main(config: Run) -> None:
 
 if __name__ == "__main__":
     register()
-    run(Run, "recipe", "train", main)
+    run(Run, ("recipe",), "train", main)

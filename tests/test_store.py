@@ -134,7 +134,7 @@ def test_a_server_that_falls_silent_is_given_up_on(s3, tmp_path):
     s3.process.send_signal(signal.SIGSTOP)
     started = time.monotonic()
     try:
-        with pytest.raises(ConnectionError, match="tokenizer.json could not be fetched"):
+        with pytest.raises(ConnectionError, match=r"tokenizer\.json could not be fetched"):
             store.file("tokenizer.json")
     finally:
         s3.process.send_signal(signal.SIGCONT)

@@ -90,26 +90,6 @@ def test_micro_batches_change_the_weights_by_rounding_only(small_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_end_with_the_weights_of_one(corpus_root, tmp_path):
-    settings = ["+recipe=demo", *SMALL, f"data.root={corpus_root}", "optim=adamw", "optim.lr=1e-3", "trainer.precision=32-true"]
-    for ranks in (1, 2):
-        devices = [
-            f"trainer.devices={ranks}",
-            f"run_dir={tmp_path / str(ranks)}",
-            *(["trainer.strategy=ddp"] if ranks > 1 else []),
-        ]
-        result = command("modernenc.train", *settings, *devices)
-        assert result.returncode == 0, result.stderr
-    one, other = weights(tmp_path / "1" / FINAL), weights(tmp_path / "2" / FINAL)
-    for name, value in one.items():
-        assert float((value - other[name]).norm() / other[name].norm()) < 1e-5, name
-    losses = [[float(row["loss"]) for row in Table(tmp_path / ranks / "metrics.csv").read()] for ranks in "12"]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    states = [read(tmp_path / ranks / FINAL)["state"]["data"] for ranks in "12"]
-    assert states[0] == {**states[1], "lanes": dict(sorted(states[1]["lanes"].items()))}
-
-
-@pytest.mark.slow
 def test_wandb_without_a_login_logs_offline_and_stops_nothing(corpus_root, tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -1,0 +1,125 @@
+"""Train under SLURM: `python -m modernenc.launch +recipe=NAME +cluster=NAME [KEY=VALUE ...] [--dry-run]`.
+
+Makes the run folder, writes `job.sh` into it and submits it; --dry-run prints it and writes nothing. The job signals the run
+ahead of its time limit; the run saves at the next step, the job is queued again, and goes on: one chain until it is done.
+"""
+
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from modernenc.cli import run as run_cli
+from modernenc.config import Run, register
+
+JOB = "job.sh"
+_DRY_RUN = "--dry-run"
+
+
+def main() -> None:
+    """Submit what the command line says, or print it."""
+    dry = _DRY_RUN in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != _DRY_RUN]
+    register()
+    run_cli(Run, ("recipe", "cluster"), "launch", show if dry else submit)
+
+
+def show(run: Run) -> None:
+    """Print the script, after the checks that need no data."""
+    from modernenc.checks import check_settings
+
+    _place(run)
+    check_settings(run)
+    print(script(run), end="")
+
+
+def submit(run: Run) -> None:
+    """Make the run folder and queue the job; FileNotFoundError without SLURM, ValueError for what cannot run."""
+    if shutil.which("sbatch") is None:
+        raise FileNotFoundError(f"sbatch is not here: run this where jobs are submitted, or look at the script with {_DRY_RUN}")
+    from modernenc.checks import check_run
+
+    _place(run)
+    curriculum, corpus = check_run(run)
+    run.data.root = str(corpus.store)
+
+    from modernenc.fit import start
+
+    start(run, curriculum)
+    path = Path(run.run_dir) / JOB
+    path.write_text(script(run))
+    result = subprocess.run(["sbatch", "--parsable", path], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise ValueError(f"sbatch refused {path}: {result.stderr.strip()}; mend cluster.*, or the script, and sbatch it")
+    print(f"job {result.stdout.strip()}: {path}\nits log: {path.parent}/slurm-{result.stdout.strip()}.log")
+
+
+def script(run: Run) -> str:
+    """The job as a shell script."""
+    cluster, run_dir = run.cluster, run.run_dir
+    options = [
+        f"--job-name={run.recipe}",
+        f"--nodes={cluster.nodes}",
+        f"--ntasks-per-node={cluster.tasks_per_node}",
+        f"--cpus-per-task={cluster.cpus_per_task}",
+        *([f"--gpus-per-node={cluster.gpus_per_node}"] if cluster.gpus_per_node else []),
+        f"--time={cluster.time}",
+        *([f"--partition={cluster.partition}"] if cluster.partition else []),
+        *([f"--account={cluster.account}"] if cluster.account else []),
+        *cluster.options,
+        f"--signal=USR1@{cluster.signal_s}",
+        "--requeue",
+        "--open-mode=append",
+        f"--chdir={shlex.quote(str(Path.cwd()))}",
+        f"--output={shlex.quote(run_dir)}/slurm-%j.log",
+    ]
+    environment = {"OMP_NUM_THREADS": str(cluster.cpus_per_task), **cluster.environment}
+    scratch = f"""
+export TMPDIR={shlex.quote(cluster.scratch)}/"$SLURM_JOB_ID"
+srun --ntasks-per-node=1 mkdir -p "$TMPDIR"
+trap 'srun --ntasks-per-node=1 rm -rf "$TMPDIR"' EXIT
+"""
+    return f"""#!/bin/bash
+{chr(10).join(f"#SBATCH {option}" for option in options)}
+
+# Trains {run_dir} to its end, from wherever it stands: queued again each time the limit comes near.
+run={shlex.quote(run_dir)}
+
+{chr(10).join(cluster.setup)}
+{chr(10).join(f"export {name}={shlex.quote(value)}" for name, value in environment.items())}
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+export MASTER_ADDR MASTER_PORT
+{scratch if cluster.scratch else ""}
+cancelled=no
+trap 'cancelled=yes' TERM
+echo "job $SLURM_JOB_ID, start $((${{SLURM_RESTART_COUNT:-0}} + 1)), on $SLURM_JOB_NODELIST"
+
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" {shlex.quote(sys.executable)} -m modernenc.resume "$run" &
+step=$!
+wait "$step"
+status=$?
+if [ "$cancelled" = yes ]; then  # bash stopped waiting to note it: the run is saving
+    wait "$step"
+    echo "job $SLURM_JOB_ID was cancelled; what it saved is in $run/checkpoints; go on with: sbatch $run/{JOB}"
+elif [ "$status" -eq 75 ]; then  # saved at a step boundary, ahead of the time limit
+    echo "job $SLURM_JOB_ID saved ahead of its time limit and is queued again"
+    scontrol requeue "$SLURM_JOB_ID"
+elif [ "$status" -ne 0 ]; then
+    echo "job $SLURM_JOB_ID failed with status $status, see above; when that is mended: sbatch $run/{JOB}"
+else
+    echo "job $SLURM_JOB_ID is done: $run/report.html"
+fi
+exit "$status"
+"""
+
+
+def _place(run: Run) -> None:
+    """Give the run the cluster's processes, and a folder that a job finds from anywhere."""
+    run.run_dir = str(Path(run.run_dir).resolve())
+    run.trainer.devices, run.trainer.num_nodes = run.cluster.tasks_per_node, run.cluster.nodes
+
+
+if __name__ == "__main__":
+    main()

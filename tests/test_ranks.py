@@ -1,0 +1,182 @@
+"""Any launcher, any number of ranks, any strategy: the same documents in the same steps, and so the same training."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SMALL
+
+from modernenc.checkpoints import newest, read, read_manifest
+from modernenc.metrics import Table
+from modernenc.preemption import STOPPED
+
+FINAL = Path("checkpoints") / "end-of-decay.ckpt"
+EXACT = ["optim=adamw", "optim.lr=1e-3", "trainer.precision=32-true"]
+WIDER = ["phases.extend.batch_rows=4", "phases.decay.batch_rows=4", "phases.extend.tokens=6000", "phases.decay.tokens=40000"]
+ENDLESS = ["phases.stable.tokens=2000000", "data.workers=1", "checkpoint.every_tokens=0"]
+
+
+def launched(ranks: int, launcher: str = "torchrun") -> list[str]:
+    python = [sys.executable, "-m"]
+    if ranks > 1 and launcher == "torchrun":
+        python += ["torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", "-m"]
+    return python
+
+
+def run(ranks: int, module: str, *arguments: str, launcher: str = "torchrun") -> str:
+    line = [*launched(ranks, launcher), module, *arguments, f"trainer.devices={ranks}"]
+    result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def begin(ranks: int, module: str, *arguments: str, launcher: str = "torchrun") -> subprocess.Popen[str]:
+    line = [*launched(ranks, launcher), module, *arguments, f"trainer.devices={ranks}"]
+    return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def wait_for(process: subprocess.Popen[str], happened) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(process.communicate()[0])
+        time.sleep(0.02)
+
+
+def steps_done(folder: Path) -> int:
+    rows = Table(folder / "metrics.csv").read()
+    return int(rows[-1]["step"] or 0) if rows else 0
+
+
+def kill_all(process: subprocess.Popen[str], folder: Path) -> None:
+    """kill -9 of a launcher and of all that it launched, which torchrun puts into groups of their own."""
+    process.kill()
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(folder).encode() in (entry / "cmdline").read_bytes():
+                os.kill(int(entry.name), signal.SIGKILL)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    process.communicate()
+
+
+def saved_step(folder: Path) -> int:
+    """Step of the newest checkpoint between boundaries."""
+    return max((int(path.stem.partition("-")[2]) for path in folder.glob("checkpoints/step-*.json")), default=0)
+
+
+def losses(folder: Path) -> list[float]:
+    return [float(row["loss"]) for row in Table(folder / "metrics.csv").read()]
+
+
+def apart(one: Path, other: Path) -> float:
+    """Largest relative distance between the weights of two checkpoints."""
+    first, second = read(one)["weights"], read(other)["weights"]
+    assert first.keys() == second.keys()
+    return max(float((value - second[name]).norm() / second[name].norm().clamp(min=1e-6)) for name, value in first.items())
+
+
+@pytest.fixture
+def settings(corpus_root: Path) -> list[str]:
+    return ["+recipe=demo", *SMALL, f"data.root={corpus_root}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "tolerance"), [(EXACT, 1e-4), (["trainer.precision=bf16-mixed"], 2e-2)], ids=["adamw, fp32", "muon, bf16"]
+)
+def test_other_ranks_workers_and_micro_batches_go_on_with_a_killed_run(settings, tmp_path, kind, tolerance):
+    """1 -> 2 -> 3 -> 1 ranks, each but the last killed after a checkpoint of its own."""
+    settings = [*settings, *WIDER, *kind, "checkpoint.every_tokens=1000"]
+    alone, elastic = tmp_path / "alone", tmp_path / "elastic"
+    run(1, "modernenc.train", *settings, f"run_dir={alone}")
+    arguments = ["modernenc.train", *settings, f"run_dir={elastic}"]
+    for ranks, workers, micro_batch_tokens in ((1, 0, 256), (2, 1, 128), (3, 0, 512)):
+        had = saved_step(elastic)
+        place = [f"data.workers={workers}", f"trainer.micro_batch_tokens={micro_batch_tokens}"]
+        process = begin(ranks, *arguments, *place)
+        wait_for(process, lambda had=had: saved_step(elastic) >= had + 8)
+        kill_all(process, elastic)
+        arguments = ["modernenc.resume", str(elastic)]
+    run(1, *arguments, "data.workers=1")
+    assert len(losses(alone)) == len(losses(elastic)) > 50
+    assert losses(alone) == pytest.approx(losses(elastic), rel=tolerance)
+    if kind == EXACT:
+        assert apart(alone / FINAL, elastic / FINAL) < 1e-5
+    assert read(alone / FINAL)["state"]["data"]["accounts"] == read(elastic / FINAL)["state"]["data"]["accounts"]
+
+
+@pytest.mark.slow
+def test_ddp_and_fsdp_train_as_one_rank_and_take_up_each_others_checkpoints(settings, tmp_path):
+    settings = [*settings, *WIDER, *EXACT, "checkpoint.keep_last=100", "clip_grad_norm=0.5"]
+    folders = {strategy: tmp_path / strategy for strategy in ("auto", "ddp", "fsdp")}
+    for strategy, folder in folders.items():
+        ranks = 1 if strategy == "auto" else 2
+        said = run(ranks, "modernenc.train", *settings, f"trainer.strategy={strategy}", f"run_dir={folder}")
+        assert ("split over ranks" in " ".join(said.split())) == (strategy == "fsdp")
+        assert len(losses(folder)) > 50
+        assert losses(folder) == pytest.approx(losses(folders["auto"]), rel=1e-4)
+        assert apart(folders["auto"] / FINAL, folder / FINAL) < 1e-5
+    reference = tmp_path / "reference.ckpt"
+    for path in (FINAL, FINAL.with_suffix(".json")):
+        (folders["auto"] / path).rename(reference.with_suffix(path.suffix))
+    for origin, strategy in (("auto", "fsdp"), ("fsdp", "ddp"), ("ddp", "auto")):
+        checkpoint = folders[origin] / "checkpoints" / "end-of-stable.ckpt"
+        run(1 if strategy == "auto" else 2, "modernenc.resume", str(checkpoint), f"trainer.strategy={strategy}")
+        assert apart(folders[origin] / FINAL, reference) < 1e-5, (origin, strategy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "lightning"])
+def test_a_signal_to_stop_saves_at_a_step_boundary_on_all_ranks(settings, tmp_path, launcher):
+    folder = tmp_path / "run"
+    process = begin(2, "modernenc.train", *settings, *ENDLESS, f"run_dir={folder}", launcher=launcher)
+    wait_for(process, lambda: steps_done(folder) > 5)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == (STOPPED if launcher == "lightning" else 1), said  # torchrun has codes of its own
+    assert re.search(r"stopped at step \d+ and saved", " ".join(said.split()))
+    checkpoint = newest(folder)
+    assert checkpoint is not None and read_manifest(checkpoint)["step"] == steps_done(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "victim"), [("torchrun", 1), ("lightning", 0)])
+def test_a_lost_rank_ends_the_run_with_a_message(settings, tmp_path, launcher, victim):
+    folder = tmp_path / "run"
+    process = begin(2, "modernenc.train", *settings, *ENDLESS, f"run_dir={folder}", launcher=launcher)
+    wait_for(process, lambda: steps_done(folder) > 5)
+    os.kill(rank_process(process.pid, victim, launcher), signal.SIGKILL)
+    started = time.monotonic()
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode, said
+    assert "another rank was lost after step" in said and f"python -m modernenc.resume {folder}" in said
+    assert time.monotonic() - started < 60
+
+
+def rank_process(parent: int, rank: int, launcher: str) -> int:
+    """The process of a rank: with Lightning's launcher the first one is the parent of the others."""
+    if launcher == "lightning" and rank == 0:
+        return parent
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            is_child = int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent
+            if is_child and f"LOCAL_RANK={rank}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                return int(entry.name)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def test_another_number_of_processes_than_the_recipe_has_devices_is_an_error(settings, tmp_path):
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    line = [sys.executable, "-m", "modernenc.train", *settings, f"run_dir={tmp_path / 'run'}"]
+    result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "trainer.devices=1 trainer.num_nodes=1, but 2 processes were launched" in result.stderr
