@@ -243,4 +243,5 @@ def _quiet_libraries() -> None:
     # The loader is one process by design: more would repeat the packing. Its state is saved by the module.
     for message in ("does not have many workers", "`IterableDataset` has `__len__`", "your dataloader is not resumable"):
         warnings.filterwarnings("ignore", f".*{message}")
+    warnings.filterwarnings("ignore", ".*`srun` command is available")  # not every run on a cluster's node is a job
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.* is deprecated")  # Lightning about torch

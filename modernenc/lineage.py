@@ -9,10 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import modernenc
-from modernenc.checkpoints import write_json
 
 LINEAGE = "lineage.json"
 
@@ -25,6 +22,10 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
 
 def add(run_dir: Path, event: dict[str, Any], ranks: int, tokens_seen: int) -> None:
     """Append an entry."""
+    import torch  # seconds to import, which a reader need not pay for
+
+    from modernenc.checkpoints import write_json
+
     entry = {
         **event,
         "tokens_seen": tokens_seen,

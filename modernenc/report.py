@@ -5,12 +5,13 @@ import base64
 import html
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modernenc.cli import one_line_errors
 from modernenc.config import CONFIG, Run, load
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import VALIDATION, Corpus
+from modernenc.lineage import read as read_lineage
 from modernenc.metrics import ALL, Table
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def write(run_dir: Path) -> Path:
         "<h2>Throughput</h2>", _image(_draw_throughput(curriculum, training)),
         "<h2>Tokens</h2>", _account(run_dir),
         "<h2>Fill-mask on held-out text</h2>", _samples(run, run_dir),
-        "<h2>Lineage</h2>", _preformatted((run_dir / "lineage.json").read_text()),
+        "<h2>Lineage</h2>", _lineage(run_dir, curriculum, training),
         "<h2>Configuration</h2>", _preformatted((run_dir / CONFIG).read_text()),
     ]  # fmt: skip
     page = f"<!doctype html><meta charset=utf-8><title>{html.escape(run.recipe)}</title><style>{_STYLE}</style>"
@@ -102,6 +103,9 @@ def _draw_loss(run: Run, curriculum: Curriculum, training: list[dict[str, str]],
     scale, unit = _token_scale(curriculum.total_tokens)
     figure, axis = pyplot.subplots(figsize=(9, 4), constrained_layout=True)
     positions = [int(row["tokens_seen"]) / scale for row in training]
+    for number, given_up in enumerate(_given_up(Path(run.run_dir))):
+        axis.plot([int(row["tokens_seen"]) / scale for row in given_up], [float(row["loss"]) for row in given_up], ":",
+                  color="#c0504d", linewidth=1, label=None if number else "given up by a rollback")  # fmt: skip
     axis.plot(positions, [float(row["loss"]) for row in training], color="#9db8d2", linewidth=1, label="training")
     first = min((int(row["seq_len"]) for row in validation), default=0)
     lengths = sorted({int(row["seq_len"]) for row in validation})
@@ -227,6 +231,75 @@ def _account(run_dir: Path) -> str:
         for name in ("phase", "text", "cls, sep", "padding", "left in windows", "skipped", "cuts", "fill", "served")
     )
     return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
+
+
+def _given_up(run_dir: Path) -> list[list[dict[str, str]]]:
+    """What rollbacks gave up, from where they went back to."""
+    rollbacks = [entry for entry in read_lineage(run_dir) if entry["event"] == "rollback"]
+    return [
+        [
+            row
+            for row in Table(run_dir / entry["abandoned"] / "metrics.csv").read()
+            if int(row["tokens_seen"]) > entry["tokens_seen"]
+        ]
+        for entry in rollbacks
+    ]
+
+
+def _lineage(run_dir: Path, curriculum: Curriculum, training: list[dict[str, str]]) -> str:
+    """Where the run came from, as a table; with a picture when it is not one line."""
+    entries = read_lineage(run_dir)
+    lines = []
+    for entry in entries:
+        notes = [*entry.get("changed", [])]
+        if entry.get("skipped_tokens"):
+            notes.append(f"skipped {entry['skipped_tokens']:,} tokens of data")
+        notes += [f"{word} {entry[key]}" for key, word in (("abandoned", "gave up"), ("into", "into")) if key in entry]
+        cells = (
+            entry["time"],
+            entry["event"],
+            entry["checkpoint"],
+            f"{entry['tokens_seen']:,}",
+            str(entry["ranks"]),
+            "; ".join(notes),
+        )
+        lines.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
+    head = "".join(f"<th>{name}</th>" for name in ("time", "event", "checkpoint", "at token", "ranks", ""))
+    table = f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+    forks = {"rollback", "branch", "branched"} & {entry["event"] for entry in entries}
+    return (_image(_draw_lineage(run_dir, curriculum, training, entries)) if forks else "") + table
+
+
+def _draw_lineage(
+    run_dir: Path, curriculum: Curriculum, training: list[dict[str, str]], entries: list[dict[str, Any]]
+) -> "Figure":
+    """The run as a line over tokens, what it gave up and what branched off as lines below, the earliest nearest."""
+    from matplotlib import pyplot
+
+    scale, unit = _token_scale(curriculum.total_tokens)
+    reached = int(training[-1]["tokens_seen"]) if training else 0
+    begin = next((entry["tokens_seen"] for entry in entries if entry["event"] == "branch"), 0)
+    sides = []
+    rollbacks = (entry for entry in entries if entry["event"] == "rollback")
+    for entry, rows in zip(rollbacks, _given_up(run_dir), strict=True):
+        start = entry["tokens_seen"]
+        end = int(rows[-1]["tokens_seen"]) if rows else start
+        sides.append((start, end, f"given up: {entry['abandoned']}", "#c0504d"))
+    for entry in entries:
+        if entry["event"] == "branched":
+            sides.append((entry["tokens_seen"], curriculum.total_tokens, f"branch: {Path(entry['into']).name}", "#3a7d44"))
+    figure, axis = pyplot.subplots(figsize=(9, 0.9 + 0.4 * len(sides)), constrained_layout=True)
+    if begin:
+        axis.plot([0, begin / scale], [0, 0], color="#3a7d44", linestyle=":")
+    axis.plot([begin / scale, reached / scale], [0, 0], color="#1f4e79", linewidth=2)
+    for depth, (start, end, name, colour) in enumerate(sides, 1):
+        axis.plot([start / scale, start / scale, end / scale], [0, -depth, -depth], color=colour, linewidth=1.5)
+        axis.annotate(name, (end / scale, -depth), xytext=(4, -3), textcoords="offset points", fontsize=8, color=colour)
+    axis.set_ylim(-len(sides) - 0.6, 0.6)
+    axis.set_yticks([])
+    axis.set_xlabel(f"tokens seen ({unit})")
+    _shade(axis, curriculum, scale)
+    return figure
 
 
 def _samples(run: Run, run_dir: Path) -> str:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from modernenc import ranks
+from modernenc import lineage, ranks
 from modernenc.cli import run
 from modernenc.config import Run, register
 
@@ -19,16 +19,19 @@ def main(config: Run) -> None:
 
     open_mixes(config, corpus)
     config.data.root = str(corpus.store)  # a run may be resumed from another folder
+    parent = Path(config.branch_from).resolve()
     content, event = None, {"event": "start", "checkpoint": ""}
     if config.branch_from:
         from modernenc import checkpoints
         from modernenc.branch import fork
 
-        parent = Path(config.branch_from).resolve()
         content = fork(config, corpus, checkpoints.read(parent))
         event = {"event": "branch", "checkpoint": str(parent)}
     if ranks.is_first():  # the folder's name holds the time: the other ranks learn of it when they meet
         start(config, curriculum, content)
+        if content is not None and (parent.parent.parent / lineage.LINEAGE).is_file():
+            into = {"event": "branched", "checkpoint": parent.stem, "into": str(Path(config.run_dir).resolve())}
+            lineage.add(parent.parent.parent, into, 1, content["state"]["tokens_seen"])
     fit(config, curriculum, corpus, content, event)
 
 

@@ -138,6 +138,6 @@ def test_a_cancelled_and_a_failed_job_say_so(slurm, settings, tmp_path):
     subprocess.run(["scancel", job], check=True)
     log = wait_for("was cancelled; what it saved", tmp_path / "cancelled", job, 40)
     assert "saved" in log and list((tmp_path / "cancelled" / "checkpoints").glob("step-*.json"))
-    failed = submit(tmp_path / "failed", *endless, "cluster.environment={WORLD_SIZE: '7', RANK: '0'}")
+    failed = submit(tmp_path / "failed", *endless, "+cluster.environment.RANK='0'", "+cluster.environment.WORLD_SIZE='7'")
     log = wait_for("failed with status 2", tmp_path / "failed", failed, 90)
     assert "7 processes were launched" in log

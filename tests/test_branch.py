@@ -1,0 +1,180 @@
+"""Rollbacks and branches: what follows changes, what was trained does not."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import command
+from test_training import FINAL, same, train
+
+from modernenc import checkpoints
+from modernenc.branch import ABANDONED
+from modernenc.checkpoints import newest, read
+from modernenc.config import load
+from modernenc.lineage import read as read_lineage
+from modernenc.metrics import Table
+from modernenc.resume import resume, rollback
+from modernenc.train import main as train_main
+
+
+@pytest.fixture
+def finished(small_run) -> Path:
+    return train(small_run("checkpoint.keep_last=100"))
+
+
+def between(folder: Path, tokens: int) -> Path:
+    """The checkpoint between boundaries at or after a position."""
+    return min(
+        (path for path in folder.glob("checkpoints/step-*.ckpt") if checkpoints.tokens_seen(path) >= tokens),
+        key=checkpoints.tokens_seen,
+    )
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {int(row["step"]): float(row["loss"]) for row in Table(folder / "metrics.csv").read()}
+
+
+def test_a_rollback_goes_on_under_other_settings_and_keeps_what_it_gave_up(finished):
+    checkpoint = between(finished, 3000)
+    at = read(checkpoint)["state"]["step"]
+    before = losses(finished)
+    held = sorted(path.name for path in (finished / "checkpoints").glob("*.ckpt"))
+    rollback(checkpoint, ["optim.lr=1e-3", "optim.weight_decay=0.1"], 0)
+    after = losses(finished)
+    assert list(after) == list(before)
+    assert all(after[step] == before[step] for step in before if step <= at)
+    assert after[at + 2] != before[at + 2]
+    rows = Table(finished / "metrics.csv").read()
+    assert {float(row["weight_decay"]) for row in rows if int(row["step"]) > at} == {0.1}
+    assert max(float(row["lr"]) for row in rows if int(row["step"]) > at) == pytest.approx(1e-3)
+    assert losses(finished / ABANDONED / "1") == before
+    kept = sorted(path.name for path in (finished / ABANDONED / "1" / "checkpoints").glob("*.ckpt"))
+    assert kept == [
+        name for name in held if checkpoints.tokens_seen(finished / ABANDONED / "1" / "checkpoints" / name) > 0 and name in kept
+    ]
+    assert "end-of-decay.ckpt" in kept
+    for name in kept:
+        checkpoints.check(finished / ABANDONED / "1" / "checkpoints" / name)
+    assert load(finished).optim["lr"] == 1e-3
+    entry = read_lineage(finished)[-1]
+    assert (entry["event"], entry["checkpoint"], entry["abandoned"]) == ("rollback", checkpoint.stem, "abandoned/1")
+    assert entry["changed"] == ["optim.lr=1e-3", "optim.weight_decay=0.1"]
+    report = (finished / "report.html").read_text()
+    assert "abandoned/1" in report and "rollback" in report
+
+
+def test_a_rollback_to_the_same_settings_is_the_same_run(finished, tmp_path):
+    reference = tmp_path / "reference.ckpt"
+    for path in (finished / FINAL, checkpoints.manifest_of(finished / FINAL)):
+        reference.with_suffix(path.suffix).write_bytes(path.read_bytes())
+    rollback(between(finished, 3000), [], 0)
+    assert same(finished / FINAL, reference)
+
+
+def test_skipped_data_are_not_trained_on_and_are_accounted_for(finished):
+    checkpoint = between(finished, 3000)
+    before = losses(finished)
+    at = read(checkpoint)["state"]["step"]
+    rollback(checkpoint, [], 1024)
+    after = losses(finished)
+    assert list(after) == list(before)
+    assert after[at + 1] != before[at + 1]
+    state = read(finished / FINAL)["state"]
+    account = state["data"]["accounts"]["stable"]
+    assert account["skipped"] > 0.8 * 1024
+    assert read_lineage(finished)[-1]["skipped_tokens"] == 1024
+    resume(finished / "checkpoints" / "rollback-1.ckpt", [])
+    assert losses(finished) == after
+
+
+def test_a_killed_rollback_goes_on_as_one(finished):
+    """What a kill right after the rollback leaves is what it starts from."""
+    rollback(between(finished, 3000), ["optim.lr=1e-3"], 0)
+    final = read(finished / FINAL)["weights"]
+    for path in (finished / "checkpoints").glob("*.ckpt"):
+        if checkpoints.tokens_seen(path) > checkpoints.tokens_seen(finished / "checkpoints" / "rollback-1.ckpt"):
+            checkpoints.remove(path)
+    assert newest(finished) == finished / "checkpoints" / "rollback-1.ckpt"
+    resume(finished, [])
+    assert all(torch.equal(value, final[name]) for name, value in read(finished / FINAL)["weights"].items())
+
+
+def test_a_branch_has_its_own_folder_and_leaves_its_origin_alone(finished, small_run, tmp_path):
+    """To the decay straight from the midst of a phase: that phase ends where the checkpoint is."""
+    parent = between(finished, 3000)
+    position = checkpoints.tokens_seen(parent)
+    before = {path.name: path.read_bytes() for path in (finished / "checkpoints").iterdir()}
+    run = small_run(
+        f"phases.stable.tokens={int(position)}",
+        "phases.decay.lr=1e-3",
+        "phases.decay.tokens=4000",
+        f"run_dir={tmp_path / 'branch'}",
+    )
+    run.branch_from = str(parent)
+    train_main(run)
+    assert {path.name: path.read_bytes() for path in (finished / "checkpoints").iterdir()} == before
+    rows = Table(tmp_path / "branch" / "metrics.csv").read()
+    assert int(rows[0]["step"]) == read(parent)["state"]["step"] + 1
+    assert {row["phase"] for row in rows} == {"extend", "decay"}
+    assert read_lineage(tmp_path / "branch")[0]["event"] == "branch"
+    assert read_lineage(finished)[-1]["event"] == "branched"
+    assert read_lineage(finished)[-1]["into"] == str(tmp_path / "branch")
+    assert "branch" in (tmp_path / "branch" / "report.html").read_text()
+
+
+def test_a_branch_under_the_same_settings_is_the_same_run(finished, small_run, tmp_path):
+    run = small_run(f"run_dir={tmp_path / 'branch'}")
+    run.branch_from = str(between(finished, 3000))
+    train_main(run)
+    assert same(finished / FINAL, tmp_path / "branch" / FINAL)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("phases.stable.batch_rows=16", "phases: the checkpoint came to .* keep tokens, rows and ramps up to there"),
+        ("phases.stable.mix.code=9", r"phases.stable.mix.code=9.*, but 3.* in the checkpoint"),
+        ("backbone.num_hidden_layers=2", "backbone.num_hidden_layers=2, but 3 in the checkpoint"),
+        ("optim._target_=modernenc.optim.adamw", "optim._target_"),
+        ("seed=1", "seed=1, but 17 in the checkpoint"),
+    ],
+)
+def test_what_was_trained_cannot_change(finished, small_run, tmp_path, change, message):
+    from modernenc.branch import fork
+    from modernenc.checks import Corpus
+
+    run = small_run(f"run_dir={tmp_path / 'branch'}")
+    node, _, value = change.partition("=")
+    *path, key = node.split(".")
+    place = run
+    for name in path:
+        place = place[name] if isinstance(place, dict) else getattr(place, name)
+    parsed = json.loads(value) if value[0].isdigit() else value
+    place.__setitem__(key, parsed) if isinstance(place, dict) else setattr(place, key, parsed)
+    with pytest.raises(ValueError, match=message):
+        fork(run, Corpus.of(run.data), read(between(finished, 3000)))
+
+
+def test_a_checkpoint_of_another_recipe_is_refused_by_its_first_difference(finished, small_run, tmp_path):
+    other = train(small_run("optim=adamw", f"run_dir={tmp_path / 'other'}"))
+    for path in (other / FINAL, checkpoints.manifest_of(other / FINAL)):
+        path.rename(finished / "checkpoints" / f"from-elsewhere{path.suffix}")
+    with pytest.raises(
+        ValueError, match=r"from-elsewhere.ckpt was trained with .*, but .*config.yaml has .*: it is of another run"
+    ):
+        resume(finished / "checkpoints" / "from-elsewhere.ckpt", [])
+
+
+def test_the_command_line_branches_and_rolls_back(finished, corpus_root, tmp_path):
+    from conftest import SMALL
+
+    checkpoint = between(finished, 3000)
+    settings = ["+recipe=demo", *SMALL, f"data.root={corpus_root}", f"run_dir={tmp_path / 'branch'}", f"+from={checkpoint}"]
+    result = command("modernenc.train", *settings)
+    assert result.returncode == 0, result.stderr
+    assert same(finished / FINAL, tmp_path / "branch" / FINAL)
+    result = command("modernenc.resume", str(checkpoint), "--rollback", "--skip-tokens", "512", "optim.lr=1e-3")
+    assert result.returncode == 0, result.stderr
+    assert not same(finished / FINAL, tmp_path / "branch" / FINAL)
+    assert "add --rollback" in command("modernenc.resume", str(checkpoint), "--skip-tokens", "512").stderr
