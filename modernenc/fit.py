@@ -132,7 +132,7 @@ def fit(run: Run, curriculum: Curriculum, corpus: Corpus, content: dict[str, Any
         raise SystemExit(STOPPED)
     from modernenc.report import write
 
-    log.info("report: %s", write(Path(run.run_dir)))
+    log.info("report: %s", write(run))
 
 
 class Meeting(L.Callback):

@@ -35,16 +35,17 @@ def main() -> None:
     parser.add_argument("run_dir", type=Path, help="run folder")
     run_dir = parser.parse_args().run_dir
     with one_line_errors():
-        print(write(run_dir))
+        run = load(run_dir)
+        run.run_dir = str(run_dir)
+        print(write(run))
 
 
-def write(run_dir: Path) -> Path:
+def write(run: Run) -> Path:
     """Write the report from what the run folder holds so far, and the curriculum's picture; the report's path."""
     import matplotlib
 
     matplotlib.use("Agg")
-    run = load(run_dir)
-    run.run_dir = str(run_dir)
+    run_dir = Path(run.run_dir)
     curriculum = Curriculum(run.phases)
     training, validation = Table(run_dir / "metrics.csv").read(), Table(run_dir / "validation.csv").read()
     picture = draw_curriculum(run, curriculum)

@@ -1,11 +1,12 @@
 """Rollbacks and branches: what follows changes, what was trained does not."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import command
+from conftest import SMALL, command, composed
 from test_training import FINAL, same, train
 
 from modernenc import checkpoints
@@ -18,9 +19,17 @@ from modernenc.resume import resume, rollback
 from modernenc.train import main as train_main
 
 
+@pytest.fixture(scope="module")
+def trained(corpus_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    settings = ["+recipe=demo", *SMALL, f"data.root={corpus_root}", f"run_dir={run_dir}", "checkpoint.keep_last=100"]
+    return train(composed(settings))
+
+
 @pytest.fixture
-def finished(small_run) -> Path:
-    return train(small_run("checkpoint.keep_last=100"))
+def finished(trained: Path, tmp_path: Path) -> Path:
+    """A copy of a run that is done."""
+    return Path(shutil.copytree(trained, tmp_path / "finished"))
 
 
 def between(folder: Path, tokens: int) -> Path:
@@ -167,8 +176,6 @@ def test_a_checkpoint_of_another_recipe_is_refused_by_its_first_difference(finis
 
 
 def test_the_command_line_branches_and_rolls_back(finished, corpus_root, tmp_path):
-    from conftest import SMALL
-
     checkpoint = between(finished, 3000)
     settings = ["+recipe=demo", *SMALL, f"data.root={corpus_root}", f"run_dir={tmp_path / 'branch'}", f"+from={checkpoint}"]
     result = command("modernenc.train", *settings)
