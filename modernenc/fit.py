@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import platform
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -65,11 +66,18 @@ def save_config(run: Run) -> None:
     unfinished.replace(path)
 
 
-def fit(run: Run, curriculum: Curriculum, corpus: Corpus, content: dict[str, Any] | None, event: dict[str, Any]) -> None:
+def fit(
+    run: Run,
+    curriculum: Curriculum,
+    corpus: Corpus,
+    content: dict[str, Any] | None,
+    event: dict[str, Any],
+    callbacks: Sequence[L.Callback] = (),
+) -> None:
     """Train to the end of the curriculum, from a checkpoint's content or from the start, then write the report.
 
-    `event` is what to add to the lineage. Exits with `preemption.STOPPED` when asked to stop before the end, with
-    `watch.UNSTABLE` when it stopped by itself.
+    `event` is what to add to the lineage; `callbacks` are called after our own. Exits with `preemption.STOPPED` when asked to
+    stop before the end, with `watch.UNSTABLE` when it stopped by itself.
     """
     first = ranks.is_first()
     _quiet_libraries()
@@ -93,6 +101,7 @@ def fit(run: Run, curriculum: Curriculum, corpus: Corpus, content: dict[str, Any
             Checkpointing(run),
             TokenProgress(curriculum, recorder),
             Preemption(),
+            *callbacks,
         ],
         logger=_loggers(run) if first else [],
         plugins=[ranks.environment(run.trainer.devices, run.trainer.num_nodes)],

@@ -96,7 +96,8 @@ cancelled=no
 trap 'cancelled=yes' TERM
 echo "job $SLURM_JOB_ID, start $((${{SLURM_RESTART_COUNT:-0}} + 1)), on $SLURM_JOB_NODELIST"
 
-srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" {shlex.quote(sys.executable)} -m modernenc.resume "$run" &
+# Ranks end within moments of each other; --kill-on-bad-exit would cut down those that are still ending.
+srun --wait=120 --cpus-per-task="$SLURM_CPUS_PER_TASK" {shlex.quote(sys.executable)} -m modernenc.resume "$run" &
 step=$!
 wait "$step"
 status=$?

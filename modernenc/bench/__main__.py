@@ -65,7 +65,7 @@ def measure(config: Run, batches: list["MicroBatch"], pad: int) -> dict[str, lis
     theirs.load_state_dict(hugging_face_names(ours.state_dict(), ours.backbone.HUGGING_FACE_PREFIX))
     theirs.to(device).train()
     steps: dict[str, Callable[[MicroBatch], Any]] = {
-        "modernenc": lambda batch: ours(batch) / len(batch.targets),
+        "modernenc": lambda batch: ours(batch)[0] / len(batch.targets),
         "transformers": lambda batch: theirs(**padded(batch, pad)).loss,
     }
     optimizers = {

@@ -1,0 +1,115 @@
+"""What the loop costs: `python -m modernenc.bench.loop +recipe=NAME`.
+
+The first phase of a recipe, a few steps at a time, in turn: a bare PyTorch loop over the same batches with the same model and
+optimizer; a whole run without checkpoints; a whole run that saves every 50 steps.
+"""
+
+import shutil
+import tempfile
+import time
+from copy import deepcopy
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from modernenc.cli import run as run_cli
+from modernenc.config import Run, register
+
+ROUNDS, STEPS, WARMUP, SAVE_EVERY = 3, 100, 5, 50
+
+
+def main(config: Run) -> None:
+    """Measure and print ratios to the bare loop, and of saving to not saving."""
+    name, phase = next(iter(config.phases.items()))
+    phase.ramp.tokens, phase.warmup_tokens = 0, 0
+    step_tokens = phase.batch_rows * phase.seq_len
+    phase.tokens = step_tokens * STEPS
+    config.phases = {name: phase}
+    config.validation.tokens_per_source = phase.seq_len
+    config.checkpoint.every_minutes = 0
+    with tempfile.TemporaryDirectory() as folder:
+        seconds: dict[str, list[float]] = {"bare loop": [], "run": [], "run that saves": []}
+        for number in range(ROUNDS):
+            seconds["bare loop"].append(bare(config))
+            for kind, every in (("run", 0), ("run that saves", SAVE_EVERY * step_tokens)):
+                run = deepcopy(config)
+                run.checkpoint.every_tokens = every
+                run.run_dir = str(Path(folder) / f"{number}-{every}")
+                seconds[kind].append(whole(run))
+                shutil.rmtree(run.run_dir)
+    show(config, seconds)
+
+
+def bare(config: Run) -> float:
+    """Seconds a step of the least that can be written."""
+    import torch
+    from hydra.utils import get_method
+
+    from modernenc.checks import check_run
+    from modernenc.data.loader import DataState, StepLoader, Steps
+    from modernenc.fit import keep_freed_memory
+    from modernenc.model import build_objective
+
+    keep_freed_memory()
+    curriculum, corpus = check_run(config)
+    loader = StepLoader(Steps(config, curriculum, corpus, 0, 1, DataState()), config.data.workers, pin_memory=False)
+    device = torch.device("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu")
+    objective = build_objective(config).to(device)
+    arguments = {key: value for key, value in config.optim.items() if key != "_target_"}
+    optimizers = get_method(config.optim["_target_"])(objective, objective.backbone, **arguments)
+    started = 0.0
+    for number, step in enumerate(islice(loader, STEPS)):
+        if number == WARMUP:
+            started = time.perf_counter()
+        for micro_batch in step.micro_batches:
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.trainer.precision == "bf16-mixed"):
+                loss, _ = objective(micro_batch.to(device))
+            (loss / step.targets).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return (time.perf_counter() - started) / (STEPS - WARMUP)
+
+
+def whole(run: Run) -> float:
+    """Seconds a step of a run, all that a run does after its steps included."""
+    import lightning.pytorch as L
+
+    from modernenc import fit as fitting
+    from modernenc.checks import check_run
+
+    times: list[float] = []
+
+    class Clock(L.Callback):
+        """Notes when each step is done."""
+
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+            times.append(time.perf_counter())
+
+    curriculum, corpus = check_run(run)
+    fitting.start(run, curriculum)
+    fitting.fit(run, curriculum, corpus, None, {"event": "start", "checkpoint": ""}, [Clock()])
+    return (times[-1] - times[WARMUP]) / (len(times) - 1 - WARMUP)
+
+
+def show(config: Run, seconds: dict[str, list[float]]) -> None:
+    """A table that fits a terminal."""
+    table = Table(title=f"seconds a step, recipe {config.recipe}, {ROUNDS} rounds of {STEPS} steps in turn")
+    for column in ("", "median", "lowest", "highest"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, values in seconds.items():
+        table.add_row(name, *(f"{value:.4f}" for value in (median(values), min(values), max(values))))
+    console = Console()
+    console.print(table)
+    for one, other in (("run", "bare loop"), ("run that saves", "run")):
+        ratios = [a / b for a, b in zip(seconds[one], seconds[other], strict=True)]
+        console.print(f"{one} / {other}: median {median(ratios):.3f}, from {min(ratios):.3f} to {max(ratios):.3f}")
+
+
+if __name__ == "__main__":
+    register()
+    run_cli(Run, ("recipe",), "train", main)
