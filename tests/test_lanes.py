@@ -170,6 +170,25 @@ def test_ranks_together_see_what_one_rank_sees(small_run, world_size):
         assert sum(step.tokens for step in many) == one.tokens
 
 
+@pytest.mark.parametrize("world_size", [6, 7])
+def test_numbers_of_ranks_that_divide_nothing_see_the_same(small_run, world_size):
+    rows = [f"phases.{phase}.batch_rows=20" for phase in ("stable", "extend", "decay")]
+    run = small_run("data.lanes=10", "phases.stable.ramp.tokens=0", "trainer.micro_batch_tokens=128", *rows)
+    alone = steps_of(small_run("data.lanes=10", "phases.stable.ramp.tokens=0", "trainer.micro_batch_tokens=1", *rows))
+    together = zip(*(steps_of(run, rank=rank, world_size=world_size) for rank in range(world_size)), strict=True)
+    for one, many in zip(alone, together, strict=True):
+        documents = Counter(
+            tuple(ids) for step in many for batch in step.micro_batches for ids in split(batch) if len(batch.targets)
+        )
+        assert documents == Counter(tuple(ids) for batch in one.micro_batches for ids in split(batch))
+        assert len({len(step.micro_batches) for step in many}) == 1
+
+
+def split(batch):
+    """The documents of a micro-batch."""
+    return [ids.tolist() for ids in batch.input_ids.split(batch.cu_seqlens.diff().tolist())]
+
+
 def test_other_numbers_of_ranks_go_on_from_the_same_state(small_run):
     run = small_run("trainer.micro_batch_tokens=1", "phases.stable.ramp.tokens=0", "phases.stable.batch_rows=5")
     alone = list(steps_of(run))

@@ -104,6 +104,35 @@ def settings(corpus_root: Path) -> list[str]:
     return ["+recipe=demo", *SMALL, *two_ranks, f"data.root={corpus_root}", "checkpoint.every_tokens=0"]
 
 
+def test_a_dry_run_shows_the_job_and_writes_nothing(settings, tmp_path):
+    arguments = [*settings, "+cluster=cpu_node", f"run_dir={tmp_path / 'run'}", "--dry-run"]
+    result = command(
+        "modernenc.launch", *arguments, "cluster.scratch=/scratch/me", "cluster.partition=long", "cluster.account=us"
+    )
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "run").exists()
+    for line in ("#SBATCH --ntasks-per-node=2", "#SBATCH --signal=USR1@60", "#SBATCH --partition=long", "#SBATCH --account=us"):
+        assert line in result.stdout.splitlines()
+    assert f"run={tmp_path / 'run'}" in result.stdout
+    script = tmp_path / "job.sh"
+    script.write_text(result.stdout)
+    subprocess.run(["bash", "-n", script], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", script], check=True)
+
+
+def test_a_job_needs_a_cluster_that_the_recipe_fits(settings, tmp_path, monkeypatch):
+    place = f"run_dir={tmp_path / 'run'}"
+    assert (
+        "no cluster chosen; add +cluster=NAME, with one of: cpu_node, gpu_node"
+        in command("modernenc.launch", *settings, place).stderr
+    )
+    crowded = command("modernenc.launch", *settings, place, "+cluster=gpu_node", "--dry-run")
+    assert "8 ranks exceed data.lanes=4" in crowded.stderr
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "sbatch is not here" in command("modernenc.launch", *settings, place, "+cluster=cpu_node").stderr
+
+
 @pytest.mark.slow
 def test_one_job_goes_on_over_time_limits_until_the_run_is_done(slurm, settings, tmp_path):
     settings = [*settings, "phases.stable.tokens=400000", "phases.extend.tokens=1500000", "phases.decay.tokens=900000"]

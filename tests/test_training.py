@@ -81,6 +81,13 @@ def test_a_loader_worker_changes_nothing(small_run, tmp_path):
     assert same(one / FINAL, other / FINAL)
 
 
+@pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_strict_determinism_gives_the_same_bits(small_run, tmp_path, accelerator):
+    settings = ["trainer.determinism=strict", f"trainer.accelerator={accelerator}", "backbone.attention_out_dropout=0.1"]
+    one, other = (train(small_run(*settings, f"run_dir={tmp_path / name}")) for name in ("one", "other"))
+    assert same(one / FINAL, other / FINAL)
+
+
 def test_micro_batches_change_the_weights_by_rounding_only(small_run, tmp_path):
     settings = ["optim=adamw", "optim.lr=1e-3", "trainer.precision=32-true"]
     one = weights(train(small_run(*settings, "trainer.micro_batch_tokens=64")) / FINAL)
