@@ -106,9 +106,8 @@ def settings(corpus_root: Path) -> list[str]:
 
 def test_a_dry_run_shows_the_job_and_writes_nothing(settings, tmp_path):
     arguments = [*settings, "+cluster=cpu_node", f"run_dir={tmp_path / 'run'}", "--dry-run"]
-    result = command(
-        "modernenc.launch", *arguments, "cluster.scratch=/scratch/me", "cluster.partition=long", "cluster.account=us"
-    )
+    arguments += ["cluster.scratch=/scratch/me", "cluster.partition=long", "cluster.account=us"]
+    result = command("modernenc.launch", *arguments)
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "run").exists()
     for line in ("#SBATCH --ntasks-per-node=2", "#SBATCH --signal=USR1@60", "#SBATCH --partition=long", "#SBATCH --account=us"):
