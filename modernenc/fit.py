@@ -153,7 +153,7 @@ class Meeting(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Compare notes; ValueError when ranks disagree."""
-        ranks.export(trainer.strategy, self.run.trainer.devices, self.run.trainer.num_nodes)
+        ranks.export(trainer.global_rank, trainer.local_rank, self.run.trainer.devices, self.run.trainer.num_nodes)
         self.run.run_dir, checkpoint = trainer.strategy.broadcast((self.run.run_dir, self.checkpoint))
         if checkpoint != self.checkpoint:
             raise ValueError(

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins.environments import ClusterEnvironment
-    from lightning.pytorch.strategies import Strategy
 
 
 def is_first() -> bool:
@@ -59,14 +58,14 @@ def environment(devices: int, num_nodes: int) -> "ClusterEnvironment":
     return TorchElasticEnvironment()
 
 
-def export(strategy: "Strategy", devices: int, num_nodes: int) -> None:
+def export(rank: int, local_rank: int, devices: int, num_nodes: int) -> None:
     """Set the four variables, or check those that a launcher set; ValueError where they disagree with the trainer."""
     if devices * num_nodes == 1:
         return
     expected = {
-        "RANK": strategy.global_rank,
+        "RANK": rank,
         "WORLD_SIZE": devices * num_nodes,
-        "LOCAL_RANK": strategy.local_rank,
+        "LOCAL_RANK": local_rank,
         "LOCAL_WORLD_SIZE": devices,
     }
     for name, value in expected.items():

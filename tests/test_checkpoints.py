@@ -45,10 +45,10 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage):
 def test_the_newest_whole_checkpoint_is_taken_with_a_warning(tmp_path, damage, caplog):
     for tokens in (10, 30, 20):
         save(tmp_path, f"step-{tokens}", tokens)
-    assert newest(tmp_path).stem == "step-30"
+    assert newest(tmp_path) == tmp_path / "checkpoints" / "step-30.ckpt"
     damage(tmp_path / "checkpoints" / "step-30.ckpt")
     with caplog.at_level(logging.WARNING):
-        assert newest(tmp_path).stem == "step-20"
+        assert newest(tmp_path) == tmp_path / "checkpoints" / "step-20.ckpt"
     assert "step-30.ckpt" in caplog.text
 
 

@@ -13,7 +13,7 @@ def run_dir(small_run):
     run = small_run("phases.stable.tokens=3000", "phases.extend.tokens=1000", "phases.decay.tokens=1000")
     curriculum, corpus = check_run(run)
     start(run, curriculum)
-    fit(run, curriculum, corpus, checkpoint=None)
+    fit(run, curriculum, corpus, None, {"event": "start", "checkpoint": ""})
     return tmp_path_of(run)
 
 
