@@ -1,15 +1,14 @@
 """What the loop costs: `python -m modernenc.bench.loop +recipe=NAME`.
 
-The first phase of a recipe, a few steps at a time, in turn: a bare PyTorch loop over the same batches with the same model and
-optimizer; a whole run without checkpoints; a whole run that saves every 50 steps.
+The first phase of a recipe, a hundred steps at a time, in turn: a bare PyTorch loop over the same batches with the same model
+and optimizer, and a whole run. Then a run that saves every ten steps: what the steps during and after a save take beyond their
+neighbours is the cost of the save, told as a share of 50 steps.
 """
 
-import shutil
 import tempfile
 import time
 from copy import deepcopy
-from itertools import islice
-from pathlib import Path
+from itertools import islice, pairwise
 from statistics import median
 from typing import Any
 
@@ -19,11 +18,12 @@ from rich.table import Table
 from modernenc.cli import run as run_cli
 from modernenc.config import Run, register
 
-ROUNDS, STEPS, WARMUP, SAVE_EVERY = 3, 100, 5, 50
+ROUNDS, STEPS, WARMUP, SAVE_EVERY = 3, 100, 5, 10
+SHARE_OF = 50
 
 
 def main(config: Run) -> None:
-    """Measure and print ratios to the bare loop, and of saving to not saving."""
+    """Measure and print the ratio to the bare loop, and the cost of saving."""
     name, phase = next(iter(config.phases.items()))
     phase.ramp.tokens, phase.warmup_tokens = 0, 0
     step_tokens = phase.batch_rows * phase.seq_len
@@ -32,16 +32,17 @@ def main(config: Run) -> None:
     config.validation.tokens_per_source = phase.seq_len
     config.checkpoint.every_minutes = 0
     with tempfile.TemporaryDirectory() as folder:
-        seconds: dict[str, list[float]] = {"bare loop": [], "run": [], "run that saves": []}
+        saving = deepcopy(config)
+        saving.checkpoint.every_tokens, saving.run_dir = SAVE_EVERY * step_tokens, f"{folder}/saving"
+        saves = cost_of_saves(whole(saving))
+        seconds: dict[str, list[float]] = {"bare loop": [], "run": []}
         for number in range(ROUNDS):
+            run = deepcopy(config)
+            run.checkpoint.every_tokens, run.run_dir = 0, f"{folder}/{number}"
             seconds["bare loop"].append(bare(config))
-            for kind, every in (("run", 0), ("run that saves", SAVE_EVERY * step_tokens)):
-                run = deepcopy(config)
-                run.checkpoint.every_tokens = every
-                run.run_dir = str(Path(folder) / f"{number}-{every}")
-                seconds[kind].append(whole(run))
-                shutil.rmtree(run.run_dir)
-    show(config, seconds)
+            times = whole(run)[WARMUP:]
+            seconds["run"].append(sum(times) / len(times))
+    show(config, seconds, saves)
 
 
 def bare(config: Run) -> float:
@@ -75,8 +76,8 @@ def bare(config: Run) -> float:
     return (time.perf_counter() - started) / (STEPS - WARMUP)
 
 
-def whole(run: Run) -> float:
-    """Seconds a step of a run, all that a run does after its steps included."""
+def whole(run: Run) -> list[float]:
+    """Seconds of each step of a run, all that a run does after it included."""
     import lightning.pytorch as L
 
     from modernenc import fit as fitting
@@ -93,11 +94,20 @@ def whole(run: Run) -> float:
     curriculum, corpus = check_run(run)
     fitting.start(run, curriculum)
     fitting.fit(run, curriculum, corpus, None, {"event": "start", "checkpoint": ""}, [Clock()])
-    return (times[-1] - times[WARMUP]) / (len(times) - 1 - WARMUP)
+    return [after - before for before, after in pairwise(times)]
 
 
-def show(config: Run, seconds: dict[str, list[float]]) -> None:
-    """A table that fits a terminal."""
+def cost_of_saves(times: list[float]) -> list[float]:
+    """What each save took beyond the neighbouring steps, in steps: of the step that it ends and of the two after."""
+    costs = []
+    for save in range(2 * SAVE_EVERY - 1, len(times) - SAVE_EVERY, SAVE_EVERY):
+        usual = median(times[save - SAVE_EVERY + 3 : save] + times[save + 3 : save + SAVE_EVERY])
+        costs.append(sum(times[save : save + 3]) / usual - 3)
+    return costs
+
+
+def show(config: Run, seconds: dict[str, list[float]], saves: list[float]) -> None:
+    """A table that fits a terminal, and the ratios."""
     table = Table(title=f"seconds a step, recipe {config.recipe}, {ROUNDS} rounds of {STEPS} steps in turn")
     for column in ("", "median", "lowest", "highest"):
         table.add_column(column, justify="right" if column else "left")
@@ -105,9 +115,11 @@ def show(config: Run, seconds: dict[str, list[float]]) -> None:
         table.add_row(name, *(f"{value:.4f}" for value in (median(values), min(values), max(values))))
     console = Console()
     console.print(table)
-    for one, other in (("run", "bare loop"), ("run that saves", "run")):
-        ratios = [a / b for a, b in zip(seconds[one], seconds[other], strict=True)]
-        console.print(f"{one} / {other}: median {median(ratios):.3f}, from {min(ratios):.3f} to {max(ratios):.3f}")
+    ratios = [run / bare for run, bare in zip(seconds["run"], seconds["bare loop"], strict=True)]
+    console.print(f"run / bare loop: median {median(ratios):.3f}, from {min(ratios):.3f} to {max(ratios):.3f}")
+    shares = [1 + cost / SHARE_OF for cost in saves]
+    console.print(f"saving every {SHARE_OF} steps / never: median {median(shares):.3f} of {len(saves)} saves, "
+                  f"from {min(shares):.3f} to {max(shares):.3f}")  # fmt: skip
 
 
 if __name__ == "__main__":
