@@ -171,7 +171,7 @@ def test_an_interrupted_preparation_is_not_a_corpus_and_goes_on(tmp_path, monkey
             with pytest.raises(KeyboardInterrupt):
                 build(settings)
         with pytest.raises(FileNotFoundError, match=r"no manifest.json there; do this"):
-            Opened(tmp_path / "out", hint="do this")
+            Opened(Store(str(tmp_path / "out")), hint="do this")
     build(settings)
     assert stored(tmp_path / "out") == stored(tmp_path / "whole")
 

@@ -92,12 +92,13 @@ def settings(corpus_root: Path) -> list[str]:
     ("kind", "tolerance"), [(EXACT, 1e-4), (["trainer.precision=bf16-mixed"], 2e-2)], ids=["adamw, fp32", "muon, bf16"]
 )
 def test_other_ranks_workers_and_micro_batches_go_on_with_a_killed_run(settings, tmp_path, kind, tolerance):
-    """1 -> 2 -> 3 -> 1 ranks, each but the last killed after a checkpoint of its own."""
+    """1 -> 2 -> 3 -> 1 ranks (1 -> 3 -> 1 with Muon), each but the last killed after a checkpoint of its own."""
     settings = [*settings, *WIDER, *kind, "checkpoint.every_tokens=1000"]
     alone, elastic = tmp_path / "alone", tmp_path / "elastic"
     run(1, "modernenc.train", *settings, f"run_dir={alone}")
     arguments = ["modernenc.train", *settings, f"run_dir={elastic}"]
-    for ranks, workers, micro_batch_tokens in ((1, 0, 256), (2, 1, 128), (3, 0, 512)):
+    stages = [(1, 0, 256), (2, 1, 128), (3, 0, 512)]
+    for ranks, workers, micro_batch_tokens in stages if kind == EXACT else stages[::2]:
         had = saved_step(elastic)
         place = [f"data.workers={workers}", f"trainer.micro_batch_tokens={micro_batch_tokens}"]
         process = begin(ranks, *arguments, *place)
