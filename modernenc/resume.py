@@ -1,7 +1,8 @@
 """Go on with a run: `python -m modernenc.resume RUN_DIR|CKPT [KEY=VALUE ...]`.
 
 A run folder goes on from its newest whole checkpoint, a checkpoint from itself. KEY=VALUE may change where and how fast the
-run goes (trainer.*, checkpoint.*, validation.*, watch.*, logger.*, data.root, data.cache, data.workers), not what it trains.
+run goes (trainer.*, checkpoint.*, validation.*, watch.*, logger.*, data.root, data.cache,
+data.timeout_s, data.workers), not what it trains.
 
 With --rollback the run goes back to the checkpoint and on from there under other settings, such as optim.lr=1e-4, or past the
 data that hurt. What it gives up is kept in its folder `abandoned`. A branch, which leaves the run as it is, is
@@ -15,7 +16,17 @@ from typing import Any, cast
 from modernenc.cli import one_line_errors
 from modernenc.config import Run
 
-FREE = ("trainer.", "checkpoint.", "validation.", "watch.", "logger.", "data.root=", "data.cache=", "data.workers=")
+FREE = (
+    "trainer.",
+    "checkpoint.",
+    "validation.",
+    "watch.",
+    "logger.",
+    "data.root=",
+    "data.cache=",
+    "data.timeout_s=",
+    "data.workers=",
+)
 """Keys that do not change what a run trains."""
 
 
