@@ -8,15 +8,23 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from hydra.utils import get_method
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from modernenc.backbones import Backbone
 from modernenc.curriculum import Point
+from modernenc.objectives.masked_lm import MaskedLM
 
 _COUNTERS = ("step", "setup")
 """What optimi keeps in parameter groups that is state, not a setting."""
+
+
+def build(objective: MaskedLM, settings: dict[str, Any]) -> list[Optimizer]:
+    """The optimizers that a recipe's `optim` names."""
+    arguments = {key: value for key, value in settings.items() if key != "_target_"}
+    return get_method(settings["_target_"])(objective, objective.backbone, **arguments)
 
 
 def stable_adamw(

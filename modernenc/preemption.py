@@ -12,11 +12,11 @@ from typing import Any, cast
 
 import lightning.pytorch as L
 
+from modernenc.data.loader import STOP_SIGNALS
 from modernenc.trainer import Pretraining
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STOPPED = 75
 """Exit code of a run that was asked to stop, saved, and can go on: EX_TEMPFAIL of sysexits.h."""
 
@@ -38,7 +38,7 @@ class Preemption(L.Callback):
             module.stop_requested = True
             log.warning("%s: saving after this step; once more ends the run at once", signal.Signals(number).name)
 
-        self._before = {number: signal.signal(number, note) for number in SIGNALS}
+        self._before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Listen no more."""

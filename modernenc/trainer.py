@@ -9,7 +9,6 @@ from typing import Any, cast
 import lightning.pytorch as L
 import numpy as np
 import torch
-from hydra.utils import get_method
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from omegaconf import OmegaConf
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -99,8 +98,7 @@ class Pretraining(L.LightningModule):
 
     def configure_optimizers(self) -> list[Optimizer]:
         """The optimizers that the recipe chose, with their states of the checkpoint."""
-        arguments = {key: value for key, value in self.run.optim.items() if key != "_target_"}
-        optimizers = get_method(self.run.optim["_target_"])(self.objective, self.objective.backbone, **arguments)
+        optimizers = optim.build(self.objective, self.run.optim)
         if self._optimizer_states:
             optim.restore(optimizers, optim.names_of(self.objective), self._optimizer_states)
             self._optimizer_states = []

@@ -48,8 +48,8 @@ def main(config: Run) -> None:
 def bare(config: Run) -> float:
     """Seconds a step of the least that can be written."""
     import torch
-    from hydra.utils import get_method
 
+    from modernenc import optim
     from modernenc.checks import check_run
     from modernenc.data.loader import DataState, StepLoader, Steps
     from modernenc.fit import keep_freed_memory
@@ -60,8 +60,7 @@ def bare(config: Run) -> float:
     loader = StepLoader(Steps(config, curriculum, corpus, 0, 1, DataState()), config.data.workers, pin_memory=False)
     device = torch.device("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu")
     objective = build_objective(config).to(device)
-    arguments = {key: value for key, value in config.optim.items() if key != "_target_"}
-    optimizers = get_method(config.optim["_target_"])(objective, objective.backbone, **arguments)
+    optimizers = optim.build(objective, config.optim)
     started = 0.0
     for number, step in enumerate(islice(loader, STEPS)):
         if number == WARMUP:

@@ -65,7 +65,10 @@ class Shards:
     def __init__(self, store: Store, folder: str) -> None:
         self.store = store
         self.folder = folder
-        self._index: dict[str, Any] = json.loads(store.file(f"{folder}/index.json").read_text())
+        content = store.file(f"{folder}/index.json").read_bytes()
+        self.digest = xxhash.xxh3_64_hexdigest(content)
+        """Hash of the index, which holds those of the shards."""
+        self._index: dict[str, Any] = json.loads(content)
         self._entries = [self._entry(entry) for entry in self._index["shards"]]
         self.sizes = [entry.samples for entry in self._entries]
         """Blocks of each shard."""
@@ -184,7 +187,7 @@ class Corpus:
         """Hash of the manifest and of the index of every slice in the mixes: it changes with any token of theirs."""
         digest = xxhash.xxh3_64(self._manifest)
         for folder in sorted({path for mix in mixes for path in self.slices(mix)}):
-            digest.update(self.store.file(f"{folder}/index.json").read_bytes())
+            digest.update(self.open(folder).digest)
         return digest.hexdigest()
 
     def slices(self, mix: dict[str, float], key: str = "mix") -> dict[str, float]:

@@ -22,6 +22,8 @@ from modernenc.data.lanes import Lane, LaneState, Mix, Row
 from modernenc.data.masking import Masker, MicroBatch, collate
 from modernenc.data.packing import SPECIALS
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""What asks a run to save and stop."""
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
@@ -255,7 +257,7 @@ def _follow_the_trainer(worker: int) -> None:
     A signal to stop is for the trainer alone: a worker that died first would look like a failure. One that outlived a killed
     trainer would hold its connections open, and other ranks would wait for it.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -15,6 +15,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hydra.utils import get_class
+
 from modernenc.hashing import hash_file
 
 if TYPE_CHECKING:
@@ -24,6 +26,15 @@ ATTEMPTS = 3
 _FIRST_PAUSE_S = 1.0
 _AT_A_TIME = 4
 _PART = ".part"
+_FAILURES = {
+    "s3": ("botocore.exceptions.ClientError", "botocore.exceptions.BotoCoreError", "boto3.exceptions.Boto3Error"),
+    "gs": ("google.api_core.exceptions.GoogleAPIError", "google.auth.exceptions.GoogleAuthError"),
+    "azure": ("azure.core.exceptions.AzureError",),
+    "azure-dl": ("azure.core.exceptions.AzureError",),
+    "oci": ("oci.exceptions.ServiceError", "oci.exceptions.RequestException"),
+    "sftp": ("paramiko.SSHException",),
+}
+"""What a remote's library raises, besides OSError and ValueError, when a file cannot be had."""
 _HUGGING_FACE = "hf://datasets/"
 
 
@@ -122,7 +133,7 @@ class Store:
                     raise ValueError(f"hash {found}, expected {digest}")
                 part.replace(target)
                 return target
-            except Exception as caught:  # each remote's library has its own kinds of failure
+            except _failures(self.root) as caught:
                 if isinstance(caught, OSError) and caught.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
                     raise OSError(f"data.cache={self.cache}: {caught.strerror}, wanted for {name}; make room there") from caught
                 error = caught
@@ -143,6 +154,11 @@ class Store:
 
                 self._downloader = CloudDownloader.get(self.root)
             self._downloader.download(self.where(name), str(part), self.timeout_s)
+
+
+def _failures(root: str) -> tuple[type[Exception], ...]:
+    names = _FAILURES.get(root.partition("://")[0], ())
+    return (OSError, ValueError, *(get_class(name) for name in names))
 
 
 def _dataset(root: str) -> tuple[str, str, str]:
