@@ -101,9 +101,8 @@ def give_up(run_dir: Path, tokens_seen: int) -> Path:
     (folder / checkpoints.FOLDER).mkdir(parents=True)
     for path in (run_dir / checkpoints.FOLDER).glob("*.ckpt"):
         if checkpoints.tokens_seen(path) > tokens_seen:
-            for part in (checkpoints.manifest_of(path), path):  # without its manifest a checkpoint is not taken
-                if part.exists():
-                    part.rename(folder / checkpoints.FOLDER / part.name)
+            for part in checkpoints.files_of(path):
+                part.rename(folder / checkpoints.FOLDER / part.name)
     for name in (CONFIG, "metrics.csv", "validation.csv"):
         if (run_dir / name).exists():
             (folder / name).write_bytes((run_dir / name).read_bytes())

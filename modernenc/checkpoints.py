@@ -3,15 +3,19 @@
 `checkpoints/end-of-<phase>.ckpt` at each boundary, `checkpoints/step-<step>.ckpt` between. Beside each lies a manifest of the
 same name (`.json`) with size, hash and position, written last: a checkpoint without a matching one is not whole.
 
-A checkpoint holds plain values and whole tensors by name, whatever the strategy and the number of ranks: `weights`,
-`optimizers`, `state` (position, data), `run` (the configuration). Lightning's own are not used: they know optimizer states by
-position, differ between strategies, and are copied out of $TMPDIR, which a kill can cut short (Lightning#21253).
+A checkpoint holds plain values and tensors by name: `weights`, `optimizers`, `state` (position, data), `run` (the
+configuration). What is read is the same whatever the strategy and the number of ranks. Where ranks wrote their own shares of
+it, those of ranks 1, 2, ... lie beside it as `<name>.1.part`, each with a manifest, and it is whole when all of one save are.
+
+Lightning's own checkpoints are not used: they know optimizer states by position, differ between strategies, and are copied
+out of $TMPDIR, which a kill can cut short (Lightning#21253). torch's distributed ones unpickle their metadata.
 """
 
 import json
 import logging
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,22 @@ log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 POSITION = ("tokens_seen", "step", "phase", "boundary")
 _UNFINISHED = ".tmp"
+_PART = ".part"
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of a checkpoint a rank writes."""
+
+    rank: int
+    ranks: int
+    """How many ranks write one."""
+    save: int
+    """Number that the shares of one save have in common, and no other's."""
+
+
+WHOLE = Share(rank=0, ranks=1, save=0)
+"""All of a checkpoint in one file."""
 
 
 class Writer:
@@ -38,10 +58,10 @@ class Writer:
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._writing: Future[None] | None = None
 
-    def save(self, content: dict[str, Any], name: str) -> None:
-        """Write a checkpoint that no one else will change; waits for the one before."""
+    def save(self, content: dict[str, Any], name: str, share: Share) -> None:
+        """Write a rank's share of a checkpoint, which no one else will change; waits for the one before."""
         self.wait()
-        self._writing = self._thread.submit(self._write, content, self.run_dir / FOLDER / f"{name}.ckpt")
+        self._writing = self._thread.submit(self._write, content, self.run_dir / FOLDER / f"{name}.ckpt", share)
 
     def check(self) -> None:
         """Raise what went wrong, if it is known."""
@@ -58,42 +78,50 @@ class Writer:
         self._thread.shutdown()
         self.wait()
 
-    def _write(self, content: dict[str, Any], target: Path) -> None:
+    def _write(self, content: dict[str, Any], target: Path, share: Share) -> None:
         try:
-            write(content, target)
-            prune(self.run_dir, self.keep_last)
+            write(content, target, share)
+            if share.rank == 0:
+                prune(self.run_dir, self.keep_last)
         except OSError as error:
-            target.with_suffix(target.suffix + _UNFINISHED).unlink(missing_ok=True)
+            _unfinished(_file(target, share.rank)).unlink(missing_ok=True)
             raise OSError(
                 f"checkpoint.{target.name} could not be written: {error.strerror or error}; those before it are whole: "
                 f"make room or mend the disk, then python -m modernenc.resume {self.run_dir}"
             ) from error
 
 
-def write(content: dict[str, Any], target: Path) -> None:
-    """Write a checkpoint beside its target, sync it, rename it, then write its manifest."""
+def write(content: dict[str, Any], target: Path, share: Share = WHOLE) -> None:
+    """Write a rank's share of a checkpoint beside its target, sync it, rename it, then write its manifest."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_suffix(target.suffix + _UNFINISHED)
-    with unfinished.open("wb") as file:
+    path = _file(target, share.rank)
+    with _unfinished(path).open("wb") as file:
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
-    size, digest = unfinished.stat().st_size, hash_file(unfinished)
-    manifest_of(target).unlink(missing_ok=True)
-    os.replace(unfinished, target)
-    write_json(manifest_of(target), {"bytes": size, "xxh3_64": digest, **{key: content["state"][key] for key in POSITION}})
+    size, digest = _unfinished(path).stat().st_size, hash_file(_unfinished(path))
+    manifest_of(path).unlink(missing_ok=True)
+    os.replace(_unfinished(path), path)
+    position = {key: content["state"][key] for key in POSITION} if share.rank == 0 else {}
+    write_json(manifest_of(path), {"bytes": size, "xxh3_64": digest, "save": share.save, "ranks": share.ranks, **position})
 
 
 def read(checkpoint: Path) -> dict[str, Any]:
     """The content of a checkpoint, loaded without pickled code; ValueError, naming the file, when it is not whole."""
     check(checkpoint)
-    return torch.load(checkpoint, map_location="cpu", weights_only=True)
+    return _joined([torch.load(path, map_location="cpu", weights_only=True) for path in _shares(checkpoint)])
+
+
+def files_of(checkpoint: Path) -> list[Path]:
+    """What a checkpoint consists of, manifests first: without its own it is not taken for one."""
+    shares = [checkpoint, *checkpoint.parent.glob(f"{checkpoint.stem}.*{_PART}")]
+    return [path for path in (*map(manifest_of, shares), *shares) if path.exists()]
 
 
 def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint and its manifest."""
-    manifest_of(checkpoint).unlink(missing_ok=True)
-    checkpoint.unlink(missing_ok=True)
+    """Delete a checkpoint."""
+    for path in files_of(checkpoint):
+        path.unlink()
 
 
 def manifest_of(checkpoint: Path) -> Path:
@@ -111,12 +139,18 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 def check(checkpoint: Path) -> None:
     """Raise ValueError, naming the file, unless a checkpoint is whole."""
-    manifest = read_manifest(checkpoint)
-    size = checkpoint.stat().st_size
-    if size != manifest["bytes"]:
-        raise ValueError(f"{checkpoint} is not whole: {size} bytes, expected {manifest['bytes']}; take another checkpoint")
-    if hash_file(checkpoint) != manifest["xxh3_64"]:
-        raise ValueError(f"{checkpoint} is corrupt: its hash is not the one in {manifest_of(checkpoint).name}; take another")
+    save = read_manifest(checkpoint)["save"]
+    for path in _shares(checkpoint):
+        manifest = read_manifest(path)
+        if not path.is_file():
+            raise ValueError(f"{checkpoint} is not whole: {path.name} is missing beside it; take another checkpoint")
+        if manifest["save"] != save:
+            raise ValueError(f"{checkpoint} is not whole: {path.name} is of another save; take another checkpoint")
+        size = path.stat().st_size
+        if size != manifest["bytes"]:
+            raise ValueError(f"{path} is not whole: {size} bytes, expected {manifest['bytes']}; take another checkpoint")
+        if hash_file(path) != manifest["xxh3_64"]:
+            raise ValueError(f"{path} is corrupt: its hash is not the one in {manifest_of(path).name}; take another")
 
 
 def newest(run_dir: Path) -> Path | None:
@@ -139,9 +173,10 @@ def newest(run_dir: Path) -> Path | None:
 
 
 def prune(run_dir: Path, keep_last: int) -> None:
-    """Delete all but the last `keep_last` checkpoints between boundaries."""
+    """Delete all but the last `keep_last` checkpoints between boundaries; one that ranks still write is not counted."""
     between = sorted((run_dir / FOLDER).glob("step-*.ckpt"), key=tokens_seen)
-    for checkpoint in between[: max(0, len(between) - keep_last)]:
+    finished = [checkpoint for checkpoint in between if _is_finished(checkpoint)]
+    for checkpoint in finished[: max(0, len(finished) - keep_last)]:
         remove(checkpoint)
 
 
@@ -149,6 +184,13 @@ def sweep(run_dir: Path) -> None:
     """Delete what a killed run left half written."""
     for unfinished in run_dir.rglob(f"*{_UNFINISHED}"):
         unfinished.unlink()
+    folder = run_dir / FOLDER
+    for checkpoint in folder.glob("*.ckpt"):
+        if manifest_of(checkpoint).exists() and not _is_finished(checkpoint):
+            remove(checkpoint)
+    for part in folder.glob(f"*{_PART}"):
+        if not _is_finished(part.with_suffix("").with_suffix(".ckpt")):
+            remove(part)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -170,3 +212,36 @@ def tokens_seen(checkpoint: Path) -> float:
     """Position by the manifest; a checkpoint without one counts as the newest, so that it is named in a warning."""
     manifest = manifest_of(checkpoint)
     return json.loads(manifest.read_text())["tokens_seen"] if manifest.is_file() else float("inf")
+
+
+def _file(checkpoint: Path, rank: int) -> Path:
+    """Where a rank's share of a checkpoint lies."""
+    return checkpoint.with_suffix(f".{rank}{_PART}") if rank else checkpoint
+
+
+def _shares(checkpoint: Path) -> list[Path]:
+    return [_file(checkpoint, rank) for rank in range(read_manifest(checkpoint)["ranks"])]
+
+
+def _is_finished(checkpoint: Path) -> bool:
+    """Whether every rank has written its share, as far as manifests tell."""
+    if not manifest_of(checkpoint).exists():
+        return False
+    manifests = [manifest_of(path) for path in _shares(checkpoint)]
+    return all(path.exists() for path in manifests) and len({json.loads(path.read_text())["save"] for path in manifests}) == 1
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_suffix(path.suffix + _UNFINISHED)
+
+
+def _joined(shares: list[Any]) -> Any:
+    """One content from the ranks' shares: tensors that several hold are split between them along the first dimension."""
+    first = shares[0]
+    if len(shares) == 1:
+        return first
+    if isinstance(first, dict):
+        return {key: _joined([share[key] for share in shares if key in share]) for key in first}
+    if isinstance(first, list):
+        return [_joined(list(items)) for items in zip(*shares, strict=True)]
+    return torch.cat(shares)

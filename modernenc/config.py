@@ -116,6 +116,9 @@ class Checkpoint:
     """Save each time this much time has passed; 0 means never."""
     keep_last: int = MISSING
     """How many checkpoints between boundaries to keep."""
+    distributed: bool = False
+    """Under trainer.strategy=fsdp, have each rank write its own share, so that none gathers the whole; the folder must be one
+    that all nodes see. Any strategy, on any number of ranks, goes on from either kind."""
 
 
 @dataclass

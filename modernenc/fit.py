@@ -83,7 +83,6 @@ def fit(
     _quiet_libraries()
     if first:
         _configure_logging(Path(run.run_dir))
-        checkpoints.sweep(Path(run.run_dir))
     keep_freed_memory()
     _choose_determinism(run)
     module = Pretraining(run, curriculum, corpus, content)
@@ -145,7 +144,7 @@ def fit(
 
 
 class Meeting(L.Callback):
-    """The first thing that ranks do together: see that they are who they think, and take up the same."""
+    """The first thing that ranks do together: see that they are who they think, and take up the same from a tidy folder."""
 
     def __init__(self, run: Run, checkpoint: str) -> None:
         self.run = run
@@ -159,6 +158,8 @@ class Meeting(L.Callback):
             raise ValueError(
                 f"rank 0 resumes from {checkpoint}, this one from {self.checkpoint}; name the checkpoint to resume"
             )
+        if trainer.is_global_zero:  # by now all ranks have read theirs
+            checkpoints.sweep(Path(self.run.run_dir))
 
 
 def _strategy(run: Run) -> Strategy | str:

@@ -97,13 +97,10 @@ def names_of(objective: nn.Module) -> dict[int, str]:
 
 
 def snapshot(optimizers: Iterable[Optimizer], names: dict[int, str]) -> list[dict[str, Any]]:
-    """State of each optimizer by parameter name, whole on every rank; hyperparameters are the recipe's and left out."""
+    """State of each optimizer by parameter name; hyperparameters are the recipe's and left out."""
     return [
         {
-            "state": {
-                names[id(parameter)]: {key: whole(value) for key, value in state.items()}
-                for parameter, state in optimizer.state.items()
-            },
+            "state": {names[id(parameter)]: dict(state) for parameter, state in optimizer.state.items()},
             "groups": [{key: group[key] for key in _COUNTERS if key in group} for group in optimizer.param_groups],
         }
         for optimizer in optimizers
@@ -123,11 +120,6 @@ def restore(optimizers: Iterable[Optimizer], names: dict[int, str], saved: list[
         for group, counters in zip(content["param_groups"], snapshot["groups"], strict=True):
             group.update(counters)
         optimizer.load_state_dict(content)
-
-
-def whole(value: Any) -> Any:
-    """A tensor with the parts that other ranks hold; every rank must ask."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _like(parameter: nn.Parameter, value: Any) -> Any:

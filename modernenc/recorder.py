@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import lightning.pytorch as L
 
-from modernenc.checkpoints import Writer
+from modernenc.checkpoints import WHOLE, Share, Writer
 from modernenc.config import Run
 from modernenc.metrics import ALL, Table
 from modernenc.trainer import Pretraining
@@ -113,9 +113,13 @@ class Checkpointing(L.Callback):
         phase = module.finished_phase
         if module.abandoned or not (phase or module.interrupted or self._due(trainer, module)):
             return
-        content = module.snapshot()
-        if trainer.is_global_zero:
-            self._writer.save(content, f"end-of-{phase}" if phase else f"step-{module.step:08d}")
+        shares = self.run.checkpoint.distributed and module.is_split
+        content = module.snapshot(shares)
+        share = WHOLE
+        if shares:
+            share = Share(trainer.global_rank, trainer.world_size, save=trainer.strategy.broadcast(time.time_ns()))
+        if shares or trainer.is_global_zero:
+            self._writer.save(content, f"end-of-{phase}" if phase else f"step-{module.step:08d}", share)
         self._time_of_save = time.monotonic()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

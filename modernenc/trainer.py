@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from omegaconf import OmegaConf
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from modernenc import optim, ranks
@@ -152,15 +153,24 @@ class Pretraining(L.LightningModule):
         if self.interrupted or self.abandoned or self.tokens_seen >= self.curriculum.total_tokens:
             self.trainer.should_stop = True
 
-    def snapshot(self) -> dict[str, Any]:
-        """All that a run needs to go on after the last step, copied; every rank must ask, the first one has it whole."""
-        weights = {name: optim.whole(value) for name, value in weights_of(self.objective).items()}
+    @property
+    def is_split(self) -> bool:
+        """Whether each rank holds a share of the weights only."""
+        return isinstance(self.objective, FSDPModule)
+
+    def snapshot(self, shares: bool) -> dict[str, Any]:
+        """All that a run needs to go on after the last step, copied; every rank must ask.
+
+        The first rank has it whole, or with its own share of what is split, where the others have theirs.
+        """
+        weights = weights_of(self.objective)  # first: after a validation it makes FSDP2 put the split parameters back
         optimizers = [optimizer.optimizer for optimizer in self._optimizers()]
         states = optim.snapshot(optimizers, optim.names_of(self.objective))
+        tensors = _copied({"weights": weights, "optimizers": states}, shares, self.global_rank == 0)
         data = self._data_state_of_all_ranks()
         (loss,) = self.sum_over_ranks([float(self.unrecorded.loss)])
         if self.global_rank:
-            return {}
+            return tensors
         state = {
             "tokens_seen": self.tokens_seen,
             "step": self.step,
@@ -173,7 +183,7 @@ class Pretraining(L.LightningModule):
             "threads": torch.get_num_threads(),
         }
         run = OmegaConf.to_container(OmegaConf.structured(self.run))
-        return {"state": state, "run": run, "weights": _copied(weights), "optimizers": _copied(states)}
+        return {"state": state, "run": run, **tensors}
 
     def recorded(self) -> Unrecorded:
         """The figures since the last call, which start anew."""
@@ -248,13 +258,18 @@ class Pretraining(L.LightningModule):
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         if self.run.clip_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.run.clip_grad_norm, norm)
-        return optim.whole(norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def _copied(value: Any) -> Any:
-    """The same on the CPU, sharing nothing with what trains on."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+def _copied(value: Any, shares: bool, first: bool) -> Any:
+    """The same on the CPU, sharing nothing with what trains on; None for what another rank copies."""
     if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value
+        copies = {key: _copied(item, shares, first) for key, item in value.items()}
+        return {key: copy for key, copy in copies.items() if copy is not None}
+    if isinstance(value, list):
+        return [_copied(item, shares, first) for item in value]
+    if isinstance(value, DTensor):
+        value, first = (value.to_local(), True) if shares else (value.full_tensor(), first)
+    if not first:
+        return None
+    return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value

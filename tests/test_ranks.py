@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SMALL
 
-from modernenc.checkpoints import newest, read, read_manifest
+from modernenc.checkpoints import manifest_of, newest, read, read_manifest
 from modernenc.metrics import Table
 from modernenc.preemption import STOPPED
 
@@ -68,7 +68,8 @@ def kill_all(process: subprocess.Popen[str], folder: Path) -> None:
 
 def saved_step(folder: Path) -> int:
     """Step of the newest checkpoint between boundaries."""
-    return max((int(path.stem.partition("-")[2]) for path in folder.glob("checkpoints/step-*.json")), default=0)
+    saved = [path for path in folder.glob("checkpoints/step-*.ckpt") if manifest_of(path).exists()]
+    return max((int(path.stem.partition("-")[2]) for path in saved), default=0)
 
 
 def losses(folder: Path) -> list[float]:
@@ -92,7 +93,10 @@ def settings(corpus_root: Path) -> list[str]:
     ("kind", "tolerance"), [(EXACT, 1e-4), (["trainer.precision=bf16-mixed"], 2e-2)], ids=["adamw, fp32", "muon, bf16"]
 )
 def test_other_ranks_workers_and_micro_batches_go_on_with_a_killed_run(settings, tmp_path, kind, tolerance):
-    """1 -> 2 -> 3 -> 1 ranks (1 -> 3 -> 1 with Muon), each but the last killed after a checkpoint of its own."""
+    """1 -> 2 -> 3 -> 1 ranks (1 -> 3 -> 1 with Muon), each but the last killed after a checkpoint of its own.
+
+    In fp32, the three share the weights (FSDP2) and write a share of the checkpoints each.
+    """
     settings = [*settings, *WIDER, *kind, "checkpoint.every_tokens=1000"]
     alone, elastic = tmp_path / "alone", tmp_path / "elastic"
     run(1, "modernenc.train", *settings, f"run_dir={alone}")
@@ -101,11 +105,13 @@ def test_other_ranks_workers_and_micro_batches_go_on_with_a_killed_run(settings,
     for ranks, workers, micro_batch_tokens in stages if kind == EXACT else stages[::2]:
         had = saved_step(elastic)
         place = [f"data.workers={workers}", f"trainer.micro_batch_tokens={micro_batch_tokens}"]
+        if (kind, ranks) == (EXACT, 3):
+            place += ["trainer.strategy=fsdp", "checkpoint.distributed=true"]
         process = begin(ranks, *arguments, *place)
         wait_for(process, lambda had=had: saved_step(elastic) >= had + 8)
         kill_all(process, elastic)
         arguments = ["modernenc.resume", str(elastic)]
-    run(1, *arguments, "data.workers=1")
+    run(1, *arguments, "data.workers=1", "trainer.strategy=auto")
     assert len(losses(alone)) == len(losses(elastic)) > 50
     assert losses(alone) == pytest.approx(losses(elastic), rel=tolerance)
     if kind == EXACT:
@@ -119,7 +125,9 @@ def test_ddp_and_fsdp_train_as_one_rank_and_take_up_each_others_checkpoints(sett
     folders = {strategy: tmp_path / strategy for strategy in ("auto", "ddp", "fsdp")}
     for strategy, folder in folders.items():
         ranks = 1 if strategy == "auto" else 2
-        said = run(ranks, "modernenc.train", *settings, f"trainer.strategy={strategy}", f"run_dir={folder}")
+        place = [f"trainer.strategy={strategy}", f"run_dir={folder}", "checkpoint.distributed=true"]
+        said = run(ranks, "modernenc.train", *settings, *place)
+        assert bool(list(folder.glob("checkpoints/*.part"))) == (strategy == "fsdp")
         assert ("split over ranks" in " ".join(said.split())) == (strategy == "fsdp")
         assert len(losses(folder)) > 50
         assert losses(folder) == pytest.approx(losses(folders["auto"]), rel=1e-4)
@@ -129,7 +137,8 @@ def test_ddp_and_fsdp_train_as_one_rank_and_take_up_each_others_checkpoints(sett
         (folders["auto"] / path).rename(reference.with_suffix(path.suffix))
     for origin, strategy in (("auto", "fsdp"), ("fsdp", "ddp"), ("ddp", "auto")):
         checkpoint = folders[origin] / "checkpoints" / "end-of-stable.ckpt"
-        run(1 if strategy == "auto" else 2, "modernenc.resume", str(checkpoint), f"trainer.strategy={strategy}")
+        place = [f"trainer.strategy={strategy}", "checkpoint.distributed=false"]
+        run(1 if strategy == "auto" else 2, "modernenc.resume", str(checkpoint), *place)
         assert apart(folders[origin] / FINAL, reference) < 1e-5, (origin, strategy)
 
 
