@@ -46,35 +46,37 @@ def export(path: Path, out: Path) -> float:
         raise FileNotFoundError(f"{path} holds no checkpoint yet: nothing to export")
     corpus = Corpus.of(run.data)
     objective, _ = load_objective(run, checkpoint)
-    config = objective.backbone.hugging_face_config()
     roles = corpus.roles
-    config.update({
-        "pad_token_id": roles.pad, "cls_token_id": roles.cls, "sep_token_id": roles.sep,
-        "bos_token_id": roles.cls, "eos_token_id": roles.sep,
-    })  # fmt: skip
-    model = AutoModelForMaskedLM.from_config(config)
-    model.load_state_dict(hugging_face_names(objective.state_dict(), objective.backbone.HUGGING_FACE_PREFIX))
+    model = objective.backbone.hugging_face_model(
+        pad_token_id=roles.pad, cls_token_id=roles.cls, sep_token_id=roles.sep, bos_token_id=roles.cls, eos_token_id=roles.sep
+    )
+    model.load_state_dict(hugging_face_names(objective.state_dict(), objective.backbone.HUGGING_FACE_NAMES))
     unfinished = out.with_name(out.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     model.save_pretrained(unfinished)
     _tokenizer(corpus, run.backbone["max_position"]).save_pretrained(unfinished)
-    difference = compare(objective, AutoModelForMaskedLM.from_pretrained(unfinished), corpus.vocab_size)
+    loaded = AutoModelForMaskedLM.from_pretrained(unfinished, trust_remote_code=True)  # where there is code, it is ours
+    difference = compare(objective, loaded, corpus.vocab_size)
     if difference > TOLERANCE:
         raise ValueError(f"{unfinished}: its logits differ from the checkpoint's by {difference:.1e}; not exported")
     os.replace(unfinished, out)
     return difference
 
 
-def hugging_face_names(weights: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Our names of weights -> transformers'."""
-    ours = "backbone."
-    return {prefix + name[len(ours) :] if name.startswith(ours) else name: value for name, value in weights.items()}
+def hugging_face_names(weights: dict[str, Any], beginnings: dict[str, str]) -> dict[str, Any]:
+    """Weights by other names: what they begin with replaced as `Backbone.HUGGING_FACE_NAMES` says."""
+
+    def renamed(name: str) -> str:
+        ours = next((ours for ours in beginnings if name.startswith(ours)), "")
+        return beginnings.get(ours, "") + name[len(ours) :]
+
+    return {renamed(name): value for name, value in weights.items()}
 
 
-def our_names(weights: dict[str, Any], prefix: str) -> dict[str, Any]:
+def our_names(weights: dict[str, Any], beginnings: dict[str, str]) -> dict[str, Any]:
     """transformers' names of weights -> ours."""
-    return {"backbone." + name[len(prefix) :] if name.startswith(prefix) else name: value for name, value in weights.items()}
+    return hugging_face_names(weights, {theirs: ours for ours, theirs in beginnings.items()})
 
 
 def compare(objective: Any, model: Any, vocab_size: int) -> float:

@@ -22,7 +22,8 @@ def objective(request) -> MaskedLM:
     target = settings.pop("_target_")
     dropout = {key: 0.0 for key in settings if "dropout" in str(key)}
     torch.manual_seed(0)
-    model = MaskedLM(get_class(target)(**{**settings, **SMALLER, **dropout}))
+    smaller = {key: value for key, value in SMALLER.items() if key in settings}
+    model = MaskedLM(get_class(target)(**{**settings, **smaller, **dropout}))
     for parameter in model.parameters():  # at initialisation the layers hardly change the residual: make them matter
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.1)
     return model
@@ -58,6 +59,7 @@ def test_it_keeps_the_contract(objective):
 
 
 def test_packed_equals_documents_alone_forward_and_backward(objective):
+    objective.double()  # some gradients are what is left of large numbers: let only leaks differ, not rounding
     packed = run(objective, documents())
     weight = torch.randn(packed.shape, generator=torch.Generator().manual_seed(2)) / len(packed)
     (packed * weight).sum().backward()
@@ -67,11 +69,11 @@ def test_packed_equals_documents_alone_forward_and_backward(objective):
     for document in documents():
         alone = run(objective, [document])
         end = start + len(document)
-        assert relative(packed[start:end], alone) <= 1e-5
+        assert relative(packed[start:end], alone) <= 1e-9
         (alone * weight[start:end]).sum().backward()
         start = end
     for name, parameter in objective.named_parameters():
-        assert relative(together[name], parameter.grad) <= 1e-5, name
+        assert relative(together[name], parameter.grad) <= 1e-9, name
 
 
 def test_what_shares_a_row_with_a_document_does_not_matter(objective):
@@ -104,7 +106,7 @@ def test_a_document_that_is_too_long_is_refused(objective):
 
 
 def test_what_a_phase_sets_changes_the_model(objective):
-    before = run(objective, documents([200]))
     for name in objective.backbone.PHASE_ATTRIBUTES:
+        before = run(objective, documents([200]))
         setattr(objective.backbone, name, 2 * getattr(objective.backbone, name))
-    assert relative(run(objective, documents([200])), before) > 1e-4
+        assert relative(run(objective, documents([200])), before) > 1e-4

@@ -18,7 +18,10 @@ def build(name: str, **changes) -> MaskedLM:
     return MaskedLM(get_class(settings.pop("_target_"))(**{**settings, **changes}))
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("modernbert_base", 149_655_232), ("modernbert_large", 395_881_664)])
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("modernbert_base", 149_655_232), ("modernbert_large", 395_881_664), ("mega_small_16k", 122_568_801)],
+)
 def test_parameter_counts_are_the_published_ones(name, parameters):
     with torch.device("meta"):
         objective = build(name)
@@ -33,12 +36,11 @@ def test_logits_equal_those_of_modernbert_for_masked_lm():
     ours = build("modernbert_base", **changes, global_rope_theta=160_000.0).eval()
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.08)
-    config = ours.backbone.hugging_face_config()
-    config.pad_token_id = 3
+    config = ours.backbone.hugging_face_model(pad_token_id=3).config
     config._attn_implementation = "sdpa"
     theirs = AutoModelForMaskedLM.from_config(config).eval()
     assert type(theirs).__name__ == "ModernBertForMaskedLM"
-    theirs.load_state_dict(hugging_face_names(ours.state_dict(), "model."))
+    theirs.load_state_dict(hugging_face_names(ours.state_dict(), ours.backbone.HUGGING_FACE_NAMES))
     documents = [torch.randint(500, (length,)) for length in LENGTHS]
     ends = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     with torch.no_grad():
@@ -52,13 +54,12 @@ def test_logits_equal_those_of_modernbert_for_masked_lm():
     assert worst <= 1e-4
 
 
-def test_names_of_weights_go_there_and_back():
-    from transformers import AutoModelForMaskedLM
-
-    ours = build("modernbert_tiny")
-    there = hugging_face_names(ours.state_dict(), "model.")
-    assert set(there) == set(AutoModelForMaskedLM.from_config(ours.backbone.hugging_face_config()).state_dict())
-    assert list(our_names(there, "model.")) == list(ours.state_dict())
+@pytest.mark.parametrize("name", ["modernbert_tiny", "mega_small_16k"])
+def test_names_of_weights_go_there_and_back(name):
+    ours = build(name, num_hidden_layers=1, vocab_size=300)
+    there = hugging_face_names(ours.state_dict(), ours.backbone.HUGGING_FACE_NAMES)
+    assert set(there) == set(ours.backbone.hugging_face_model().state_dict())
+    assert list(our_names(there, ours.backbone.HUGGING_FACE_NAMES)) == list(ours.state_dict())
 
 
 def test_initialisation_has_the_published_spread():

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PreTrainedModel
 
 
 @runtime_checkable
@@ -20,8 +20,8 @@ class Backbone(Protocol):
     """What the rest of the package asks of a backbone."""
 
     PHASE_ATTRIBUTES: ClassVar[tuple[str, ...]]
-    HUGGING_FACE_PREFIX: ClassVar[str]
-    """What the names of its weights begin with in transformers' masked-LM model."""
+    HUGGING_FACE_NAMES: ClassVar[dict[str, str]]
+    """What names of weights begin with, here and in transformers' masked-LM model, where they differ."""
     vocab_size: int
     hidden_size: int
     max_position: int
@@ -52,6 +52,6 @@ class Backbone(Protocol):
         """Weights that an optimizer like Muon may orthogonalise: no embedding, no decoder."""
         ...
 
-    def hugging_face_config(self) -> "PretrainedConfig":
-        """The configuration of the same model in transformers."""
+    def hugging_face_model(self, **special_ids: int) -> "PreTrainedModel":
+        """The same masked-LM model for transformers, of the shape only; `special_ids` are keys of its configuration."""
         ...

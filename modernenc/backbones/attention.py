@@ -10,17 +10,16 @@ Which one is used depends on device and precision alone, and `path_for` names it
 
 import importlib.util
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from modernenc.backbones.buckets import EXPLICIT_UP_TO, Buckets
+
 _HALF = (torch.float16, torch.bfloat16)
-_EXPLICIT_UP_TO = 512
-# Up to this document length plain matrix products beat CPU SDPA, whose backward is slow on small blocks; beyond it their
-# length x length scores would not be worth the memory.
 
 
 class Layout:
@@ -59,63 +58,6 @@ class Layout:
     def buckets(self) -> "Buckets":
         """Documents grouped by length."""
         return Buckets(self.cu_seqlens)
-
-
-class Buckets:
-    """Documents of similar length side by side, padded to the longest of their bucket."""
-
-    def __init__(self, cu_seqlens: Int[Tensor, " docs_plus_1"]) -> None:
-        starts, lengths = cu_seqlens[:-1].tolist(), cu_seqlens.diff().tolist()
-        members: dict[int, list[int]] = {}
-        for document, length in enumerate(lengths):
-            members.setdefault(_bucket_length(length), []).append(document)
-        device = cu_seqlens.device
-        index, valid, self.shapes = [], [], []
-        for length in sorted(members):
-            first = torch.tensor([starts[d] for d in members[length]], device=device)[:, None]
-            count = torch.tensor([lengths[d] for d in members[length]], device=device)[:, None]
-            offset = torch.arange(length, device=device)
-            index.append((first + offset.minimum(count - 1)).flatten())
-            valid.append(offset < count)
-            self.shapes.append((len(members[length]), length))
-        self.valid: list[Bool[Tensor, "docs length"]] = valid
-        self.index: Int[Tensor, " padded"] = torch.cat(index)
-        """Token at each place of all buckets; a document's last token again where it is over."""
-        flat = torch.cat([v.flatten() for v in valid])
-        places = flat.nonzero().flatten()
-        self.inverse: Int[Tensor, " tokens"] = torch.empty_like(places)
-        self.inverse[self.index[places]] = places
-
-
-class _Rearrange(torch.autograd.Function):
-    """`x[index]`, when each row of x is meant to come from one place only: `inverse` says which."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(index, inverse)
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        # Places that repeat a token only pad: attention hides them as keys and drops them as queries, so their gradient
-        # is zero and a gather replaces the scatter-add, which is slow and in bf16 inexact.
-        _, inverse = ctx.saved_tensors
-        return grads[0].index_select(0, inverse), None, None
-
-
-class _Spread(torch.autograd.Function):
-    """`x[inverse]`: from places back to tokens; gradients of padding places are zero."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(index, inverse)
-        return x.index_select(0, inverse)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        index, inverse = ctx.saved_tensors
-        full = grads[0].new_zeros(len(index), *grads[0].shape[1:])
-        return full.index_copy(0, inverse, grads[0]), None, None
 
 
 class QKV(NamedTuple):
@@ -181,22 +123,16 @@ def _local(qkv: QKV, layout: Layout, window: int) -> Tensor:
 
 def _global(qkv: QKV, layout: Layout) -> Tensor:
     buckets = layout.buckets
-    packed = torch.stack(qkv, dim=1)  # (tokens, 3, heads, head_dim)
-    padded = _Rearrange.apply(packed, buckets.index, buckets.inverse)
-    assert isinstance(padded, Tensor)
     outs = []
-    parts = padded.split([docs * length for docs, length in buckets.shapes])
-    for part, (docs, length), valid in zip(parts, buckets.shapes, buckets.valid, strict=True):
-        q, k, v = part.view(docs, length, *part.shape[1:]).permute(2, 0, 3, 1, 4)  # each (docs, heads, length, head_dim)
+    for part, valid in zip(buckets.gather(torch.stack(qkv, dim=1)), buckets.valid, strict=True):
+        q, k, v = part.permute(2, 0, 3, 1, 4)  # each (docs, heads, length, head_dim)
         bias = _bias(valid[:, None, None, :], q.dtype)
-        if length <= _EXPLICIT_UP_TO:
+        if q.shape[2] <= EXPLICIT_UP_TO:
             out = _softmax_attention(q, k, v, bias)
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bool(valid.all()) else bias)
-        outs.append(out.transpose(1, 2).flatten(0, 1))
-    out = _Spread.apply(torch.cat(outs), buckets.index, buckets.inverse)
-    assert isinstance(out, Tensor)
-    return out
+        outs.append(out.transpose(1, 2))
+    return buckets.scatter(outs)
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -214,11 +150,3 @@ def _with_neighbours(x: Tensor, window: int, fill: int) -> Tensor:
 
 def _bias(seen: Bool[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."]:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
-
-
-def _bucket_length(length: int) -> int:
-    """The next of 16, 24, 32, 48, 64, ...; a long document keeps its own length, since padding it would cost the most."""
-    if length > _EXPLICIT_UP_TO:
-        return length
-    power = max(16, 1 << (length - 1).bit_length())
-    return power * 3 // 4 if length <= power * 3 // 4 and power > 16 else power

@@ -16,7 +16,7 @@ from modernenc.backbones.attention import QKV, Layout, attention
 from modernenc.backbones.rotary import Rotation, positions_of, rotate, rotation
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PreTrainedModel
 
 INIT_STD = 0.02
 """Standard deviation of every matrix but the output projections, before the cut at two of them."""
@@ -30,7 +30,7 @@ class ModernBERT(nn.Module):
     """
 
     PHASE_ATTRIBUTES: ClassVar[tuple[str, ...]] = ("global_rope_theta", "local_rope_theta")
-    HUGGING_FACE_PREFIX: ClassVar[str] = "model."
+    HUGGING_FACE_NAMES: ClassVar[dict[str, str]] = {"backbone.": "model."}
 
     def __init__(
         self,
@@ -115,12 +115,12 @@ class ModernBERT(nn.Module):
         """All matrices of the layers; Wqkv and the GLU's Wi count as one each, unsplit."""
         return [parameter for parameter in self.layers.parameters() if parameter.ndim == 2]
 
-    def hugging_face_config(self) -> "PretrainedConfig":
-        """The configuration of the same model in transformers, as it stands now: with the thetas of the phase reached."""
-        from transformers import ModernBertConfig  # 3 s to import
+    def hugging_face_model(self, **special_ids: int) -> "PreTrainedModel":
+        """The same model for transformers, of the shape only, as it stands now: with the thetas of the phase reached."""
+        from transformers import ModernBertConfig, ModernBertForMaskedLM  # 3 s to import
 
-        return ModernBertConfig(
-            pad_token_id=0,  # export sets the tokenizer's
+        config = ModernBertConfig(
+            **{"pad_token_id": 0, **special_ids},
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
@@ -134,6 +134,7 @@ class ModernBERT(nn.Module):
             local_rope_theta=float(self.local_rope_theta),
             classifier_pooling="mean",
         )
+        return ModernBertForMaskedLM(config)
 
     def _init_weights(self) -> None:
         """Megatron's: output projections are smaller by sqrt(2 x layers), so that the residual stream keeps its scale."""

@@ -53,16 +53,17 @@ def main(config: Run) -> None:
 def measure(config: Run, batches: list["MicroBatch"], pad: int) -> dict[str, list[float]]:
     """Seconds of each optimizer step after the warmup, by implementation, taken in turn."""
     import torch
-    from transformers import AutoModelForMaskedLM
+    from transformers import AutoConfig, AutoModelForMaskedLM
 
     from modernenc.export import hugging_face_names
     from modernenc.model import build_objective
 
     device = torch.device("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu")
     ours = build_objective(config).to(device)
-    settings = ours.backbone.hugging_face_config()
+    config_of_ours = ours.backbone.hugging_face_model().config
+    settings = AutoConfig.for_model(**config_of_ours.to_dict())  # transformers' own class of that type
     theirs = AutoModelForMaskedLM.from_config(settings, attn_implementation="sdpa")
-    theirs.load_state_dict(hugging_face_names(ours.state_dict(), ours.backbone.HUGGING_FACE_PREFIX))
+    theirs.load_state_dict(hugging_face_names(ours.state_dict(), ours.backbone.HUGGING_FACE_NAMES))
     theirs.to(device).train()
     steps: dict[str, Callable[[MicroBatch], Any]] = {
         "modernenc": lambda batch: ours(batch)[0] / len(batch.targets),

@@ -1,0 +1,335 @@
+"""MEGA for transformers: what an exported model carries with it, over the very code that trained it.
+
+The model type and the names of weights are those of transformers 4's MEGA, which loads such a folder by itself. transformers 5
+has none: there `trust_remote_code=True`, or the import of this module, brings it back. Any length works, any mask of ones and
+zeros does; chunks are counted from the first token that the mask keeps, so that padding on either side changes nothing.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+
+from .buckets import Buckets
+from .ema import Documents
+from .mega import INIT_STD, Mega, chunk_edges
+from .shapes import Float, Int
+
+_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 50_265,
+    "hidden_size": 768,
+    "num_hidden_layers": 8,
+    "intermediate_size": 2_304,
+    "nffn_hidden_size": 2_304,
+    "shared_representation_size": 192,
+    "ema_projection_size": 32,
+    "chunk_size": 1_024,
+    "normalization_type": "scalenorm",
+    "attention_activation": "softmax",
+    "relative_positional_bias": "simple",
+    "normalize_attention": False,
+    "two_hop_residual": False,
+    "dropout_prob": 0.1,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "nffn_activation_dropout_prob": 0.1,
+    "ema": "scan",
+}
+
+
+class MegaConfig(PretrainedConfig):
+    """The settings of the backbone, under transformers' names, and its two own, which transformers' MEGA does not know."""
+
+    model_type = "mega"
+
+    def __init__(
+        self,
+        max_positions: int = 16_384,
+        use_chunking: bool = True,
+        add_lm_hidden_dense_layer: bool = True,
+        classifier_dropout: float | None = None,
+        pad_token_id: int = 1,
+        bos_token_id: int = 0,
+        eos_token_id: int = 2,
+        tie_word_embeddings: bool = True,
+        **settings: Any,
+    ) -> None:
+        # transformers 5 leaves these to each configuration.
+        self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
+        self.tie_word_embeddings = tie_word_embeddings
+        self.max_positions = max_positions
+        self.use_chunking = use_chunking
+        self.add_lm_hidden_dense_layer = add_lm_hidden_dense_layer
+        self.classifier_dropout = classifier_dropout
+        super().__init__(
+            pad_token_id=pad_token_id,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **{**_DEFAULTS, **settings},
+        )
+
+    def backbone(self) -> Mega:
+        """The backbone that this describes."""
+        settings = {key: getattr(self, key) for key in _DEFAULTS}
+        if not self.use_chunking:
+            settings["chunk_size"] = self.max_positions
+        return Mega(**settings, max_position=self.max_positions)
+
+
+class MegaPreTrainedModel(PreTrainedModel):
+    """What the models have in common."""
+
+    config_class = MegaConfig
+    base_model_prefix = "mega"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("Block",)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """New heads; the backbone initialises itself."""
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=INIT_STD)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+class MegaModel(MegaPreTrainedModel):
+    """Hidden states, and, where wanted, a pooled first token."""
+
+    def __init__(self, config: MegaConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__(config)
+        backbone = config.backbone()
+        self.embedding_layer = backbone.embedding_layer
+        self.layers = backbone.layers
+        self.chunk_size = backbone.chunk_size
+        self.pooler = Pooler(config.hidden_size) if add_pooling_layer else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.embedding_layer.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        self.embedding_layer.word_embeddings = value
+
+    def forward(
+        self,
+        input_ids: Int[torch.Tensor, "batch length"] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: Float[torch.Tensor, "batch length hidden"] | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **ignored: Any,
+    ) -> Any:
+        """Hidden states are zero where `attention_mask` is; attention weights are never returned."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        embeds = self.embedding_layer.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        kept = torch.ones(embeds.shape[:2], device=embeds.device) if attention_mask is None else attention_mask
+        kept = kept.bool()
+        lengths = kept.sum(1)
+        ends = torch.nn.functional.pad(lengths[lengths > 0].cumsum(0), (1, 0)).int()
+        documents = Documents(ends)
+        chunks = Buckets(chunk_edges(documents, self.chunk_size))
+        hidden = embeds[kept]
+        all_hidden = [embeds]
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training:
+                hidden = self._gradient_checkpointing_func(layer.__call__, hidden, documents, chunks)
+            else:
+                hidden = layer(hidden, documents, chunks)
+            if output_hidden_states:
+                all_hidden.append(_padded(hidden, kept))
+        last = _padded(hidden, kept)
+        out = BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=last,
+            pooler_output=self.pooler(last) if self.pooler is not None else None,
+            hidden_states=tuple(all_hidden) if output_hidden_states else None,
+        )
+        return out if return_dict is not False else out.to_tuple()
+
+
+class MegaForMaskedLM(MegaPreTrainedModel):
+    """Scores of every id at every token."""
+
+    # A list would do for transformers 4; 5 wants to know which follows which.
+    _tied_weights_keys = {"mlm_head.weight": "mega.embedding_layer.word_embeddings.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MegaConfig) -> None:
+        super().__init__(config)
+        self.mega = MegaModel(config, add_pooling_layer=False)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.mlm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The decoder, whose weight is the token embedding's."""
+        return self.mlm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the decoder."""
+        self.mlm_head = new_embeddings
+
+    def forward(
+        self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, return_dict: Any = None, **others: Any
+    ) -> Any:
+        """`labels` of -100 do not count in the loss, which is a mean."""
+        out = self.mega(input_ids, attention_mask, **others)
+        logits = self.mlm_head(self.dense(out.last_hidden_state).tanh())
+        result = MaskedLMOutput(loss=_loss(logits, labels), logits=logits, hidden_states=out.hidden_states)
+        return result if return_dict is not False else result.to_tuple()
+
+
+class MegaForSequenceClassification(MegaPreTrainedModel):
+    """A label, or a number, per sequence, from its first token."""
+
+    def __init__(self, config: MegaConfig) -> None:
+        super().__init__(config)
+        self.mega = MegaModel(config, add_pooling_layer=False)
+        self.classifier = ClassificationHead(config)
+        self.post_init()
+
+    def forward(
+        self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, return_dict: Any = None, **others: Any
+    ) -> Any:
+        """A single label is a regression; float labels of several are each yes or no."""
+        out = self.mega(input_ids, attention_mask, **others)
+        logits = self.classifier(out.last_hidden_state)
+        loss = None
+        if labels is not None and self.config.num_labels == 1:
+            loss = nn.functional.mse_loss(logits.flatten(), labels.flatten().to(logits.dtype))
+        elif labels is not None and labels.is_floating_point():
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, labels)
+        else:
+            loss = _loss(logits, labels)
+        result = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
+        return result if return_dict is not False else result.to_tuple()
+
+
+class MegaForTokenClassification(MegaPreTrainedModel):
+    """A label per token."""
+
+    def __init__(self, config: MegaConfig) -> None:
+        super().__init__(config)
+        self.mega = MegaModel(config, add_pooling_layer=False)
+        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, return_dict: Any = None, **others: Any
+    ) -> Any:
+        """`labels` of -100 do not count in the loss."""
+        out = self.mega(input_ids, attention_mask, **others)
+        logits = self.classifier(self.dropout(out.last_hidden_state))
+        result = TokenClassifierOutput(loss=_loss(logits, labels), logits=logits, hidden_states=out.hidden_states)
+        return result if return_dict is not False else result.to_tuple()
+
+
+class MegaForMultipleChoice(MegaPreTrainedModel):
+    """Which of some sequences, `(batch, choices, length)`, from their pooled first tokens."""
+
+    def __init__(self, config: MegaConfig) -> None:
+        super().__init__(config)
+        self.mega = MegaModel(config)
+        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        return_dict: Any = None,
+        **others: Any,
+    ) -> Any:
+        """Scores are `(batch, choices)`."""
+        given = input_ids if input_ids is not None else inputs_embeds
+        flat = [None if part is None else part.flatten(0, 1) for part in (input_ids, attention_mask, inputs_embeds)]
+        out = self.mega(*flat, **others)
+        logits = self.classifier(self.dropout(out.pooler_output)).view(given.shape[:2])
+        result = MultipleChoiceModelOutput(loss=_loss(logits, labels), logits=logits, hidden_states=out.hidden_states)
+        return result if return_dict is not False else result.to_tuple()
+
+
+class Pooler(nn.Module):
+    """The first token, through a dense layer and tanh."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, hidden: Float[torch.Tensor, "batch length hidden"]) -> Float[torch.Tensor, "batch hidden"]:
+        return self.dense(hidden[:, 0]).tanh()
+
+
+class ClassificationHead(nn.Module):
+    """The first token, through a dense layer and tanh, then to labels."""
+
+    def __init__(self, config: MegaConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, hidden: Float[torch.Tensor, "batch length hidden"]) -> Float[torch.Tensor, "batch labels"]:
+        return self.out_proj(self.dropout(self.dense(self.dropout(hidden[:, 0])).tanh()))
+
+
+def _classifier_dropout(config: MegaConfig) -> float:
+    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+
+
+def _loss(logits: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor | None:
+    if labels is None:
+        return None
+    return nn.functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten())
+
+
+def _padded(hidden: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Tokens in their rows again."""
+    out = hidden.new_zeros(*kept.shape, hidden.shape[-1])
+    out[kept] = hidden
+    return out
+
+
+_MODELS = {
+    AutoModel: MegaModel,
+    AutoModelForMaskedLM: MegaForMaskedLM,
+    AutoModelForSequenceClassification: MegaForSequenceClassification,
+    AutoModelForTokenClassification: MegaForTokenClassification,
+    AutoModelForMultipleChoice: MegaForMultipleChoice,
+}
+AUTO_MAP = {
+    auto.__name__: f"{__name__.rpartition('.')[2]}.{own.__name__}" for auto, own in {AutoConfig: MegaConfig, **_MODELS}.items()
+}
+"""Which class stands for which of transformers' automatic ones."""
+
+try:
+    AutoConfig.register("mega", MegaConfig)
+except ValueError:  # transformers 4 has its own
+    pass
+else:
+    for auto, model in _MODELS.items():
+        auto.register(MegaConfig, model)
