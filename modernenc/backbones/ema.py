@@ -152,14 +152,14 @@ def fft(x: Float[Tensor, "tokens hidden"], kernel: Kernel, documents: Documents)
 
 def recurrence(x: Float[Tensor, "tokens hidden"], kernel: Kernel, documents: Documents) -> Float[Tensor, "tokens hidden"]:
     """Token by token."""
-    decay = kernel.log_decay.exp()
+    change = kernel.log_decay.expm1()  # q - 1, which keeps the bits that q next to 1 would lose
     outs = []
     for document in x.split(documents.lengths):
         sums = []
         for direction, tokens in enumerate((document, document.flip(0))):
-            state, out = torch.zeros_like(decay[direction]), []
+            state, out = torch.zeros_like(change[direction]), []
             for token in tokens:
-                state = decay[direction] * state + token[:, None]
+                state = state + (change[direction] * state + token[:, None])
                 out.append((kernel.gain[direction] * state).sum(-1))
             sums.append(torch.stack(out))
         outs.append(sums[0] + sums[1].flip(0))

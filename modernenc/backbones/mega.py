@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .buckets import Buckets
-from .ema import Documents, MultiDimensionDampedEMA
+from .ema import PATHS, Documents, MultiDimensionDampedEMA
 from .shapes import Float, Int
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class Mega(nn.Module):
             ("normalization_type", normalization_type, NORMS),
             ("attention_activation", attention_activation, ("softmax", "laplace")),
             ("relative_positional_bias", relative_positional_bias, BIASES),
+            ("ema", ema, PATHS),
         ):
             if value not in known:
                 raise ValueError(f"backbone.{key}={value}: expected one of {', '.join(known)}")
