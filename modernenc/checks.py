@@ -85,6 +85,7 @@ def _check_values(run: Run) -> None:
     require(trainer.precision in PRECISIONS, "trainer.precision", trainer.precision, f"one of {', '.join(PRECISIONS)}")
     require(trainer.strategy in STRATEGIES, "trainer.strategy", trainer.strategy, f"one of {', '.join(STRATEGIES)}")
     require(trainer.determinism in DETERMINISM, "trainer.determinism", trainer.determinism, f"one of {', '.join(DETERMINISM)}")
+    require(trainer.recompute_every >= 0, "trainer.recompute_every", trainer.recompute_every, "a number of blocks, or 0")
     require(run.watch.action in ACTIONS, "watch.action", run.watch.action, f"one of {', '.join(ACTIONS)}")
     require(run.clip_grad_norm >= 0, "clip_grad_norm", run.clip_grad_norm, "a norm, or 0 for no limit")
     muon = str(run.optim.get("_target_", "")).endswith(".muon") if isinstance(run.optim, dict) else False

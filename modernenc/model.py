@@ -1,9 +1,11 @@
 """The model of a run: fresh, or with the weights of a checkpoint."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.utils.checkpoint
 from hydra.utils import get_class
 from torch import nn
 
@@ -20,6 +22,12 @@ def build_objective(run: Run) -> MaskedLM:
     arguments = {key: value for key, value in run.backbone.items() if key != "_target_"}
     backbone = cast(Backbone, get_class(run.backbone["_target_"])(**arguments))
     return MaskedLM(backbone)
+
+
+def recompute(backbone: Backbone, every: int) -> None:
+    """Have every so many-th block make its activations again in the backward pass; 0 means none."""
+    for block in backbone.blocks()[::every] if every else []:
+        block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
 def set_backbone(backbone: Backbone, point: Point) -> None:

@@ -20,7 +20,7 @@ from modernenc.config import Run
 from modernenc.curriculum import Curriculum, Point
 from modernenc.data.blocks import Corpus
 from modernenc.data.loader import DataState, Step, StepLoader, Steps, merge
-from modernenc.model import build_objective, load_weights, set_backbone, weights_of
+from modernenc.model import build_objective, load_weights, recompute, set_backbone, weights_of
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ class Pretraining(L.LightningModule):
         self.corpus = corpus
         self.fingerprint = corpus.fingerprint(phase.mix for phase in run.phases.values())
         self.objective = build_objective(run)
+        recompute(self.objective.backbone, run.trainer.recompute_every)
         self.tokens_seen = 0
         self.step = 0
         self.seconds = 0.0

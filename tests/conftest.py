@@ -27,10 +27,9 @@ from modernenc.config import CONF_DIR, Run, register  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
-SMALL = [
+_ANY_BACKBONE = [
     "data.lanes=4", "data.window_rows=8", "data.workers=0", "trainer.micro_batch_tokens=256",
-    "backbone.hidden_size=32", "backbone.intermediate_size=48", "backbone.num_hidden_layers=3",
-    "backbone.num_attention_heads=2", "backbone.vocab_size=512", "backbone.local_attention=32",
+    "backbone.hidden_size=32", "backbone.intermediate_size=48", "backbone.num_hidden_layers=3", "backbone.vocab_size=512",
     "phases.stable.tokens=6000", "phases.stable.seq_len=64", "phases.stable.warmup_tokens=1000",
     "phases.stable.ramp.tokens=1500", "phases.extend.tokens=3000", "phases.extend.seq_len=128",
     "phases.decay.tokens=3000", "phases.decay.seq_len=128",
@@ -39,7 +38,18 @@ SMALL = [
     "phases.extend.mix={code: 1, docstrings: 1, reference: 0, prose: 0}",
     "phases.decay.mix={code: 1, docstrings: 3, reference: 0, prose: 0}", "logger.every_steps=1",
 ]  # fmt: skip
+SMALL = [*_ANY_BACKBONE, "backbone.num_attention_heads=2", "backbone.local_attention=32"]
 """The demo recipe cut down to a second: three phases, a ramp, a change of length, three sources."""
+SMALL_MEGA = [
+    *_ANY_BACKBONE, "backbone.nffn_hidden_size=48", "backbone.shared_representation_size=16",
+    "backbone.ema_projection_size=4", "backbone.chunk_size=48",
+]  # fmt: skip
+"""The same for its form in MEGA, with rows longer than a chunk."""
+DROPOUT = {
+    "demo": ["backbone.attention_out_dropout=0.1"],
+    "demo_mega": ["backbone.dropout_prob=0.1", "backbone.attention_probs_dropout_prob=0.1"],
+}
+"""By recipe."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -100,8 +110,9 @@ def corpus_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_run(corpus_root: Path, tmp_path: Path) -> Callable[..., Run]:
     """The small run with some settings changed."""
 
-    def make(*overrides: str) -> Run:
-        return composed(["+recipe=demo", *SMALL, f"data.root={corpus_root}", f"run_dir={tmp_path / 'run'}", *overrides])
+    def make(*overrides: str, recipe: str = "demo") -> Run:
+        small = {"demo": SMALL, "demo_mega": SMALL_MEGA}[recipe]
+        return composed([f"+recipe={recipe}", *small, f"data.root={corpus_root}", f"run_dir={tmp_path / 'run'}", *overrides])
 
     return make
 

@@ -1,5 +1,7 @@
 """An exported folder is a Hugging Face model."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,19 +10,16 @@ from modernenc.export import TOLERANCE, export
 from modernenc.fit import fit, start
 
 
-@pytest.fixture
-def run_dir(small_run):
-    run = small_run("phases.stable.tokens=3000", "phases.extend.tokens=1000", "phases.decay.tokens=1000")
+def trained(run) -> Path:
     curriculum, corpus = check_run(run)
     start(run, curriculum)
     fit(run, curriculum, corpus, None, {"event": "start", "checkpoint": ""})
-    return tmp_path_of(run)
-
-
-def tmp_path_of(run):
-    from pathlib import Path
-
     return Path(run.run_dir)
+
+
+@pytest.fixture
+def run_dir(small_run) -> Path:
+    return trained(small_run("phases.stable.tokens=3000", "phases.extend.tokens=1000", "phases.decay.tokens=1000"))
 
 
 def test_every_phase_exports_to_a_model_that_fills_masks(run_dir, tmp_path):

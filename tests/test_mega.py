@@ -125,7 +125,9 @@ def test_normalised_attention_scores_are_bounded_whatever_the_scale_of_the_strea
     torch.nn.init.zeros_(attention.qk_bias)
     torch.nn.init.zeros_(attention.rel_pos_bias.rel_pos_bias)
     weights = attention._weights(1000 * torch.randn(1, 20, 24), None)
-    assert float(weights.detach().max()) <= torch.e**2 / 20 + 1e-6  # scores are cosines: the largest ratio of two weights is e^2
+    assert (
+        float(weights.detach().max()) <= torch.e**2 / 20 + 1e-6
+    )  # scores are cosines: the largest ratio of two weights is e^2
 
 
 def test_two_hops_reach_back_to_the_input_of_the_block():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, command
+from conftest import DROPOUT, SMALL, command
 
 from modernenc import optim
 from modernenc.checkpoints import manifest_of, read, write
@@ -14,7 +14,7 @@ from modernenc.config import Run
 from modernenc.curriculum import Curriculum
 from modernenc.fit import fit, start
 from modernenc.metrics import Table
-from modernenc.model import build_objective, load_objective
+from modernenc.model import build_objective, load_objective, recompute
 from modernenc.resume import resume
 
 
@@ -57,9 +57,10 @@ def test_it_crosses_every_phase_and_learns(small_run, optimizer):
         assert (folder / name).stat().st_size > 0
 
 
-def test_each_checkpoint_resumes_to_the_same_weights(small_run, tmp_path):
+@pytest.mark.parametrize("recipe", DROPOUT)
+def test_each_checkpoint_resumes_to_the_same_weights(small_run, recipe):
     """Dropout on, and a loader worker now and then: neither may matter."""
-    whole = train(small_run("backbone.attention_out_dropout=0.1", "checkpoint.keep_last=100"))
+    whole = train(small_run(*DROPOUT[recipe], "checkpoint.keep_last=100", recipe=recipe))
     final = whole / "final.ckpt"
     for path in (whole / FINAL, manifest_of(whole / FINAL)):
         path.rename(final.with_suffix(path.suffix))
@@ -73,6 +74,41 @@ def test_each_checkpoint_resumes_to_the_same_weights(small_run, tmp_path):
     assert [event["event"] for event in json.loads((whole / "lineage.json").read_text())] == ["start"] + ["resume"] * len(
         checkpoints
     )
+
+
+@pytest.mark.parametrize("recipe", DROPOUT)
+def test_activations_made_again_change_nothing(small_run, tmp_path, recipe):
+    finals = [
+        train(
+            small_run(*DROPOUT[recipe], f"trainer.recompute_every={every}", f"run_dir={tmp_path / str(every)}", recipe=recipe)
+        )
+        / FINAL
+        for every in (0, 1, 2)
+    ]
+    assert same(finals[0], finals[1]) and same(finals[0], finals[2])
+
+
+@pytest.mark.parametrize("recipe", DROPOUT)
+def test_activations_made_again_are_not_kept(small_run, recipe):
+    def kept(every: int) -> int:
+        """Bytes that a forward pass keeps for the backward pass, weights left out."""
+        objective = build_objective(small_run(*DROPOUT[recipe], recipe=recipe))
+        recompute(objective.backbone, every)
+        own = {weight.data_ptr() for weight in objective.parameters()}
+        held: dict[int, int] = {}
+
+        def hold(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.data_ptr() not in own:
+                held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+            hidden = objective.backbone(torch.arange(500), torch.tensor([0, 100, 500], dtype=torch.int32), 400)
+        assert hidden.requires_grad
+        return sum(held.values())
+
+    assert kept(1) < kept(2) < kept(0)
+    assert kept(1) < kept(0) / 5
 
 
 def test_a_loader_worker_changes_nothing(small_run, tmp_path):
