@@ -4,12 +4,12 @@ Every file, size and hash; every block's ids, document ends and length; every co
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 from rich.progress import track
 
+from modernenc.cli import one_line_errors
 from modernenc.data.blocks import VALIDATION, Block, Corpus, Shards
 from modernenc.data.store import Store
 
@@ -66,10 +66,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data_prep.verify", description=__doc__)
     parser.add_argument("root", type=Path, help="folder that data_prep wrote")
     root = parser.parse_args().root
-    try:
+    with one_line_errors():
         verify(root)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
     print(f"{root}: whole")
 
 

@@ -1,17 +1,21 @@
 """Go on from a checkpoint under changed settings: a rollback in the same run, a branch in its own.
 
-Both make a checkpoint to start from, which holds the new configuration, so that all that follows is an ordinary resume.
+Both make a checkpoint to start from, which holds the new configuration, so that all that follows is an ordinary resume. After a
+rollback the run's older checkpoints count for less than that one, however many tokens they have seen.
 What was trained already must be what the new configuration would have trained in its place.
 """
 
+import math
+import shutil
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import OmegaConf
 
-from modernenc import checkpoints
-from modernenc.config import CONFIG, Run
+from modernenc import checkpoints, lineage, plan
+from modernenc.config import CONFIG, Run, save
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.data.loader import DataState, Steps
@@ -19,7 +23,7 @@ from modernenc.data.loader import DataState, Steps
 ABANDONED = "abandoned"
 """Folder of a run that holds, by number, what its rollbacks gave up."""
 PLACE = (
-    "run_dir", "branch_from", "trainer", "checkpoint", "validation", "watch", "logger", "cluster",
+    "run_dir", "branch_from", "rollbacks", "trainer", "checkpoint", "validation", "watch", "logger", "cluster",
     "data.root", "data.cache", "data.timeout_s", "data.workers", "data.hint",
 )  # fmt: skip
 """Settings that do not change what a run trains."""
@@ -46,12 +50,23 @@ def check_same_run(run: Run, checkpoint: Path, content: dict[str, Any]) -> None:
             )
 
 
+def done_phases(run: Run, tokens_seen: int) -> list[str]:
+    """Phases that end at a position or before it."""
+    return [name for name in run.phases if Curriculum(run.phases).end_of(name) <= tokens_seen]
+
+
 def fork(run: Run, corpus: Corpus, content: dict[str, Any], skip_tokens: int = 0) -> dict[str, Any]:
     """The content of a checkpoint as the start of a run under other settings, past `skip_tokens` of row capacity of data.
 
-    ValueError names a setting that would change what was trained already.
+    `run` takes the phases that are done from the checkpoint. ValueError names a setting that would change what was trained
+    already.
     """
-    state, old, new = content["state"], content["run"], _plain(run)
+    state, old = content["state"], content["run"]
+    before = take_up(content, run.run_dir)
+    for name in done_phases(before, state["tokens_seen"]):
+        if name in run.phases:
+            run.phases[name] = before.phases[name]
+    new = _plain(run)
     done = list(old["phases"])[: list(old["phases"]).index(state["phase"]) + 1]
     if list(new["phases"])[: len(done)] != done:
         raise ValueError(f"phases={', '.join(new['phases'])}: the checkpoint has trained {', '.join(done)}, which come first")
@@ -60,13 +75,12 @@ def fork(run: Run, corpus: Corpus, content: dict[str, Any], skip_tokens: int = 0
         if key.startswith(fixed):
             raise ValueError(f"{key}={here}, but {there} in the checkpoint: what it has trained already cannot change")
     curriculum, position = Curriculum(run.phases), state["tokens_seen"]
-    was = _levels(Curriculum(take_up(content, run.run_dir).phases), position)
-    would_be = _levels(curriculum, position)
-    if was != would_be:
-        raise ValueError(
-            f"phases: the checkpoint came to {position:,} tokens by {was}, the new settings would by {would_be} (phase, rows, "
-            "length, first step); keep tokens, rows and ramps up to there, and change what follows"
-        )
+    for was, would_be in zip_longest(_levels(Curriculum(before.phases), position), _levels(curriculum, position)):
+        if was != would_be:
+            raise ValueError(
+                f"phases.{was[0] if was else would_be[0]}: up to {position:,} tokens, where the checkpoint is, it had "
+                f"{_said(was)}, now it has {_said(would_be)}; keep tokens, rows and ramps up to there, and change what follows"
+            )
     data = state["data"]
     if skip_tokens:
         data = Steps(run, curriculum, corpus, 0, 1, DataState.from_dict(data)).skip(skip_tokens).to_dict()
@@ -77,6 +91,10 @@ def fork(run: Run, corpus: Corpus, content: dict[str, Any], skip_tokens: int = 0
         "corpus": corpus.fingerprint(phase.mix for phase in run.phases.values()),
     }
     return {**content, "run": new, "state": state}
+
+
+def _said(level: tuple[str, int, int, int] | None) -> str:
+    return f"{level[1]:,} rows of {level[2]:,} tokens from step {level[3]:,} on" if level else "no further steps"
 
 
 def _levels(curriculum: Curriculum, tokens_seen: int) -> list[tuple[str, int, int, int]]:
@@ -94,19 +112,59 @@ def take_up(content: dict[str, Any], run_dir: str) -> Run:
     return cast(Run, OmegaConf.to_object(merged))
 
 
-def give_up(run_dir: Path, tokens_seen: int) -> Path:
-    """Set aside what a run holds past a position: checkpoints, the configuration and tables so far; the folder they are in."""
-    number = 1 + sum(1 for _ in (run_dir / ABANDONED).glob("*"))
+def go_back(run: Run, content: dict[str, Any], event: dict[str, Any]) -> dict[str, Any]:
+    """The content of a checkpoint as the start of the rest of its run, after one more rollback than there ever were."""
+    orders = [checkpoints.order(path) for path in (Path(run.run_dir) / checkpoints.FOLDER).glob("*.ckpt")]
+    known = [rollbacks for rollbacks, _ in orders if rollbacks < math.inf]
+    run.rollbacks = 1 + int(max([run.rollbacks, *known]))
+    event["abandoned"] = f"{ABANDONED}/{run.rollbacks}"
+    return {**content, "run": {**content["run"], "rollbacks": run.rollbacks}, "event": event}
+
+
+def settle(run: Run, curriculum: Curriculum, content: dict[str, Any] | None, event: dict[str, Any], ranks: int) -> None:
+    """Write down how the run goes on.
+
+    A rollback is done once the checkpoint that it starts from is there: what is left to do then can be done again, by whoever
+    goes on with the run, until the configuration is written.
+    """
+    run_dir = Path(run.run_dir)
+    position = content["state"]["tokens_seen"] if content else 0
+    if content is None or event["event"] != "rollback":
+        if event["event"] != "resume" or content is None:
+            _point_latest(run_dir)
+        return lineage.add(run_dir, event, ranks, position)
+    number = content["run"]["rollbacks"]
+    start = run_dir / checkpoints.FOLDER / f"rollback-{number}.ckpt"
+    if checkpoints.order(start) != (number, position):
+        checkpoints.write(content, start)
+    give_up(run_dir, number, position)
+    if all(entry.get("abandoned") != event["abandoned"] for entry in lineage.read(run_dir)):
+        lineage.add(run_dir, event, ranks, position)
+    (run_dir / "plan.txt").write_text(plan.text(run, curriculum) + "\n")
+    save(take_up(content, run.run_dir))
+
+
+def _point_latest(run_dir: Path) -> None:
+    """Have `latest`, beside the run, lead to it."""
+    unfinished = run_dir.parent / ".latest"
+    unfinished.unlink(missing_ok=True)
+    unfinished.symlink_to(run_dir.name)
+    unfinished.replace(run_dir.parent / "latest")
+
+
+def give_up(run_dir: Path, number: int, tokens_seen: int) -> None:
+    """Set aside what a run held past a position before a rollback: checkpoints, the configuration and tables so far."""
     folder = run_dir / ABANDONED / str(number)
-    (folder / checkpoints.FOLDER).mkdir(parents=True)
+    (folder / checkpoints.FOLDER).mkdir(parents=True, exist_ok=True)
+    for name in (CONFIG, "metrics.csv", "validation.csv"):
+        if (run_dir / name).exists() and not (folder / name).exists():
+            shutil.copyfile(run_dir / name, folder / (name + ".tmp"))
+            (folder / (name + ".tmp")).rename(folder / name)
     for path in (run_dir / checkpoints.FOLDER).glob("*.ckpt"):
-        if checkpoints.tokens_seen(path) > tokens_seen:
+        rollbacks, tokens = checkpoints.order(path)
+        if tokens > tokens_seen and rollbacks != number:
             for part in checkpoints.files_of(path):
                 part.rename(folder / checkpoints.FOLDER / part.name)
-    for name in (CONFIG, "metrics.csv", "validation.csv"):
-        if (run_dir / name).exists():
-            (folder / name).write_bytes((run_dir / name).read_bytes())
-    return folder
 
 
 def _plain(run: Run) -> dict[str, Any]:

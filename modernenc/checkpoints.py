@@ -13,6 +13,7 @@ out of $TMPDIR, which a kill can cut short (Lightning#21253). torch's distribute
 
 import json
 import logging
+import math
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from modernenc.hashing import hash_file
 
@@ -79,31 +81,37 @@ class Writer:
         self.wait()
 
     def _write(self, content: dict[str, Any], target: Path, share: Share) -> None:
-        try:
-            write(content, target, share)
-            if share.rank == 0:
-                prune(self.run_dir, self.keep_last)
-        except OSError as error:
-            _unfinished(_file(target, share.rank)).unlink(missing_ok=True)
-            raise OSError(
-                f"checkpoint.{target.name} could not be written: {error.strerror or error}; those before it are whole: "
-                f"make room or mend the disk, then python -m modernenc.resume {self.run_dir}"
-            ) from error
+        write(content, target, share)
+        if share.rank == 0:
+            prune(self.run_dir, self.keep_last)
 
 
 def write(content: dict[str, Any], target: Path, share: Share = WHOLE) -> None:
-    """Write a rank's share of a checkpoint beside its target, sync it, rename it, then write its manifest."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """Write a rank's share of a checkpoint beside its target, sync it, rename it, then write its manifest.
+
+    Raises OSError, naming the file, with nothing left of it.
+    """
     path = _file(target, share.rank)
-    with _unfinished(path).open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    size, digest = _unfinished(path).stat().st_size, hash_file(_unfinished(path))
-    manifest_of(path).unlink(missing_ok=True)
-    os.replace(_unfinished(path), path)
-    position = {key: content["state"][key] for key in POSITION} if share.rank == 0 else {}
-    write_json(manifest_of(path), {"bytes": size, "xxh3_64": digest, "save": share.save, "ranks": share.ranks, **position})
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _unfinished(path).open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        size, digest = _unfinished(path).stat().st_size, hash_file(_unfinished(path))
+        manifest_of(path).unlink(missing_ok=True)
+        os.replace(_unfinished(path), path)
+        manifest = {"bytes": size, "xxh3_64": digest, "save": share.save, "ranks": share.ranks}
+        if share.rank == 0:
+            position = {key: content["state"][key] for key in POSITION}
+            manifest |= {**position, "rollbacks": content.get("run", {}).get("rollbacks", 0)}
+        write_json(manifest_of(path), {**manifest, "sum": _sum(manifest)})
+    except (OSError, RuntimeError) as error:  # torch.save has the latter for a disk that is full when it ends
+        _unfinished(path).unlink(missing_ok=True)
+        raise OSError(
+            f"checkpoint.{target.name} could not be written: {getattr(error, 'strerror', None) or error}; those before it are "
+            f"whole: make room or mend the disk, then python -m modernenc.resume {target.parent.parent}"
+        ) from error
 
 
 def read(checkpoint: Path) -> dict[str, Any]:
@@ -114,7 +122,8 @@ def read(checkpoint: Path) -> dict[str, Any]:
 
 def files_of(checkpoint: Path) -> list[Path]:
     """What a checkpoint consists of, manifests first: without its own it is not taken for one."""
-    shares = [checkpoint, *checkpoint.parent.glob(f"{checkpoint.stem}.*{_PART}")]
+    parts = checkpoint.parent.glob(f"{checkpoint.stem}.*{_PART}")
+    shares = [checkpoint, *(part for part in parts if _main(part) == checkpoint)]
     return [path for path in (*map(manifest_of, shares), *shares) if path.exists()]
 
 
@@ -130,11 +139,19 @@ def manifest_of(checkpoint: Path) -> Path:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Position, size and hash of a checkpoint; ValueError when it was not finished."""
+    """Position, size and hash of a checkpoint; ValueError when it was not finished, or the manifest is damaged."""
     path = manifest_of(checkpoint)
     if not path.is_file():
         raise ValueError(f"{checkpoint} is not whole: {path.name} is missing beside it; take another checkpoint")
-    return json.loads(path.read_text())
+    try:
+        manifest = json.loads(path.read_text())
+        digest = manifest.pop("sum")
+        whole = digest == _sum(manifest)
+    except (ValueError, LookupError, AttributeError, TypeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{checkpoint} is not whole: {path.name} beside it is damaged; take another checkpoint")
+    return manifest
 
 
 def check(checkpoint: Path) -> None:
@@ -154,12 +171,12 @@ def check(checkpoint: Path) -> None:
 
 
 def newest(run_dir: Path) -> Path | None:
-    """The whole checkpoint of a run that has seen the most tokens; those that are not whole are passed over with a warning.
+    """The whole checkpoint of a run that is the furthest; those that are not whole are passed over with a warning.
 
     None before the first one was written; FileNotFoundError when there are some, but none is whole.
     """
     folder = run_dir / FOLDER
-    found = sorted(folder.glob("*.ckpt"), key=lambda path: (tokens_seen(path), path.stat().st_mtime_ns), reverse=True)
+    found = sorted(folder.glob("*.ckpt"), key=order, reverse=True)
     if not found:
         return None
     for checkpoint in found:
@@ -174,22 +191,19 @@ def newest(run_dir: Path) -> Path | None:
 
 def prune(run_dir: Path, keep_last: int) -> None:
     """Delete all but the last `keep_last` checkpoints between boundaries; one that ranks still write is not counted."""
-    between = sorted((run_dir / FOLDER).glob("step-*.ckpt"), key=tokens_seen)
+    between = sorted((run_dir / FOLDER).glob("step-*.ckpt"), key=order)
     finished = [checkpoint for checkpoint in between if _is_finished(checkpoint)]
-    for checkpoint in finished[: max(0, len(finished) - keep_last)]:
-        remove(checkpoint)
+    for checkpoint in between:
+        if checkpoint not in finished[-keep_last:] and finished and order(checkpoint) < order(finished[-1]):
+            remove(checkpoint)
 
 
 def sweep(run_dir: Path) -> None:
     """Delete what a killed run left half written."""
     for unfinished in run_dir.rglob(f"*{_UNFINISHED}"):
         unfinished.unlink()
-    folder = run_dir / FOLDER
-    for checkpoint in folder.glob("*.ckpt"):
-        if manifest_of(checkpoint).exists() and not _is_finished(checkpoint):
-            remove(checkpoint)
-    for part in folder.glob(f"*{_PART}"):
-        if not _is_finished(part.with_suffix("").with_suffix(".ckpt")):
+    for part in (run_dir / FOLDER).glob(f"*{_PART}"):
+        if not _main(part).exists():
             remove(part)
 
 
@@ -209,9 +223,17 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def tokens_seen(checkpoint: Path) -> float:
-    """Position by the manifest; a checkpoint without one counts as the newest, so that it is named in a warning."""
-    manifest = manifest_of(checkpoint)
-    return json.loads(manifest.read_text())["tokens_seen"] if manifest.is_file() else float("inf")
+    """Position by the manifest; a checkpoint without one counts as the furthest, so that it is named in a warning."""
+    return order(checkpoint)[1]
+
+
+def order(checkpoint: Path) -> tuple[float, float]:
+    """Which of a run's checkpoints is further: that after more rollbacks, and of those the one that has seen more tokens."""
+    try:
+        manifest = read_manifest(checkpoint)
+    except ValueError:
+        return math.inf, math.inf
+    return manifest["rollbacks"], manifest["tokens_seen"]
 
 
 def _file(checkpoint: Path, rank: int) -> Path:
@@ -223,12 +245,22 @@ def _shares(checkpoint: Path) -> list[Path]:
     return [_file(checkpoint, rank) for rank in range(read_manifest(checkpoint)["ranks"])]
 
 
+def _main(part: Path) -> Path:
+    """The checkpoint that a rank's share belongs to."""
+    return part.with_suffix("").with_suffix(".ckpt")
+
+
 def _is_finished(checkpoint: Path) -> bool:
     """Whether every rank has written its share, as far as manifests tell."""
-    if not manifest_of(checkpoint).exists():
+    try:
+        return len({read_manifest(path)["save"] for path in _shares(checkpoint)}) == 1
+    except ValueError:
         return False
-    manifests = [manifest_of(path) for path in _shares(checkpoint)]
-    return all(path.exists() for path in manifests) and len({json.loads(path.read_text())["save"] for path in manifests}) == 1
+
+
+def _sum(manifest: dict[str, Any]) -> str:
+    """Hash of a manifest's own content."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(manifest, sort_keys=True))
 
 
 def _unfinished(path: Path) -> Path:

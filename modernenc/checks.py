@@ -2,7 +2,9 @@
 
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 from hydra.utils import get_class, get_method
@@ -52,7 +54,9 @@ def check_settings(run: Run) -> Curriculum:
                 f"phases.{name}.seq_len={phase.seq_len} exceeds backbone.max_position={run.backbone['max_position']}; "
                 "lower it or raise backbone.max_position"
             )
-        for key in phase.backbone:
+        for key, value in phase.backbone.items():
+            if isinstance(run.backbone.get(key), int | float) and not isinstance(value, int | float):
+                raise ValueError(f"phases.{name}.backbone.{key}={value}: expected a number")
             if key not in backbone.PHASE_ATTRIBUTES:
                 raise ValueError(
                     f"phases.{name}.backbone.{key}: a phase may set {', '.join(backbone.PHASE_ATTRIBUTES)} of "
@@ -65,6 +69,9 @@ def check_hardware(run: Run) -> None:
     """Raise ValueError when this machine lacks the devices that the run asks for."""
     import torch
 
+    from modernenc import ranks
+
+    ranks.environment(run.trainer.devices, run.trainer.num_nodes)
     devices = torch.cuda.device_count()
     if run.trainer.accelerator == "gpu" and devices < run.trainer.devices:
         raise ValueError(
@@ -73,12 +80,57 @@ def check_hardware(run: Run) -> None:
         )
 
 
+def check_backbone(run: Run) -> None:
+    """Raise ValueError when the backbone cannot be built with its settings."""
+    import torch
+
+    from modernenc.model import build_objective
+
+    with _built("backbone", run.backbone), torch.device("meta"):
+        build_objective(run)
+
+
+def check_optim(run: Run) -> None:
+    """Raise ValueError when the optimizers cannot be built with their settings."""
+    from torch import nn
+
+    from modernenc import optim
+
+    objective: Any = nn.Linear(2, 2)  # optimizers only look at their settings: any weights will do
+    objective.backbone = SimpleNamespace(matrices=lambda: [objective.weight])
+    with _built("optim", run.optim):
+        optim.build(objective, run.optim)
+
+
+@contextmanager
+def _built(group: str, node: dict[str, Any]) -> Iterator[None]:
+    """Say which group of settings it is that something cannot be built with."""
+    try:
+        yield
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if str(error).startswith(group):
+            raise
+        name = node["_target_"].rpartition(".")[2]
+        raise ValueError(f"{group}: {name} cannot be built with these settings: {error}") from error
+
+
 def _check_values(run: Run) -> None:
     def require(holds: bool, key: str, value: object, expected: str) -> None:
         if not holds:
             raise ValueError(f"{key}={value}: expected {expected}")
 
     trainer, data = run.trainer, run.data
+    require(0 <= run.seed < 1 << 63, "seed", run.seed, "a number from 0 to 2^63 - 1")
+    for group in ("checkpoint", "validation"):
+        for key in ("every_tokens", "every_minutes"):
+            value = getattr(getattr(run, group), key, 0)
+            require(value >= 0, f"{group}.{key}", value, "0, for never, or more")
+    for group, key in (("data", "timeout_s"), ("watch", "window_tokens"), ("watch", "z"), ("watch", "patience")):
+        value = getattr(getattr(run, group), key)
+        require(value > 0, f"{group}.{key}", value, "more than 0")
+    for key, value in run.optim.items() if isinstance(run.optim, dict) else ():
+        if key in ("lr", "adamw_lr") and isinstance(value, int | float):
+            require(value > 0, f"optim.{key}", value, "more than 0")
     require(
         trainer.accelerator in ACCELERATORS, "trainer.accelerator", trainer.accelerator, f"one of {', '.join(ACCELERATORS)}"
     )
@@ -135,7 +187,10 @@ def _check_arguments(group: str, node: Any, find: Callable[[str], Any], given: t
         found = None
     if found is None:
         raise ValueError(f"{group}._target_={node['_target_']}: there is no module {module}; install it or mend the name")
-    target = find(node["_target_"])
+    try:
+        target = find(node["_target_"])
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{group}._target_={node['_target_']}: there is no such thing in {module}") from error
     parameters = inspect.signature(target).parameters
     for key in node:
         if key not in parameters and key != "_target_":

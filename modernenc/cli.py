@@ -3,7 +3,8 @@
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from dataclasses import is_dataclass
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -36,15 +37,16 @@ def run(schema: type[Config], groups: tuple[str, ...], config_name: str, job: Ca
         with one_line_errors(verbose):  # Hydra would report the job's errors in its own way
             job(typed(cfg, schema, groups))
 
-    with one_line_errors(verbose):
+    with one_line_errors(verbose, composing=True):
         hydra.main(config_path=str(CONF_DIR), config_name=config_name, version_base="1.3")(main)()
 
 
 class one_line_errors:
     """End the process with one line for a mistake of the user's, unless `verbose`."""
 
-    def __init__(self, verbose: bool | None = None) -> None:
+    def __init__(self, verbose: bool | None = None, composing: bool = False) -> None:
         self.verbose = os.environ.get(_TRACEBACK) == "1" if verbose is None else verbose
+        self.composing = composing
 
     def __enter__(self) -> None:
         """Begin."""
@@ -52,6 +54,8 @@ class one_line_errors:
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         """Turn a mistake into one line on stderr and status 2."""
         mistakes = (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError)
+        if self.composing and isinstance(error, RecursionError):
+            error = ValueError("the defaults of a recipe lead back to itself; give it a name that no shipped recipe has")
         if isinstance(error, mistakes) and not self.verbose:
             rank = os.environ.get("RANK", "0")
             print(f"error{'' if rank == '0' else f' on rank {rank}'}: {_message(error)}", file=sys.stderr)
@@ -61,6 +65,10 @@ class one_line_errors:
 
 def _message(error: BaseException) -> str:
     text = str(error).strip()
+    if isinstance(error, HydraException) and isinstance(error.__cause__, OmegaConfBaseException):
+        text += f": {error.__cause__}"
+    text = text.partition("\nConfig search path")[0]
+    text = "\n".join(line for line in text.splitlines() if not line.strip().startswith(("object_type", "reference_type")))
     if text.startswith("Caught "):  # a loader worker's error arrives with its traceback as text
         text = text.splitlines()[-1].partition(": ")[2]
     return " ".join(text.split())
@@ -77,12 +85,28 @@ def typed(cfg: DictConfig, schema: type[Config], groups: tuple[str, ...]) -> Con
         for said, field in _FIELDS.items():
             if said in cfg:
                 cfg[field] = cfg.pop(said)
-    cfg = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(schema), cfg))  # an unknown key is refused here
+    _check_keys(schema, OmegaConf.to_container(cfg, resolve=False), "")
+    cfg = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(schema), cfg))
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ValueError(f"{', '.join(missing)}: no value; set it in the {groups[0]} or on the command line")
     OmegaConf.resolve(cfg)
     return cast(Config, OmegaConf.to_object(cfg))
+
+
+def _check_keys(schema: Any, content: Any, prefix: str) -> None:
+    """Raise ValueError for a key that the schema does not have; Hydra itself lets `+key=value` pass."""
+    if not isinstance(content, dict):
+        return
+    if get_origin(schema) is dict:
+        for key, value in content.items():
+            _check_keys(get_args(schema)[1], value, f"{prefix}{key}.")
+    elif is_dataclass(schema):
+        fields = get_type_hints(schema)
+        for key, value in content.items():
+            if key not in fields:
+                raise ValueError(f"{prefix}{key}: unknown key; there are {', '.join(fields)}")
+            _check_keys(fields[key], value, f"{prefix}{key}.")
 
 
 def hydra_options(group: str) -> list[str]:

@@ -200,6 +200,8 @@ class Run:
     """Folder that the run writes."""
     branch_from: str = ""
     """Checkpoint of another run to go on from, set by `+from=CKPT`; empty starts afresh."""
+    rollbacks: int = 0
+    """How many times the run went back to a checkpoint; counted by `modernenc.resume`."""
     seed: int = MISSING
     """Seed of initialisation, data order, masks and dropout."""
     backbone: Any = MISSING
@@ -225,6 +227,14 @@ def register() -> None:
     store.store(name="run_schema", node=Run)
     for path in sorted(RECIPES_DIR.glob("*.yaml")):
         store.store(group="recipe", name=path.stem, package="_global_", node=OmegaConf.load(path), provider=str(path))
+
+
+def save(run: Run) -> None:
+    """Write the resolved configuration, whole or not at all."""
+    path = Path(run.run_dir) / CONFIG
+    unfinished = path.with_suffix(".yaml.tmp")
+    OmegaConf.save(OmegaConf.structured(run), unfinished)
+    unfinished.replace(path)
 
 
 def load(run_dir: Path) -> Run:

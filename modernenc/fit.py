@@ -1,10 +1,14 @@
 """Start a run, go on with one: the run folder, the Lightning trainer, the report."""
 
 import ctypes
+import fcntl
 import logging
 import multiprocessing
 import os
 import platform
+import shutil
+import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +23,8 @@ from rich.logging import RichHandler
 
 from modernenc import checkpoints, lineage, ranks
 from modernenc.backbones.attention import path_for
-from modernenc.config import CONFIG, Run
+from modernenc.branch import settle
+from modernenc.config import CONFIG, Run, save
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.preemption import STOPPED, Preemption
@@ -31,9 +36,12 @@ from modernenc.watch import UNSTABLE, Watch
 
 log = logging.getLogger("modernenc")
 
+_HOLD_S = 5
+"""How long to wait for a run folder that another process still trains."""
+
 
 def start(run: Run, curriculum: Curriculum, content: dict[str, Any] | None = None) -> None:
-    """Make the run folder and write what the run is, with the checkpoint that it branches from.
+    """Make the run folder and write what the run is, with the checkpoint that it branches from; the configuration comes last.
 
     ValueError when the folder holds a run already; OSError when it cannot be written.
     """
@@ -47,23 +55,12 @@ def start(run: Run, curriculum: Curriculum, content: dict[str, Any] | None = Non
     from modernenc.plan import text
 
     folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / checkpoints.FOLDER, ignore_errors=True)  # of a start that was cut short
     if content is not None:
         checkpoints.write(content, folder / checkpoints.FOLDER / "branch.ckpt")
-    save_config(run)
     (folder / "plan.txt").write_text(text(run, curriculum) + "\n")
-    latest = folder.parent / "latest"
-    unfinished = folder.parent / ".latest"
-    unfinished.unlink(missing_ok=True)
-    unfinished.symlink_to(folder.name)
-    os.replace(unfinished, latest)
-
-
-def save_config(run: Run) -> None:
-    """Write the resolved configuration, whole or not at all."""
-    path = Path(run.run_dir) / CONFIG
-    unfinished = path.with_suffix(".yaml.tmp")
-    OmegaConf.save(OmegaConf.structured(run), unfinished)
-    unfinished.replace(path)
+    lineage.write(folder, [])
+    save(run)
 
 
 def fit(
@@ -94,7 +91,7 @@ def fit(
         strategy=_strategy(run),
         precision=cast(Any, run.trainer.precision),
         callbacks=[
-            Meeting(run, event["checkpoint"]),
+            Meeting(run, curriculum, content, event),
             recorder,
             Watch(run, recorder),
             Checkpointing(run),
@@ -112,10 +109,7 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    if first:
-        _announce(run, curriculum, module, trainer, event["checkpoint"])
-        lineage.add(Path(run.run_dir), event, trainer.world_size, module.tokens_seen)
-    else:
+    if not first:
         log.setLevel(logging.WARNING)
     try:
         trainer.fit(module)
@@ -130,12 +124,14 @@ def fit(
         corpus.store.close()
         for worker in multiprocessing.active_children():  # they do not listen to signals, so Python would wait for them
             worker.kill()
+        if first:
+            _close_log()
     if not first:
         return
     if module.abandoned:
         log.error("stopped at step %d without saving: %s", module.step, module.instability)
         raise SystemExit(UNSTABLE)
-    if module.interrupted:
+    if module.interrupted and module.tokens_seen < curriculum.total_tokens:
         log.warning("stopped at step %d and saved; go on with: python -m modernenc.resume %s", module.step, run.run_dir)
         raise SystemExit(STOPPED)
     from modernenc.report import write
@@ -146,20 +142,23 @@ def fit(
 class Meeting(L.Callback):
     """The first thing that ranks do together: see that they are who they think, and take up the same from a tidy folder."""
 
-    def __init__(self, run: Run, checkpoint: str) -> None:
+    def __init__(self, run: Run, curriculum: Curriculum, content: dict[str, Any] | None, event: dict[str, Any]) -> None:
         self.run = run
-        self.checkpoint = checkpoint
+        self.curriculum = curriculum
+        self.content = content
+        self.event = event
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Compare notes; ValueError when ranks disagree."""
         ranks.export(trainer.global_rank, trainer.local_rank, self.run.trainer.devices, self.run.trainer.num_nodes)
-        self.run.run_dir, checkpoint = trainer.strategy.broadcast((self.run.run_dir, self.checkpoint))
-        if checkpoint != self.checkpoint:
-            raise ValueError(
-                f"rank 0 resumes from {checkpoint}, this one from {self.checkpoint}; name the checkpoint to resume"
-            )
+        own = self.event["checkpoint"]
+        self.run.run_dir, checkpoint = trainer.strategy.broadcast((self.run.run_dir, own))
+        if checkpoint != own:
+            raise ValueError(f"rank 0 resumes from {checkpoint}, this one from {own}; name the checkpoint to resume")
         if trainer.is_global_zero:  # by now all ranks have read theirs
             checkpoints.sweep(Path(self.run.run_dir))
+            _announce(self.run, self.curriculum, cast(Pretraining, pl_module), trainer, own)
+            settle(self.run, self.curriculum, self.content, self.event, trainer.world_size)
 
 
 def _strategy(run: Run) -> Strategy | str:
@@ -190,10 +189,12 @@ def _announce(run: Run, curriculum: Curriculum, module: Pretraining, trainer: L.
     device = trainer.strategy.root_device
     log.info("recipe %s, %s parameters, %s tokens in %s steps", run.recipe, f"{parameters:,}",
              f"{curriculum.total_tokens:,}", f"{curriculum.total_steps:,}")  # fmt: skip
-    log.info("device %s, precision %s, attention path %s, %d ranks of %d threads", device, run.trainer.precision,
-             path_for(device, dtype), trainer.world_size, torch.get_num_threads())  # fmt: skip
+    log.info("device %s, precision %s, attention path %s, %s", device, run.trainer.precision,
+             path_for(device, dtype), ranks.described(trainer.world_size, torch.get_num_threads()))  # fmt: skip
     if run.trainer.strategy == "fsdp":
         log.info("FSDP2: weights and optimizer states are split over ranks")
+    elif run.checkpoint.distributed:
+        log.info("checkpoint.distributed=true is for trainer.strategy=fsdp: checkpoints are written whole")
     _advise_precision(device, run.trainer.precision)
     log.info("run folder %s%s", run.run_dir, f", from {checkpoint}" if checkpoint else "")
 
@@ -240,11 +241,34 @@ def _loggers(run: Run) -> list[Logger]:
 
 
 def _configure_logging(run_dir: Path) -> None:
+    """Log to the terminal and to a file, which is held for as long as this process trains."""
     log.setLevel(logging.INFO)
+    file = logging.FileHandler(run_dir / "log.txt")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    _hold(file, run_dir)
+    screen: logging.Handler = RichHandler(show_path=False, log_time_format="%H:%M:%S")
+    if not sys.stdout.isatty():  # no lines cut to a width, so that what they say to run can be copied
+        screen = logging.StreamHandler(sys.stdout)
+        screen.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    log.handlers = [screen, file]
+
+
+def _hold(file: logging.FileHandler, run_dir: Path) -> None:
+    """Lock the log of a run, which the kernel undoes however this process ends; ValueError when another one trains it."""
+    for _ in range(_HOLD_S * 10):
+        try:
+            return fcntl.flock(file.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # workers of a process that was killed take a moment to go
+            time.sleep(0.1)
+    file.close()
+    raise ValueError(f"run_dir={run_dir} is being trained by another process; wait for it or end it")
+
+
+def _close_log() -> None:
     for handler in log.handlers:
-        handler.close()
-    log.handlers = [RichHandler(show_path=False, log_time_format="%H:%M:%S"), logging.FileHandler(run_dir / "log.txt")]
-    log.handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        if isinstance(handler, logging.FileHandler):
+            log.removeHandler(handler)
+            handler.close()
 
 
 def _quiet_libraries() -> None:

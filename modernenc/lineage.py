@@ -20,11 +20,16 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
+def write(run_dir: Path, entries: list[dict[str, Any]]) -> None:
+    """Write all entries, whole or not at all."""
+    from modernenc.checkpoints import write_json
+
+    write_json(run_dir / LINEAGE, entries)
+
+
 def add(run_dir: Path, event: dict[str, Any], ranks: int, tokens_seen: int) -> None:
     """Append an entry."""
     import torch  # seconds to import, which a reader need not pay for
-
-    from modernenc.checkpoints import write_json
 
     entry = {
         **event,
@@ -35,4 +40,4 @@ def add(run_dir: Path, event: dict[str, Any], ranks: int, tokens_seen: int) -> N
         "threads": torch.get_num_threads(),
         "ranks": ranks,
     }
-    write_json(run_dir / LINEAGE, [*read(run_dir), entry])
+    write(run_dir, [*read(run_dir), entry])

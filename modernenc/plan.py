@@ -16,9 +16,10 @@ _WIDTH = 100
 
 def main(config: Run) -> None:
     """Check the settings and print the plan; the data need not be there yet."""
-    from modernenc.checks import check_run, check_settings
+    from modernenc.checks import check_backbone, check_run, check_settings
 
     curriculum = check_settings(config)
+    check_backbone(config)
     if _corpus(config):
         check_run(config)
     print(text(config, curriculum))

@@ -58,6 +58,11 @@ def environment(devices: int, num_nodes: int) -> "ClusterEnvironment":
     return TorchElasticEnvironment()
 
 
+def described(ranks: int, threads: int) -> str:
+    """Ranks and threads in words."""
+    return f"{ranks} rank{'s' * (ranks > 1)} of {threads} thread{'s' * (threads > 1)}"
+
+
 def export(rank: int, local_rank: int, devices: int, num_nodes: int) -> None:
     """Set the four variables, or check those that a launcher set; ValueError where they disagree with the trainer."""
     if devices * num_nodes == 1:

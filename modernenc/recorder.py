@@ -97,11 +97,11 @@ class Checkpointing(L.Callback):
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._writer = Writer(Path(run.run_dir), run.checkpoint.keep_last)
         self._time_of_save = time.monotonic()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock, and a writer: only since ranks met do all know the run folder."""
+        self._writer = Writer(Path(self.run.run_dir), self.run.checkpoint.keep_last)
         self._time_of_save = time.monotonic()
 
     def on_train_batch_end(

@@ -288,7 +288,9 @@ def _draw_lineage(
         sides.append((start, end, f"given up: {entry['abandoned']}", "#c0504d"))
     for entry in entries:
         if entry["event"] == "branched":
-            sides.append((entry["tokens_seen"], curriculum.total_tokens, f"branch: {Path(entry['into']).name}", "#3a7d44"))
+            rows = Table(Path(entry["into"]) / "metrics.csv").read()
+            end = int(rows[-1]["tokens_seen"] or 0) if rows else entry["tokens_seen"]
+            sides.append((entry["tokens_seen"], end, f"branch: {Path(entry['into']).name}", "#3a7d44"))
     figure, axis = pyplot.subplots(figsize=(9, 0.9 + 0.4 * len(sides)), constrained_layout=True)
     if begin:
         axis.plot([0, begin / scale], [0, 0], color="#3a7d44", linestyle=":")

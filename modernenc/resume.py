@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any, cast
 
+from modernenc import ranks
 from modernenc.cli import one_line_errors
 from modernenc.config import Run
 
@@ -28,6 +29,7 @@ FREE = (
     "data.workers=",
 )
 """Keys that do not change what a run trains."""
+_FIXED = ("run_dir", "recipe", "rollbacks", "branch_from")
 
 
 def main() -> None:
@@ -60,67 +62,88 @@ def resume(path: Path, overrides: list[str]) -> None:
                 f"another run: add --rollback, or branch with python -m modernenc.train +recipe=NAME +from={path}"
             )
 
-    from modernenc.model import locate
-
-    run, checkpoint = locate(path)
-
     from modernenc import checkpoints
-    from modernenc.branch import check_same_run
+    from modernenc.branch import check_same_run, go_back, take_up
 
-    content = checkpoints.read(checkpoint) if checkpoint else None
-    if checkpoint and content:
-        check_same_run(run, checkpoint, content)
-    event = {"event": "resume", "checkpoint": checkpoint.stem if checkpoint else ""}
-    _go_on(_changed(run, overrides), content, event)
+    run, checkpoint = _located(path)
+    if checkpoint is None:
+        if run.branch_from:
+            raise FileNotFoundError(f"{run.run_dir} has lost its branch.ckpt; branch again, into another run_dir")
+        return _go_on(_changed(run, overrides), None, {"event": "resume", "checkpoint": ""})
+    content = checkpoints.read(checkpoint)
+    event = {"event": "resume", "checkpoint": checkpoint.stem}
+    if content["run"]["rollbacks"] > run.rollbacks:  # a rollback was cut short once its checkpoint was written
+        run, event = take_up(content, run.run_dir), content["event"]
+    check_same_run(run, checkpoint, content)
+    others = (checkpoints.order(other) for other in checkpoint.parent.glob("*.ckpt"))
+    if path.suffix == ".ckpt" and any(checkpoints.order(checkpoint) < other for other in others):
+        content = go_back(run, content, {"event": "rollback", "checkpoint": checkpoint.stem})
+    _go_on(_changed(run, overrides), content, content.get("event", event))
 
 
 def rollback(path: Path, overrides: list[str], skip_tokens: int) -> None:
     """Go back to a checkpoint and on under other settings; ValueError or FileNotFoundError names what is wrong."""
     if path.suffix != ".ckpt":
         raise ValueError(f"{path}: name the checkpoint to go back to, one of {path}/checkpoints/*.ckpt")
+    if skip_tokens < 0:
+        raise ValueError(f"--skip-tokens {skip_tokens}: expected a number of tokens, 0 or more")
+    for override in overrides:
+        if override.partition("=")[0] in _FIXED:
+            raise ValueError(f"{override}: a rollback stays in its run; branch with python -m modernenc.train +from={path}")
 
-    from modernenc import checkpoints, ranks
-    from modernenc.branch import fork, give_up, take_up
-    from modernenc.model import locate
+    from modernenc import checkpoints
+    from modernenc.branch import done_phases, fork, go_back, take_up
+    from modernenc.checks import check_backbone, check_optim, check_run, check_settings
 
-    before, checkpoint = locate(path)
+    at, checkpoint = _located(path)
     assert checkpoint is not None
     content = checkpoints.read(checkpoint)
-    before = take_up(content, before.run_dir)
-    run = _rescaled(before, _changed(before, overrides), overrides)
-
-    from modernenc.checks import check_run
-
+    before = take_up(content, at.run_dir)
+    before.rollbacks = at.rollbacks
+    run = _changed(before, overrides)
+    check_settings(run)
+    run = _rescaled(before, run, overrides)
+    for name in done_phases(before, content["state"]["tokens_seen"]):
+        if any(override.startswith(f"phases.{name}.") for override in overrides):
+            raise ValueError(f"phases.{name}: the checkpoint is at its end or past it: what was trained already cannot change")
     _, corpus = check_run(run)
-    content = fork(run, corpus, content, skip_tokens)
-    event: dict[str, Any] = {
-        "event": "rollback",
-        "checkpoint": checkpoint.stem,
-        "changed": overrides,
-        "skipped_tokens": skip_tokens,
-    }
-    if ranks.is_first():
-        from modernenc.fit import save_config
+    check_backbone(run)
+    check_optim(run)
+    event = {"event": "rollback", "checkpoint": checkpoint.stem, "changed": overrides, "skipped_tokens": skip_tokens}
+    content = go_back(run, fork(run, corpus, content, skip_tokens), event)
+    _go_on(run, content, content["event"])
 
-        run_dir = Path(run.run_dir)
-        folder = give_up(run_dir, content["state"]["tokens_seen"])
-        event["abandoned"] = str(folder.relative_to(run_dir))
-        checkpoints.write(content, run_dir / checkpoints.FOLDER / f"rollback-{folder.name}.ckpt")
-        save_config(run)
-    _go_on(run, content, event)
+
+def _located(path: Path) -> tuple[Run, Path | None]:
+    from modernenc.branch import ABANDONED
+    from modernenc.model import locate
+
+    run, checkpoint = locate(path)
+    if Path(run.run_dir).parent.name == ABANDONED:
+        raise ValueError(f"{path} was given up by a rollback; branch from it with python -m modernenc.train +from={path}")
+    return run, checkpoint
 
 
 def _go_on(run: Run, content: dict[str, Any] | None, event: dict[str, Any]) -> None:
-    from modernenc.checks import check_hardware, check_run
-    from modernenc.data.loader import open_mixes
+    from modernenc.checks import check_backbone, check_hardware, check_optim, check_run
+    from modernenc.data.loader import DataState, Steps
     from modernenc.fit import fit
 
     curriculum, corpus = check_run(run)
     check_hardware(run)
-    open_mixes(run, corpus)
+    check_backbone(run)
+    check_optim(run)
     if content and content["state"]["tokens_seen"] >= curriculum.total_tokens:
         print(f"{run.run_dir} is finished: {event['checkpoint']} is at the end of the curriculum")
+        if ranks.is_first() and not (Path(run.run_dir) / "report.html").exists():
+            from modernenc.report import write
+
+            write(run)
         return
+    state = DataState.from_dict(content["state"]["data"]) if content else DataState()
+    steps = Steps(run, curriculum, corpus, 0, 1, state)
+    if event["event"] == "rollback":  # which changes the run folder: see before that the data come out as they were
+        steps.check()
     fit(run, curriculum, corpus, content, event)
 
 
@@ -134,7 +157,7 @@ def _rescaled(before: Run, run: Run, overrides: list[str]) -> Run:
     """What phases took from `optim` when the run started follows a change of it, unless it was changed itself."""
     changed = {override.partition("=")[0] for override in overrides}
     for name, phase in run.phases.items():
-        if f"phases.{name}.lr" not in changed:
+        if f"phases.{name}.lr" not in changed and phase.lr == before.optim["lr"]:
             phase.lr *= run.optim["lr"] / before.optim["lr"]
         if f"phases.{name}.weight_decay" not in changed and phase.weight_decay == before.optim["weight_decay"]:
             phase.weight_decay = run.optim["weight_decay"]

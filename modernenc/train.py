@@ -1,18 +1,23 @@
 """Train a recipe: `python -m modernenc.train +recipe=NAME`."""
 
+import logging
 from pathlib import Path
 
 from modernenc import lineage, ranks
 from modernenc.cli import run
 from modernenc.config import Run, register
 
+log = logging.getLogger(__name__)
+
 
 def main(config: Run) -> None:
     """Check the run, then train it in a new folder, from the start or from another run's checkpoint."""
-    from modernenc.checks import check_hardware, check_run
+    from modernenc.checks import check_backbone, check_hardware, check_optim, check_run
 
     curriculum, corpus = check_run(config)
     check_hardware(config)
+    check_backbone(config)
+    check_optim(config)
 
     from modernenc.data.loader import open_mixes
     from modernenc.fit import fit, start  # torch and Lightning take seconds to import: mistakes are told before
@@ -22,6 +27,8 @@ def main(config: Run) -> None:
     parent = Path(config.branch_from).resolve()
     content, event = None, {"event": "start", "checkpoint": ""}
     if config.branch_from:
+        if parent.suffix != ".ckpt" or not parent.is_file():
+            raise FileNotFoundError(f"+from={config.branch_from}: no checkpoint; name one of RUN_DIR/checkpoints/*.ckpt")
         from modernenc import checkpoints
         from modernenc.branch import fork
 
@@ -31,7 +38,10 @@ def main(config: Run) -> None:
         start(config, curriculum, content)
         if content is not None and (parent.parent.parent / lineage.LINEAGE).is_file():
             into = {"event": "branched", "checkpoint": parent.stem, "into": str(Path(config.run_dir).resolve())}
-            lineage.add(parent.parent.parent, into, 1, content["state"]["tokens_seen"])
+            try:
+                lineage.add(parent.parent.parent, into, 1, content["state"]["tokens_seen"])
+            except OSError as error:
+                log.warning("%s does not learn of its branch: %s", parent.parent.parent, error)
     fit(config, curriculum, corpus, content, event)
 
 

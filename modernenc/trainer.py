@@ -24,6 +24,9 @@ from modernenc.model import build_objective, load_weights, recompute, set_backbo
 
 log = logging.getLogger(__name__)
 
+_OF_ANOTHER_RANK = object()
+"""Stands for what another rank saves."""
+
 
 @dataclass
 class Unrecorded:
@@ -72,6 +75,10 @@ class Pretraining(L.LightningModule):
         """What the curriculum said of the last step."""
         self.unrecorded = self._nothing()
         self._optimizer_states: list[dict[str, Any]] = []
+        self._ranks_before = ""
+        """Ranks and threads that saved what this run goes on from."""
+        self._unrecorded_losses: list[float] = []
+        """Of the same ranks."""
         if checkpoint is not None:
             self._take_up(checkpoint)
 
@@ -105,6 +112,16 @@ class Pretraining(L.LightningModule):
             optim.restore(optimizers, optim.names_of(self.objective), self._optimizer_states)
             self._optimizer_states = []
         return optimizers
+
+    def on_fit_start(self) -> None:
+        """Take up the unrecorded losses: each rank its own, where there are as many as there were; so their sum is the same."""
+        losses, self._unrecorded_losses = self._unrecorded_losses, []
+        now = ranks.described(self.trainer.world_size, torch.get_num_threads())
+        if self._ranks_before and now != self._ranks_before:
+            log.warning("%s, but %s before: weights will agree closely, not to the bit", now, self._ranks_before)
+        if len(losses) != self.trainer.world_size:
+            losses = [sum(losses)] + [0.0] * (self.trainer.world_size - 1)
+        self.unrecorded.loss = torch.tensor(losses[self.global_rank])
 
     def train_dataloader(self) -> StepLoader:
         """The steps from here on."""
@@ -169,7 +186,9 @@ class Pretraining(L.LightningModule):
         states = optim.snapshot(optimizers, optim.names_of(self.objective))
         tensors = _copied({"weights": weights, "optimizers": states}, shares, self.global_rank == 0)
         data = self._data_state_of_all_ranks()
-        (loss,) = self.sum_over_ranks([float(self.unrecorded.loss)])
+        losses = [0.0] * self.trainer.world_size
+        losses[self.global_rank] = float(self.unrecorded.loss)
+        losses = self.sum_over_ranks(losses)
         if self.global_rank:
             return tensors
         state = {
@@ -178,7 +197,7 @@ class Pretraining(L.LightningModule):
             "phase": self.last_point.phase,
             "boundary": bool(self.finished_phase),
             "seconds": self.seconds,
-            "unrecorded": {"loss": loss, "targets": self.unrecorded.targets, "grad_norm": float(self.unrecorded.grad_norm)},
+            "unrecorded": {"losses": losses, "targets": self.unrecorded.targets, "grad_norm": float(self.unrecorded.grad_norm)},
             "data": data,
             "corpus": self.fingerprint,
             "threads": torch.get_num_threads(),
@@ -206,25 +225,16 @@ class Pretraining(L.LightningModule):
                 f"data.root={self.run.data.root}: not the data that the checkpoint was trained with (tokenizer, sources or "
                 "shards differ); restore them, or start another run"
             )
-        if state["threads"] != torch.get_num_threads():
-            log.warning(
-                "%d threads, but %d at the checkpoint: weights will agree closely, not to the bit",
-                torch.get_num_threads(),
-                state["threads"],
-            )
+        self._ranks_before = ranks.described(len(state["unrecorded"]["losses"]), state["threads"])
         load_weights(self.objective, checkpoint["weights"])
         self._optimizer_states = checkpoint["optimizers"]
         self.tokens_seen = state["tokens_seen"]
         self.step = state["step"]
         self.seconds = state["seconds"]
         self.data_state = state["data"]
-        self.unrecorded = Unrecorded(
-            # The sum of all ranks; only one may take it up.
-            loss=torch.tensor(state["unrecorded"]["loss"] if ranks.is_first() else 0.0),
-            targets=state["unrecorded"]["targets"],
-            tokens=0,
-            grad_norm=torch.tensor(state["unrecorded"]["grad_norm"]),
-        )
+        self._unrecorded_losses = state["unrecorded"]["losses"]
+        self.unrecorded.targets = state["unrecorded"]["targets"]
+        self.unrecorded.grad_norm = torch.tensor(state["unrecorded"]["grad_norm"])
 
     def _nothing(self) -> Unrecorded:
         return Unrecorded(torch.zeros((), device=self.device), 0, 0, torch.zeros((), device=self.device))
@@ -263,14 +273,14 @@ class Pretraining(L.LightningModule):
 
 
 def _copied(value: Any, shares: bool, first: bool) -> Any:
-    """The same on the CPU, sharing nothing with what trains on; None for what another rank copies."""
+    """The same on the CPU, sharing nothing with what trains on."""
     if isinstance(value, dict):
         copies = {key: _copied(item, shares, first) for key, item in value.items()}
-        return {key: copy for key, copy in copies.items() if copy is not None}
+        return {key: copy for key, copy in copies.items() if copy is not _OF_ANOTHER_RANK}
     if isinstance(value, list):
         return [_copied(item, shares, first) for item in value]
     if isinstance(value, DTensor):
         value, first = (value.to_local(), True) if shares else (value.full_tensor(), first)
     if not first:
-        return None
+        return _OF_ANOTHER_RANK
     return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value

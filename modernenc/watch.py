@@ -58,7 +58,7 @@ class Watch(L.Callback):
         """Take up what was recorded before."""
         if trainer.is_global_zero:
             for row in self.recorder.metrics.read():
-                self._add(row["phase"], _point(row))
+                self._take(row["phase"], _point(row))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -67,39 +67,42 @@ class Watch(L.Callback):
         module, row = cast(Pretraining, pl_module), self.recorder.last
         if self.run.watch.action == "off" or not trainer.is_global_zero or row.get("step") != module.step:
             return
-        point = _point(row)
-        if row["phase"] == self._phase and len(self._points) >= _ENOUGH:
-            self._look(point, module)
-        self._add(row["phase"], point)
+        warning = self._take(row["phase"], _point(row))
+        if warning:
+            log.warning("step %d: %s", module.step, warning)
+        if self.run.watch.action == "stop" and len(self._spikes) >= self.run.watch.patience:
+            module.instability = self._advice(module)
 
-    def _look(self, point: Point, module: Pretraining) -> None:
-        scores = {
-            "loss": z_score(point.loss, [other.loss for other in self._points]),
-            "gradient": z_score(point.log_grad_norm, [other.log_grad_norm for other in self._points]),
-        }
-        if not all(math.isfinite(value) for value in point[1:]) or max(scores.values()) > self.run.watch.z:
+    def _take(self, phase: str, point: Point) -> str:
+        """Compare a row with those before and put it to them; what is wrong with it, or nothing."""
+        warning = self._judged(point) if phase == self._phase and len(self._points) >= _ENOUGH else ""
+        self._add(phase, point)
+        return warning
+
+    def _judged(self, point: Point) -> str:
+        loss = z_score(point.loss, [other.loss for other in self._points])
+        gradient = z_score(point.log_grad_norm, [other.log_grad_norm for other in self._points])
+        if not all(math.isfinite(value) for value in point[1:]) or max(loss, gradient) > self.run.watch.z:
             self._spikes.append(point)
-            log.warning(
-                "spike at step %d: loss %.3f (%.1f deviations above its median), log gradient norm %.2f (%.1f)",
-                module.step, point.loss, scores["loss"], point.log_grad_norm, scores["gradient"],
-            )  # fmt: skip
-            if self.run.watch.action == "stop" and len(self._spikes) >= self.run.watch.patience:
-                module.instability = self._advice(module)
-        else:
-            self._spikes = []
-            self._look_for_plateau(point)
+            return (
+                f"spike: loss {point.loss:.3f} ({loss:.1f} deviations above its median), "
+                f"log gradient norm {point.log_grad_norm:.2f} ({gradient:.1f})"
+            )
+        self._spikes = []
+        return self._plateau(point)
 
-    def _look_for_plateau(self, point: Point) -> None:
+    def _plateau(self, point: Point) -> str:
         """The median of the window's newer half is no lower than that of its older half."""
         reach = point.tokens_seen - self._points[0].tokens_seen
         if reach < 0.9 * self.run.watch.window_tokens or point.tokens_seen < self._next_plateau:
-            return
+            return ""
         middle = point.tokens_seen - reach / 2
         older = median(other.loss for other in self._points if other.tokens_seen <= middle)
         newer = median(other.loss for other in self._points if other.tokens_seen > middle)
-        if newer >= older:
-            self._next_plateau = point.tokens_seen + int(self.run.watch.window_tokens)
-            log.warning("plateau: the median loss of the last %s tokens is %.4f, %.4f before", f"{reach // 2:,}", newer, older)
+        if newer < older:
+            return ""
+        self._next_plateau = point.tokens_seen + int(self.run.watch.window_tokens)
+        return f"plateau: the median loss of the last {reach // 2:,} tokens is {newer:.4f}, {older:.4f} before"
 
     def _advice(self, module: Pretraining) -> str:
         first = self._spikes[0].tokens_seen

@@ -2,16 +2,18 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import SMALL, command, composed
+from conftest import ROOT, SMALL, command, composed
 from test_training import FINAL, same, train
 
 from modernenc import checkpoints
 from modernenc.branch import ABANDONED
-from modernenc.checkpoints import newest, read
+from modernenc.checkpoints import read
 from modernenc.config import load
 from modernenc.lineage import read as read_lineage
 from modernenc.metrics import Table
@@ -97,16 +99,102 @@ def test_skipped_data_are_not_trained_on_and_are_accounted_for(finished):
     assert losses(finished) == after
 
 
-def test_a_killed_rollback_goes_on_as_one(finished):
-    """What a kill right after the rollback leaves is what it starts from."""
-    rollback(between(finished, 3000), ["optim.lr=1e-3"], 0)
-    final = read(finished / FINAL)["weights"]
-    for path in (finished / "checkpoints").glob("*.ckpt"):
-        if checkpoints.tokens_seen(path) > checkpoints.tokens_seen(finished / "checkpoints" / "rollback-1.ckpt"):
-            checkpoints.remove(path)
-    assert newest(finished) == finished / "checkpoints" / "rollback-1.ckpt"
+KILL = """
+import os, sys
+from pathlib import Path
+folder, operation = sys.argv[1], int(sys.argv[2])
+
+def count(event, arguments):
+    global operation
+    writes = event in ("os.rename", "os.remove", "os.mkdir") or (event == "open" and str(arguments[1])[:1] in "wxa")
+    if writes and folder in str(arguments[0]):
+        operation -= 1
+        if not operation:
+            os.kill(os.getpid(), 9)
+
+sys.addaudithook(count)
+"""
+
+
+def killed(folder: Path, operation: int, act: str) -> bool:
+    """Whether kill -9 met a process that does something before so many file operations in the run folder."""
+    line = [sys.executable, "-c", KILL + act, str(folder), str(operation)]
+    result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode in (0, -signal.SIGKILL), result.stderr
+    return result.returncode != 0
+
+
+@pytest.mark.slow
+def test_a_rollback_killed_at_any_file_operation_is_done_or_not_begun(finished, tmp_path):
+    """Before its checkpoint is there it never was; from then on it is finished by whoever resumes the run."""
+    step = between(finished, 3000)
+    seen = set()
+    act = f"from modernenc.resume import *\nrollback(Path(folder) / 'checkpoints' / '{step.name}', ['optim.lr=1e-3'], 512)"
+    for operation in (1, 2, 4, 6, 10, 14, 18, 22, 26, 30):
+        folder = Path(shutil.copytree(finished, tmp_path / f"killed{operation}"))
+        assert killed(folder, operation, act)
+        resume(folder, [])
+        rolled_back = load(folder).optim["lr"] == 1e-3
+        seen.add(rolled_back)
+        state = read(folder / FINAL)
+        assert state["run"]["optim"]["lr"] == load(folder).optim["lr"]
+        assert (state["state"]["data"]["accounts"]["stable"]["skipped"] > 0) == rolled_back
+        entries = [entry for entry in read_lineage(folder) if entry["event"] == "rollback"]
+        assert len(entries) == rolled_back
+        assert list(losses(folder)) == list(losses(finished))
+        if rolled_back:
+            assert entries[0]["changed"] == ["optim.lr=1e-3"] and entries[0]["skipped_tokens"] == 512
+            assert losses(folder / ABANDONED / "1") == losses(finished)
+            checkpoints.check(folder / ABANDONED / "1" / FINAL)
+        else:
+            assert losses(folder) == losses(finished)
+        shutil.rmtree(folder)
+    assert seen == {False, True}
+
+
+def test_going_on_from_an_older_checkpoint_gives_up_what_came_after(finished):
+    """And whatever stops it then, the run folder stands for what was trained last."""
+    older, before = between(finished, 3000), losses(finished)
+    act = f"from modernenc.resume import *\nresume(Path(folder) / 'checkpoints' / '{older.name}', [])"
+    assert killed(finished, 60, act)
+    checkpoints.check(finished / ABANDONED / "1" / FINAL)
+    assert not (finished / FINAL).exists()
     resume(finished, [])
-    assert all(torch.equal(value, final[name]) for name, value in read(finished / FINAL)["weights"].items())
+    assert losses(finished) == before
+    assert same(finished / FINAL, finished / ABANDONED / "1" / FINAL)
+
+
+def test_a_rollback_with_a_mistake_changes_nothing(finished):
+    def everything() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in finished.rglob("*") if path.is_file() and path.suffix != ".html"}
+
+    before = everything()
+    for arguments, message in (
+        ((["trainer.accelerator=gpu"], 0), "CUDA devices"),
+        ((["optim.momentum=-1"], 0), "optim"),
+        ((["optim.lr=abc"], 0), "optim.lr=abc: expected float"),
+        ((["run_dir=elsewhere"], 0), "run_dir=elsewhere: a rollback stays in its run"),
+        (([], -5), "--skip-tokens -5: expected"),
+        ((["phases.extend.seq_len=64"], 0), "does not come out the same|phases.extend"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rollback(finished / "checkpoints" / "end-of-extend.ckpt", *arguments)
+        assert everything() == before, arguments
+
+
+def test_phases_that_are_done_keep_their_settings(finished):
+    rollback(finished / "checkpoints" / "end-of-stable.ckpt", ["optim.lr=1e-3"], 0)
+    lrs = {name: phase.lr for name, phase in load(finished).phases.items()}
+    assert lrs == {"stable": 3e-3, "extend": 1e-3, "decay": 1e-3}
+
+
+def test_one_process_trains_a_run_at_a_time(finished):
+    import fcntl
+
+    with (finished / "log.txt").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="is being trained by another process"):
+            resume(between(finished, 3000), [])
 
 
 def test_a_branch_has_its_own_folder_and_leaves_its_origin_alone(finished, small_run, tmp_path):
@@ -142,7 +230,7 @@ def test_a_branch_under_the_same_settings_is_the_same_run(finished, small_run, t
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("phases.stable.batch_rows=16", "phases: the checkpoint came to .* keep tokens, rows and ramps up to there"),
+        ("phases.stable.batch_rows=16", r"phases.stable: up to [\d,]+ tokens, .* keep tokens, rows and ramps up to there"),
         ("phases.stable.mix.code=9", r"phases.stable.mix.code=9.*, but 3.* in the checkpoint"),
         ("backbone.num_hidden_layers=2", "backbone.num_hidden_layers=2, but 3 in the checkpoint"),
         ("optim._target_=modernenc.optim.adamw", "optim._target_"),

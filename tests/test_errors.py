@@ -46,6 +46,15 @@ def small(corpus_root: Path, run_dir: Path, *more: str) -> list[str]:
 
 CASES = {
     "an unknown key": (["data.lane=3"], "data.lane|Key 'lane'"),
+    "an unknown key that is added": (["+trainer.foo=3"], r"trainer.foo: unknown key; there are accelerator"),
+    "an unknown key of a phase that is added": (["+phases.decay.ramp.foo=3"], r"phases.decay.ramp.foo: unknown key; there"),
+    "no heads": (["backbone.num_attention_heads=0"], r"backbone: ModernBERT cannot be built with these settings: "),
+    "half an optimizer": (["optim.betas=[0.9]"], r"optim: muon cannot be built with these settings: "),
+    "no such optimizer": (["optim._target_=modernenc.optim.nothing"], r"optim._target_=modernenc.optim.nothing: there is no"),
+    "a negative seed": (["seed=-1"], r"seed=-1: expected a number from 0"),
+    "no learning rate": (["optim.lr=0", "phases.stable.lr=1", "phases.extend.lr=1", "phases.decay.lr=1"], r"optim.lr=0: exp"),
+    "a theta in words": (["phases.extend.backbone.global_rope_theta=abc"], r"global_rope_theta=abc: expected a number"),
+    "a branch from nothing": (["+from=/nonexistent.ckpt"], r"\+from=/nonexistent.ckpt: no checkpoint"),
     "a wrong type": (["data.lanes=many"], "many.*Integer|data.lanes"),
     "an unknown key of the backbone": (["+backbone.depth=3"], r"backbone.depth: unknown key; ModernBERT takes vocab_size"),
     "an unknown key of the optimizer": (["+optim.beta=3"], r"optim.beta: unknown key; muon takes lr"),

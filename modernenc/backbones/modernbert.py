@@ -52,8 +52,8 @@ class ModernBERT(nn.Module):
             raise ValueError(
                 f"backbone.hidden_size={hidden_size} must be a multiple of 2 x num_attention_heads={num_attention_heads}"
             )
-        if local_attention % 2:
-            raise ValueError(f"backbone.local_attention={local_attention} must be even: half to each side")
+        if local_attention <= 0 or local_attention % 2:
+            raise ValueError(f"backbone.local_attention={local_attention} must be even and above 0: half to each side")
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size

@@ -62,7 +62,7 @@ def measure(config: Run, batches: list["MicroBatch"], pad: int) -> dict[str, lis
     ours = build_objective(config).to(device)
     config_of_ours = ours.backbone.hugging_face_model().config
     settings = AutoConfig.for_model(**config_of_ours.to_dict())  # transformers' own class of that type
-    theirs = AutoModelForMaskedLM.from_config(settings, attn_implementation="sdpa")
+    theirs = AutoModelForMaskedLM.from_config(settings)
     theirs.load_state_dict(hugging_face_names(ours.state_dict(), ours.backbone.HUGGING_FACE_NAMES))
     theirs.to(device).train()
     steps: dict[str, Callable[[MicroBatch], Any]] = {

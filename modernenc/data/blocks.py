@@ -98,8 +98,7 @@ class Shards:
                 f"{path} is corrupt: {SHARD_HASH} {found}, expected {entry.digest}; "
                 "restore it from a copy or prepare the data again"
             )
-        path.unlink()  # a bad copy: the store compares the new one itself
-        self.store.shard(*entry[:3])
+        self.store.replace(*entry[:3])  # which compares the new copy itself
 
     def prefetch(self, shard: int) -> None:
         """Say that a shard will be read soon."""

@@ -133,6 +133,10 @@ class Steps(IterableDataset[Step]):
                 state=state.to_dict(),
             )
 
+    def check(self) -> None:
+        """Open the windows that the state names; ValueError when they do not come out as they were."""
+        self._restored(self.state)
+
     def skip(self, tokens: int) -> DataState:
         """The state here, with the next rows, of so much capacity, passed by; one rank serves all lanes."""
         assert self.world_size == 1

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import xxhash
 from hydra.utils import get_class
 
 from modernenc.hashing import hash_file
@@ -52,7 +53,8 @@ class Store:
         if root.startswith(_HUGGING_FACE):
             _dataset(root)
         self.root = root.rstrip("/") if remote else str(Path(root).resolve())
-        self.cache = Path(cache).resolve() if cache else None
+        # Two corpora may share a cache: each has a folder there, by its root.
+        self.cache = Path(cache).resolve() / xxhash.xxh3_64_hexdigest(self.root) if cache else None
         self.timeout_s = timeout_s
         self._process = 0
         self._closed = False
@@ -90,6 +92,10 @@ class Store:
         if self.cache is not None and not (path.is_file() and path.stat().st_size == size):
             self._fetch(name, size, digest)
         return path
+
+    def replace(self, name: str, size: int, digest: str) -> None:
+        """Fetch a shard whose copy in the cache is damaged; who reads it meanwhile keeps what it has open."""
+        self._fetch(name, size, digest)
 
     def prefetch(self, name: str, size: int, digest: str) -> None:
         """Fetch a shard that will be needed, in the background; what fails is raised when it is."""
