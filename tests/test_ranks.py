@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SMALL
+from test_training import metrics, same_state
 
 from modernenc.checkpoints import manifest_of, newest, read, read_manifest
 from modernenc.metrics import Table
@@ -140,6 +142,21 @@ def test_ddp_and_fsdp_train_as_one_rank_and_take_up_each_others_checkpoints(sett
         place = [f"trainer.strategy={strategy}", "checkpoint.distributed=false"]
         run(1 if strategy == "auto" else 2, "modernenc.resume", str(checkpoint), *place)
         assert apart(folders[origin] / FINAL, reference) < 1e-5, (origin, strategy)
+
+
+@pytest.mark.slow
+def test_two_ranks_that_start_at_different_times_share_a_folder_and_resume_to_the_same_bits(settings, tmp_path):
+    """The folder's name holds the second of the start, and the second rank starts seconds later."""
+    place = ["trainer.devices=2", "trainer.strategy=fsdp", "checkpoint.distributed=true", "logger.every_steps=3"]
+    line = [*launched(2, "lightning"), "modernenc.train", *settings, *EXACT, *place, "checkpoint.keep_last=100"]
+    result = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr
+    (whole,) = (path for path in (tmp_path / "runs" / "demo").iterdir() if not path.is_symlink())
+    middle = next(path for path in whole.glob("checkpoints/step-*.ckpt") if read_manifest(path)["step"] % 3)
+    resumed = Path(shutil.copytree(whole, tmp_path / "resumed"))
+    run(2, "modernenc.resume", str(resumed / "checkpoints" / middle.name), launcher="lightning")
+    assert same_state(resumed / FINAL, whole / FINAL)
+    assert metrics(resumed) == metrics(whole)
 
 
 @pytest.mark.slow

@@ -91,7 +91,7 @@ def test_a_run_from_s3_is_the_run_from_disk(s3, corpus_root, small_run, tmp_path
     shards = [name for name in files(tmp_path / "cache") if name.endswith(".mds")]
     assert shards
     for name in shards:
-        assert hash_file(tmp_path / "cache" / name) == hash_file(corpus_root / name)
+        assert hash_file(tmp_path / "cache" / name) == hash_file(corpus_root / name.partition("/")[2])
 
 
 @pytest.mark.slow
@@ -220,6 +220,15 @@ def test_what_killed_processes_left_is_swept_and_what_live_ones_hold_is_not(tmp_
 
 
 @pytest.mark.slow
+def test_two_corpora_may_share_a_cache(corpus_root, tmp_path):
+    other = Path(shutil.copytree(corpus_root, tmp_path / "other"))
+    (other / "manifest.json").write_text("{}")
+    stores = [Store(str(root), str(tmp_path / "cache")) for root in (corpus_root, other)]
+    assert stores[1].file("manifest.json").read_text() == "{}"
+    assert stores[0].file("manifest.json").read_bytes() == (corpus_root / "manifest.json").read_bytes()
+    assert stores[1].file("manifest.json") != stores[0].file("manifest.json")
+
+
 def test_a_full_cache_disk_is_said(corpus_root, small_disk):
     disk = small_disk(1)
     (disk / "ballast").write_bytes(bytes(1000 << 10))

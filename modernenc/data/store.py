@@ -141,7 +141,8 @@ class Store:
                 return target
             except _failures(self.root) as caught:
                 if isinstance(caught, OSError) and caught.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-                    raise OSError(f"data.cache={self.cache}: {caught.strerror}, wanted for {name}; make room there") from caught
+                    where = f"data.cache={self.cache.parent}"
+                    raise OSError(f"{where}: {caught.strerror}, wanted for {name}; make room there") from caught
                 error = caught
             finally:
                 for left in part.parent.glob(part.name + "*"):
