@@ -1,13 +1,12 @@
 """All that can be known to be wrong with a run before it trains. Cheap checks first: torch is imported only past them."""
 
+import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
-
-from hydra.utils import get_class, get_method
 
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum
@@ -46,8 +45,8 @@ def check_settings(run: Run) -> Curriculum:
     curriculum = Curriculum(run.phases)
     _check_values(run)
     _check_ranks(run)
-    _check_arguments("optim", run.optim, get_method, given=("objective", "backbone"))
-    backbone = _check_arguments("backbone", run.backbone, get_class)
+    _check_arguments("optim", run.optim, given=("objective", "backbone"))
+    backbone = _check_arguments("backbone", run.backbone)
     for name, phase in run.phases.items():
         if phase.seq_len > run.backbone["max_position"]:
             raise ValueError(
@@ -176,21 +175,20 @@ def _check_ranks(run: Run) -> None:
             )
 
 
-def _check_arguments(group: str, node: Any, find: Callable[[str], Any], given: tuple[str, ...] = ()) -> Any:
+def _check_arguments(group: str, node: Any, given: tuple[str, ...] = ()) -> Any:
     """What `_target_` names; ValueError when it cannot be found or would not take the arguments."""
     if not isinstance(node, dict) or "_target_" not in node:
         raise ValueError(f"{group}: no _target_; choose one with {group}=NAME")
-    module = node["_target_"].rpartition(".")[0]
+    module, _, called = node["_target_"].rpartition(".")
     try:
         found = importlib.util.find_spec(module) if module else None
     except ModuleNotFoundError:
         found = None
     if found is None:
         raise ValueError(f"{group}._target_={node['_target_']}: there is no module {module}; install it or mend the name")
-    try:
-        target = find(node["_target_"])
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{group}._target_={node['_target_']}: there is no such thing in {module}") from error
+    target: Any = getattr(importlib.import_module(module), called, None)
+    if not callable(target):
+        raise ValueError(f"{group}._target_={node['_target_']}: there is no {called} in {module}")
     parameters = inspect.signature(target).parameters
     for key in node:
         if key not in parameters and key != "_target_":

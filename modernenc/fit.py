@@ -10,7 +10,8 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -76,10 +77,20 @@ def fit(
     `event` is what to add to the lineage; `callbacks` are called after our own. Exits with `preemption.STOPPED` when asked to
     stop before the end, with `watch.UNSTABLE` when it stopped by itself.
     """
+    with _held(Path(run.run_dir)) if ranks.is_first() else nullcontext():
+        _fit(run, curriculum, corpus, content, event, callbacks)
+
+
+def _fit(
+    run: Run,
+    curriculum: Curriculum,
+    corpus: Corpus,
+    content: dict[str, Any] | None,
+    event: dict[str, Any],
+    callbacks: Sequence[L.Callback],
+) -> None:
     first = ranks.is_first()
     _quiet_libraries()
-    if first:
-        _configure_logging(Path(run.run_dir))
     keep_freed_memory()
     _choose_determinism(run)
     module = Pretraining(run, curriculum, corpus, content)
@@ -124,8 +135,6 @@ def fit(
         corpus.store.close()
         for worker in multiprocessing.active_children():  # they do not listen to signals, so Python would wait for them
             worker.kill()
-        if first:
-            _close_log()
     if not first:
         return
     if module.abandoned:
@@ -240,35 +249,35 @@ def _loggers(run: Run) -> list[Logger]:
     ]
 
 
-def _configure_logging(run_dir: Path) -> None:
-    """Log to the terminal and to a file, which is held for as long as this process trains."""
-    log.setLevel(logging.INFO)
+@contextmanager
+def _held(run_dir: Path) -> Iterator[None]:
+    """Log to the terminal and to a file, which is locked meanwhile; ValueError when another process trains the run.
+
+    The kernel undoes the lock however this process ends.
+    """
     file = logging.FileHandler(run_dir / "log.txt")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    _hold(file, run_dir)
     screen: logging.Handler = RichHandler(show_path=False, log_time_format="%H:%M:%S")
     if not sys.stdout.isatty():  # no lines cut to a width, so that what they say to run can be copied
         screen = logging.StreamHandler(sys.stdout)
         screen.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
-    log.handlers = [screen, file]
+    try:
+        _lock(file, run_dir)
+        log.setLevel(logging.INFO)
+        log.handlers = [screen, file]
+        yield
+    finally:
+        log.removeHandler(file)
+        file.close()
 
 
-def _hold(file: logging.FileHandler, run_dir: Path) -> None:
-    """Lock the log of a run, which the kernel undoes however this process ends; ValueError when another one trains it."""
+def _lock(file: logging.FileHandler, run_dir: Path) -> None:
     for _ in range(_HOLD_S * 10):
         try:
             return fcntl.flock(file.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:  # workers of a process that was killed take a moment to go
             time.sleep(0.1)
-    file.close()
     raise ValueError(f"run_dir={run_dir} is being trained by another process; wait for it or end it")
-
-
-def _close_log() -> None:
-    for handler in log.handlers:
-        if isinstance(handler, logging.FileHandler):
-            log.removeHandler(handler)
-            handler.close()
 
 
 def _quiet_libraries() -> None:

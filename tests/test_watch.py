@@ -26,7 +26,7 @@ WATCHED = ["watch.window_tokens=100000", "phases.stable.tokens=30000", "checkpoi
 def test_a_run_that_learns_is_left_in_peace(small_run, caplog):
     with caplog.at_level(logging.WARNING, "modernenc"):
         train(small_run(*WATCHED))
-    assert "spike" not in caplog.text
+    assert "spike: loss" not in caplog.text
 
 
 def test_stop_ends_a_spiking_run_without_saving_and_says_what_to_go_back_to(small_run, caplog, monkeypatch):
@@ -40,7 +40,7 @@ def test_stop_ends_a_spiking_run_without_saving_and_says_what_to_go_back_to(smal
     last = newest(folder)
     steps = [int(row["step"]) for row in Table(folder / "metrics.csv").read()]
     assert last is not None and steps[-1] > 40
-    assert "spike at step" in caplog.text
+    assert "spike: loss" in caplog.text
     assert "without saving" in caplog.text and "--rollback" in caplog.text and "--skip-tokens" in caplog.text
     assert not (folder / "checkpoints" / f"step-{steps[-1]:08d}.ckpt").exists()
 

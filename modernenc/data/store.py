@@ -61,7 +61,7 @@ class Store:
         self._downloader: CloudDownloader | None = None
         self._ahead: dict[str, Future[Path]] = {}
         if self.cache is not None:
-            _sweep(self.cache)
+            _sweep(self.cache.parent)
 
     def __str__(self) -> str:
         return self.root
