@@ -143,6 +143,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     path = manifest_of(checkpoint)
     if not path.is_file():
         raise ValueError(f"{checkpoint} is not whole: {path.name} is missing beside it; take another checkpoint")
+    manifest: dict[str, Any] = {}
     try:
         manifest = json.loads(path.read_text())
         digest = manifest.pop("sum")

