@@ -28,6 +28,7 @@ from transformers.modeling_outputs import (
 )
 
 from .buckets import Buckets
+from .dropout import Dropout
 from .ema import Documents
 from .mega import INIT_STD, Mega, chunk_edges
 from .shapes import Float, Int
@@ -230,7 +231,7 @@ class MegaForTokenClassification(MegaPreTrainedModel):
     def __init__(self, config: MegaConfig) -> None:
         super().__init__(config)
         self.mega = MegaModel(config, add_pooling_layer=False)
-        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.dropout = Dropout(_classifier_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
@@ -251,7 +252,7 @@ class MegaForMultipleChoice(MegaPreTrainedModel):
     def __init__(self, config: MegaConfig) -> None:
         super().__init__(config)
         self.mega = MegaModel(config)
-        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.dropout = Dropout(_classifier_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.post_init()
 
@@ -291,7 +292,7 @@ class ClassificationHead(nn.Module):
     def __init__(self, config: MegaConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.dropout = Dropout(_classifier_dropout(config))
         self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
 
     def forward(self, hidden: Float[torch.Tensor, "batch length hidden"]) -> Float[torch.Tensor, "batch labels"]:
