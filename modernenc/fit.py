@@ -1,6 +1,7 @@
 """Start a run, go on with one: the run folder, the Lightning trainer, the report."""
 
 import ctypes
+import errno
 import fcntl
 import logging
 import multiprocessing
@@ -278,6 +279,10 @@ def _lock(file: logging.FileHandler, run_dir: Path) -> None:
             return fcntl.flock(file.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:  # workers of a process that was killed take a moment to go
             time.sleep(0.1)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            return log.warning("%s is on a file system without locks: see that only one process trains it", run_dir)
     raise ValueError(f"run_dir={run_dir} is being trained by another process; wait for it or end it")
 
 

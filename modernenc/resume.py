@@ -107,6 +107,7 @@ def rollback(path: Path, overrides: list[str], skip_tokens: int) -> None:
         if any(override.startswith(f"phases.{name}.") for override in overrides):
             raise ValueError(f"phases.{name}: the checkpoint is at its end or past it: what was trained already cannot change")
     _, corpus = check_run(run)
+    run.data.root = str(corpus.store)
     check_backbone(run)
     check_optim(run)
     event = {"event": "rollback", "checkpoint": checkpoint.stem, "changed": overrides, "skipped_tokens": skip_tokens}
