@@ -18,7 +18,7 @@ from modernenc.config import Run, register
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-OURS, AGAIN, THEIRS = "modernenc", "modernenc, activations made again", "transformers"
+OURS, AGAIN, THEIRS = "modernenc", "modernenc, recomputing", "transformers"
 REPETITIONS = 5
 
 
@@ -38,7 +38,7 @@ def main(config: Run) -> None:
     layers = config.backbone["num_hidden_layers"]
     title = f"a step on one row of {length:,} tokens, {layers} layers, {config.trainer.precision}"
     table = Table(title=title, title_justify="left")
-    for column in ("", "tokens/s", "time / ours: median", "lowest", "highest", "peak GB", "kept kB per token and layer"):
+    for column in ("", "tokens/s", "time / ours", "from", "to", "peak GB", "kept kB"):
         table.add_column(column, justify="right" if column else "left")
     for name, figures in held.items():
         if figures is None:
@@ -50,6 +50,7 @@ def main(config: Run) -> None:
         row = [f"{ratio:.2f}" for ratio in (ratios[REPETITIONS // 2], ratios[0], ratios[-1])]
         table.add_row(name, f"{speed:,.0f}", *row, f"{peak / 1e9:.2f}", f"{kept / 1e3 / length / layers:.0f}")
     console.print(table)
+    console.print("peak: beside weights and libraries; kept: for the backward pass, per token and layer")
 
 
 def memory(config: Run, name: str) -> tuple[float, float] | None:
