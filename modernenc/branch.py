@@ -90,7 +90,7 @@ def fork(run: Run, corpus: Corpus, content: dict[str, Any], skip_tokens: int = 0
         "boundary": position in {curriculum.end_of(phase) for phase in run.phases},
         "corpus": corpus.fingerprint(phase.mix for phase in run.phases.values()),
     }
-    return {**content, "run": new, "state": state}
+    return {"weights": content["weights"], "optimizers": content["optimizers"], "run": new, "state": state}
 
 
 def _said(level: tuple[str, int, int, int] | None) -> str:

@@ -78,75 +78,64 @@ def fit(
     `event` is what to add to the lineage; `callbacks` are called after our own. Exits with `preemption.STOPPED` when asked to
     stop before the end, with `watch.UNSTABLE` when it stopped by itself.
     """
-    with _held(Path(run.run_dir)) if ranks.is_first() else nullcontext():
-        _fit(run, curriculum, corpus, content, event, callbacks)
-
-
-def _fit(
-    run: Run,
-    curriculum: Curriculum,
-    corpus: Corpus,
-    content: dict[str, Any] | None,
-    event: dict[str, Any],
-    callbacks: Sequence[L.Callback],
-) -> None:
     first = ranks.is_first()
-    _quiet_libraries()
-    keep_freed_memory()
-    _choose_determinism(run)
-    module = Pretraining(run, curriculum, corpus, content)
-    recorder = Recorder(run, Validator(run, curriculum, corpus))
-    trainer = L.Trainer(
-        accelerator=run.trainer.accelerator,
-        devices=run.trainer.devices,
-        num_nodes=run.trainer.num_nodes,
-        strategy=_strategy(run),
-        precision=cast(Any, run.trainer.precision),
-        callbacks=[
-            Meeting(run, curriculum, content, event),
-            recorder,
-            Watch(run, recorder),
-            Checkpointing(run),
-            TokenProgress(curriculum, recorder),
-            Preemption(),
-            *callbacks,
-        ],
-        logger=_loggers(run) if first else [],
-        plugins=[ranks.environment(run.trainer.devices, run.trainer.num_nodes)],
-        default_root_dir=run.run_dir,
-        max_epochs=-1,  # the curriculum ends the run, by tokens
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    if not first:
-        log.setLevel(logging.WARNING)
-    try:
-        trainer.fit(module)
-    except RuntimeError as error:
-        if trainer.world_size > 1 and _is_of_another_rank(error):
-            raise ConnectionError(
-                f"another rank was lost after step {module.step}: its own last lines say why; what was saved is whole: "
-                f"python -m modernenc.resume {run.run_dir}"
-            ) from error
-        raise
-    finally:
-        corpus.store.close()
-        for worker in multiprocessing.active_children():  # they do not listen to signals, so Python would wait for them
-            worker.kill()
-    if not first:
-        return
-    if module.abandoned:
-        log.error("stopped at step %d without saving: %s", module.step, module.instability)
-        raise SystemExit(UNSTABLE)
-    if module.interrupted and module.tokens_seen < curriculum.total_tokens:
-        log.warning("stopped at step %d and saved; go on with: python -m modernenc.resume %s", module.step, run.run_dir)
-        raise SystemExit(STOPPED)
-    from modernenc.report import write
+    with _held(Path(run.run_dir)) if first else nullcontext():
+        _quiet_libraries()
+        keep_freed_memory()
+        _choose_determinism(run)
+        module = Pretraining(run, curriculum, corpus, content)
+        recorder = Recorder(run, Validator(run, curriculum, corpus))
+        trainer = L.Trainer(
+            accelerator=run.trainer.accelerator,
+            devices=run.trainer.devices,
+            num_nodes=run.trainer.num_nodes,
+            strategy=_strategy(run),
+            precision=cast(Any, run.trainer.precision),
+            callbacks=[
+                Meeting(run, curriculum, content, event),
+                recorder,
+                Watch(run, recorder),
+                Checkpointing(run),
+                TokenProgress(curriculum, recorder),
+                Preemption(),
+                *callbacks,
+            ],
+            logger=_loggers(run) if first else [],
+            plugins=[ranks.environment(run.trainer.devices, run.trainer.num_nodes)],
+            default_root_dir=run.run_dir,
+            max_epochs=-1,  # the curriculum ends the run, by tokens
+            limit_val_batches=0,
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        if not first:
+            log.setLevel(logging.WARNING)
+        try:
+            trainer.fit(module)
+        except RuntimeError as error:
+            if trainer.world_size > 1 and _is_of_another_rank(error):
+                raise ConnectionError(
+                    f"another rank was lost after step {module.step}: its own last lines say why; what was saved is whole: "
+                    f"python -m modernenc.resume {run.run_dir}"
+                ) from error
+            raise
+        finally:
+            corpus.store.close()
+            for worker in multiprocessing.active_children():  # they do not listen to signals, so Python would wait for them
+                worker.kill()
+        if not first:
+            return
+        if module.abandoned:
+            log.error("stopped at step %d without saving: %s", module.step, module.instability)
+            raise SystemExit(UNSTABLE)
+        if module.interrupted and module.tokens_seen < curriculum.total_tokens:
+            log.warning("stopped at step %d and saved; go on with: python -m modernenc.resume %s", module.step, run.run_dir)
+            raise SystemExit(STOPPED)
+        from modernenc.report import write
 
-    log.info("report: %s", write(run))
+        log.info("report: %s", write(run))
 
 
 class Meeting(L.Callback):

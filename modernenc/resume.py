@@ -78,7 +78,8 @@ def resume(path: Path, overrides: list[str]) -> None:
     others = (checkpoints.order(other) for other in checkpoint.parent.glob("*.ckpt"))
     if path.suffix == ".ckpt" and any(checkpoints.order(checkpoint) < other for other in others):
         content = go_back(run, content, {"event": "rollback", "checkpoint": checkpoint.stem})
-    _go_on(_changed(run, overrides), content, content.get("event", event))
+        event = content["event"]
+    _go_on(_changed(run, overrides), content, event)
 
 
 def rollback(path: Path, overrides: list[str], skip_tokens: int) -> None:
@@ -93,7 +94,7 @@ def rollback(path: Path, overrides: list[str], skip_tokens: int) -> None:
 
     from modernenc import checkpoints
     from modernenc.branch import done_phases, fork, go_back, take_up
-    from modernenc.checks import check_backbone, check_optim, check_run, check_settings
+    from modernenc.checks import check_run, check_settings
 
     at, checkpoint = _located(path)
     assert checkpoint is not None
@@ -108,8 +109,6 @@ def rollback(path: Path, overrides: list[str], skip_tokens: int) -> None:
             raise ValueError(f"phases.{name}: the checkpoint is at its end or past it: what was trained already cannot change")
     _, corpus = check_run(run)
     run.data.root = str(corpus.store)
-    check_backbone(run)
-    check_optim(run)
     event = {"event": "rollback", "checkpoint": checkpoint.stem, "changed": overrides, "skipped_tokens": skip_tokens}
     content = go_back(run, fork(run, corpus, content, skip_tokens), event)
     _go_on(run, content, content["event"])

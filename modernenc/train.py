@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 def main(config: Run) -> None:
     """Check the run, then train it in a new folder, from the start or from another run's checkpoint."""
-    from modernenc.checks import check_backbone, check_hardware, check_optim, check_run
+    from modernenc.checks import check_backbone, check_hardware, check_optim, check_run, check_settings
 
     curriculum, corpus = check_run(config)
     check_hardware(config)
@@ -33,6 +33,7 @@ def main(config: Run) -> None:
         from modernenc.branch import fork
 
         content = fork(config, corpus, checkpoints.read(parent))
+        curriculum = check_settings(config)  # phases that are done are the checkpoint's now
         event = {"event": "branch", "checkpoint": str(parent)}
     if ranks.is_first():  # the folder's name holds the time: the other ranks learn of it when they meet
         start(config, curriculum, content)

@@ -220,6 +220,19 @@ def test_a_branch_has_its_own_folder_and_leaves_its_origin_alone(finished, small
     assert "branch" in (tmp_path / "branch" / "report.html").read_text()
 
 
+def test_a_branch_from_where_a_rollback_starts_is_no_rollback(finished, small_run, tmp_path):
+    rollback(between(finished, 3000), [], 512)
+    run = small_run(f"run_dir={tmp_path / 'branch'}")
+    run.branch_from = str(finished / "checkpoints" / "rollback-1.ckpt")
+    train_main(run)
+    for path in (tmp_path / "branch" / "checkpoints").glob("*.ckpt"):
+        if path.stem != "branch":
+            checkpoints.remove(path)
+    resume(tmp_path / "branch", [])
+    assert same(finished / FINAL, tmp_path / "branch" / FINAL)
+    assert [entry["event"] for entry in read_lineage(tmp_path / "branch")] == ["branch", "resume"]
+
+
 def test_a_branch_under_the_same_settings_is_the_same_run(finished, small_run, tmp_path):
     run = small_run(f"run_dir={tmp_path / 'branch'}")
     run.branch_from = str(between(finished, 3000))
