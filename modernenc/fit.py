@@ -24,7 +24,6 @@ from omegaconf import OmegaConf
 from rich.logging import RichHandler
 
 from modernenc import checkpoints, lineage, ranks
-from modernenc.backbones.attention import path_for
 from modernenc.branch import settle
 from modernenc.config import CONFIG, Run, save
 from modernenc.curriculum import Curriculum
@@ -188,8 +187,9 @@ def _announce(run: Run, curriculum: Curriculum, module: Pretraining, trainer: L.
     device = trainer.strategy.root_device
     log.info("recipe %s, %s parameters, %s tokens in %s steps", run.recipe, f"{parameters:,}",
              f"{curriculum.total_tokens:,}", f"{curriculum.total_steps:,}")  # fmt: skip
-    log.info("device %s, precision %s, attention path %s, %s", device, run.trainer.precision,
-             path_for(device, dtype), ranks.described(trainer.world_size, torch.get_num_threads()))  # fmt: skip
+    path = module.objective.backbone.path(device, dtype)
+    who = ranks.described(trainer.world_size, torch.get_num_threads())
+    log.info("device %s, precision %s, %s, %s", device, run.trainer.precision, path, who)
     if run.trainer.strategy == "fsdp":
         log.info("FSDP2: weights and optimizer states are split over ranks")
     elif run.checkpoint.distributed:

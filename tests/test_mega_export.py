@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 from test_mega import apart, ids
 from test_training import FINAL, train
+from transformers import AutoModelForMaskedLM
 
 from modernenc.backbones.modeling_mega import MegaConfig, MegaForMaskedLM, MegaModel
 from modernenc.export import TOLERANCE, export
@@ -131,6 +132,15 @@ def test_transformers_4_loads_it_as_its_own_where_lengths_are_whole_chunks(expor
     expected = [(document, logits) for document, logits in torch.load(exported.parent / "expected.pt") if len(document) < CHUNK]
     torch.save(expected, exported.parent / "expected.pt")
     assert "transformers.models.deprecated.mega" in use(exported, "native")
+
+
+@pytest.mark.parametrize("setting", ["normalization_type=rmsnorm", "normalize_attention=true", "two_hop_residual=true"])
+def test_what_transformers_4_would_misread_loads_with_the_code_only(small_run, tmp_path, caplog, setting):
+    run = small_run(f"backbone.{setting}", recipe="demo_mega")
+    assert export(train(run), tmp_path / "out") <= TOLERANCE  # which loads it, with its code
+    assert "instantiate a model of type" not in caplog.text
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        AutoModelForMaskedLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ builds the masked-LM head.
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -50,6 +51,10 @@ class Backbone(Protocol):
 
     def matrices(self) -> list[nn.Parameter]:
         """Weights that an optimizer like Muon may orthogonalise: no embedding, no decoder."""
+        ...
+
+    def path(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Which of its equal ways to one result it takes, for the log."""
         ...
 
     def hugging_face_model(self, **special_ids: Any) -> "PreTrainedModel":

@@ -131,6 +131,10 @@ class Mega(nn.Module):
         """Weights of the layers' linear maps, each as it is, fused or not; the EMA and the maps to queries and keys are not."""
         return [cast(nn.Parameter, module.weight) for module in self.layers.modules() if isinstance(module, nn.Linear)]
 
+    def path(self, device: torch.device, dtype: torch.dtype) -> str:
+        """The EMA's; attention has one way only."""
+        return f"EMA by {self.settings['ema']}"
+
     def hugging_face_model(self, **special_ids: Any) -> "PreTrainedModel":
         """The same model for transformers, of the shape only."""
         from .modeling_mega import AUTO_MAP, MegaConfig, MegaForMaskedLM  # transformers takes 3 s to import

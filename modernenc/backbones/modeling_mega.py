@@ -1,8 +1,9 @@
 """MEGA for transformers: what an exported model carries with it, over the very code that trained it.
 
-The model type and the names of weights are those of transformers 4's MEGA, which loads such a folder by itself. transformers 5
-has none: there `trust_remote_code=True`, or the import of this module, brings it back. Any length works, any mask of ones and
-zeros does; chunks are counted from the first token that the mask keeps, so that padding on either side changes nothing.
+The model type and the names of weights are those of transformers 4's MEGA, which loads such a folder by itself; where it would
+compute something else, the type is `OWN_TYPE`, which nothing loads without `trust_remote_code=True`. transformers 5 has no MEGA
+at all: there the same, or the import of this module, brings it back. Any length works, any mask of ones and zeros does; chunks
+are counted from the first token that the mask keeps, so that padding on either side changes nothing.
 """
 
 from typing import Any
@@ -54,6 +55,9 @@ _DEFAULTS: dict[str, Any] = {
     "ema": "scan",
 }
 
+OWN_TYPE = "modernenc-mega"
+"""Model type of a MEGA that transformers 4's own would misread."""
+
 
 class MegaConfig(PretrainedConfig):
     """The settings of the backbone, under transformers' names, and its two own, which transformers' MEGA does not know."""
@@ -86,6 +90,17 @@ class MegaConfig(PretrainedConfig):
             tie_word_embeddings=tie_word_embeddings,
             **{**_DEFAULTS, **settings},
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """With the type that tells transformers 4 whether its own MEGA will do: there an RMS norm does nothing."""
+        misread = self.normalization_type == "rmsnorm" or self.normalize_attention or self.two_hop_residual
+        return {**super().to_dict(), "model_type": OWN_TYPE if misread else self.model_type}
+
+    @classmethod
+    def get_config_dict(cls, *names: Any, **settings: Any) -> Any:
+        """Either type is read as this one."""
+        content, unused = super().get_config_dict(*names, **settings)
+        return {**content, "model_type": cls.model_type}, unused
 
     def backbone(self) -> Mega:
         """The backbone that this describes."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from modernenc.backbones.attention import QKV, Layout, attention
+from modernenc.backbones.attention import QKV, Layout, attention, path_for
 from modernenc.backbones.dropout import Dropout
 from modernenc.backbones.rotary import Rotation, positions_of, rotate, rotation
 
@@ -115,6 +115,10 @@ class ModernBERT(nn.Module):
     def matrices(self) -> list[nn.Parameter]:
         """All matrices of the layers; Wqkv and the GLU's Wi count as one each, unsplit."""
         return [parameter for parameter in self.layers.parameters() if parameter.ndim == 2]
+
+    def path(self, device: torch.device, dtype: torch.dtype) -> str:
+        """The attention's."""
+        return f"attention by {path_for(device, dtype)}"
 
     def hugging_face_model(self, **special_ids: Any) -> "PreTrainedModel":
         """The same model for transformers, of the shape only, as it stands now: with the thetas of the phase reached."""
