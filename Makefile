@@ -26,4 +26,4 @@ check: $(READY) ## Lint and type-check
 	$(BIN)/pyright
 
 test: $(READY) ## Run all tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --maxschedchunk 1

@@ -16,6 +16,7 @@ ACCELERATORS = ("auto", "cpu", "gpu")
 PRECISIONS = ("bf16-mixed", "32-true")
 STRATEGIES = ("auto", "ddp", "fsdp")
 DETERMINISM = ("fast", "strict")
+LAYERS = ("spread", "by_kind")
 ACTIONS = ("off", "warn", "stop")
 WANDB_MODES = ("off", "offline", "online")
 
@@ -89,6 +90,15 @@ def check_backbone(run: Run) -> None:
         build_objective(run)
 
 
+def check_init(run: Run, corpus: Corpus) -> None:
+    """Raise ValueError or FileNotFoundError when the weights to begin with are not there, or do not fit."""
+    if run.init.source:
+        from modernenc.initialization import initialise
+        from modernenc.model import build_objective
+
+        initialise(build_objective(run), run, corpus.tokenizer_file)
+
+
 def check_optim(run: Run) -> None:
     """Raise ValueError when the optimizers cannot be built with their settings."""
     from torch import nn
@@ -138,6 +148,7 @@ def _check_values(run: Run) -> None:
     require(trainer.determinism in DETERMINISM, "trainer.determinism", trainer.determinism, f"one of {', '.join(DETERMINISM)}")
     require(trainer.recompute_every >= 0, "trainer.recompute_every", trainer.recompute_every, "a number of blocks, or 0")
     require(run.watch.action in ACTIONS, "watch.action", run.watch.action, f"one of {', '.join(ACTIONS)}")
+    require(run.init.layers in LAYERS, "init.layers", run.init.layers, f"one of {', '.join(LAYERS)}")
     require(run.clip_grad_norm >= 0, "clip_grad_norm", run.clip_grad_norm, "a norm, or 0 for no limit")
     muon = str(run.optim.get("_target_", "")).endswith(".muon") if isinstance(run.optim, dict) else False
     require(

@@ -21,10 +21,7 @@ CONFIG = "config.yaml"
 
 @dataclass
 class Ramp:
-    """A batch-size ramp: levels `start_rows`, `start_rows + step_rows`, ... below the phase's `batch_rows`.
-
-    Each level lasts the same number of optimizer steps, so its tokens are proportional to its rows.
-    """
+    """A batch-size ramp: levels `start_rows`, `start_rows + step_rows`, ... below the phase's `batch_rows`."""
 
     tokens: float = 0
     """Tokens of all levels together; 0 means no ramp."""
@@ -32,6 +29,9 @@ class Ramp:
     """Rows of the global batch at the first level."""
     step_rows: int = 0
     """Rows added from one level to the next."""
+    equal: str = "steps"
+    """What each level lasts the same number of: steps, so that its tokens are proportional to its rows, or tokens, so that the
+    batch grows linearly in tokens."""
 
 
 @dataclass
@@ -49,9 +49,11 @@ class Phase:
     lr: float = MISSING
     """Peak learning rate of the phase, on the scale of `optim.lr`."""
     lr_curve: str = MISSING
-    """Shape after the warmup: a function of `modernenc.curriculum.LR_CURVES`."""
+    """Shape from the end of the warmup to that of the phase: a function of `modernenc.curriculum.LR_CURVES`."""
     warmup_tokens: float = 0
-    """Tokens of linear warmup from 0 at the start of the phase."""
+    """Tokens of linear warmup at the start of the phase."""
+    first_lr_factor: float = 0
+    """Share of `lr` that the warmup begins at, in [0, 1]; above 0 to warm up again from where the phase before ended."""
     final_lr_factor: float = 0
     """Share of `lr` left at the end of a decaying curve, in [0, 1]."""
     weight_decay: float = MISSING
@@ -62,6 +64,19 @@ class Phase:
     """Relative share of tokens by source (`wiki`), or by one slice of a source (`wiki/slice-001`); 0 leaves it out."""
     backbone: dict[str, Any] = field(default_factory=dict)
     """Attributes of the backbone to set when the phase starts, such as `global_rope_theta`."""
+
+
+@dataclass
+class Init:
+    """The weights to begin with, when not random ones."""
+
+    source: str = ""
+    """Checkpoint of any run (*.ckpt), or folder of a Hugging Face model; the backbone may be wider and deeper; empty means
+    random weights."""
+    layers: str = "spread"
+    """Which layers a deeper backbone takes: spread, the one as far down, or by_kind, the nearest of those that attend alike."""
+    tokenizer: str = ""
+    """The source's tokenizer.json, when it is not the data's: embeddings are carried over by what tokens are written like."""
 
 
 @dataclass
@@ -200,6 +215,8 @@ class Run:
     """Folder that the run writes."""
     branch_from: str = ""
     """Checkpoint of another run to go on from, set by `+from=CKPT`; empty starts afresh."""
+    rehearse: str = ""
+    """Corpus to rehearse the recipe on, cut down to minutes on a laptop by `modernenc.rehearsal`; empty trains it."""
     rollbacks: int = 0
     """How many times the run went back to a checkpoint; counted by `modernenc.resume`."""
     seed: int = MISSING
@@ -210,6 +227,7 @@ class Run:
     """`_target_`: a function of `modernenc.optim`, and its arguments; `lr` and `weight_decay` among them."""
     clip_grad_norm: float = 0
     """Largest norm of a step's gradient, which is scaled down to it; 0 means no limit."""
+    init: Init = field(default_factory=Init)
     phases: dict[str, Phase] = MISSING
     """The curriculum, in the order written."""
     data: Data = field(default_factory=Data)

@@ -19,13 +19,31 @@ def constant(progress: float, final: float) -> float:
     return 1.0
 
 
+def linear(progress: float, final: float) -> float:
+    """`1 - (1 - final) progress`."""
+    return 1 - (1 - final) * progress
+
+
+def cosine(progress: float, final: float) -> float:
+    """`final + (1 - final) (1 + cos(pi progress)) / 2`: Loshchilov and Hutter 2016, arXiv:1608.03983, equation 5."""
+    return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
 def one_minus_sqrt(progress: float, final: float) -> float:
     """`final + (1 - final) (1 - sqrt(progress))`: Hägele et al. 2024, arXiv:2405.18392, section 3."""
     return final + (1 - final) * (1 - math.sqrt(progress))
 
 
-LR_CURVES: dict[str, Callable[[float, float], float]] = {"constant": constant, "one_minus_sqrt": one_minus_sqrt}
-"""Factor on the phase's peak learning rate, by progress through the phase in [0, 1] and by its final factor."""
+LR_CURVES: dict[str, Callable[[float, float], float]] = {
+    "constant": constant,
+    "linear": linear,
+    "cosine": cosine,
+    "one_minus_sqrt": one_minus_sqrt,
+}
+"""Factor on the phase's peak learning rate, by progress in [0, 1] from the end of its warmup to its own end, and by its final
+factor."""
+EQUAL = ("steps", "tokens")
+"""What levels of a batch-size ramp may have the same number of."""
 
 
 @dataclass(frozen=True)
@@ -129,15 +147,12 @@ class Curriculum:
         level = self.levels[index]
         phase = self.phases[level.phase]
         phase_tokens = tokens_seen - self.start_of(level.phase)
-        factor = LR_CURVES[phase.lr_curve](min(1.0, phase_tokens / phase.tokens), phase.final_lr_factor)
-        if phase_tokens < phase.warmup_tokens:
-            factor *= phase_tokens / phase.warmup_tokens
         return Point(
             tokens_seen=tokens_seen,
             step=level.first_step + (tokens_seen - level.first_tokens) // level.step_tokens,
             phase=level.phase,
             phase_tokens=phase_tokens,
-            lr=phase.lr * factor,
+            lr=phase.lr * _lr_factor(phase, phase_tokens),
             peak_lr=phase.lr,
             weight_decay=phase.weight_decay,
             batch_rows=level.batch_rows,
@@ -152,6 +167,15 @@ class Curriculum:
             point = self.at(tokens_seen)
             yield point
             tokens_seen += point.step_tokens
+
+
+def _lr_factor(phase: Phase, tokens: int) -> float:
+    """Share of the phase's peak learning rate, `tokens` after its start."""
+    warmup = phase.warmup_tokens
+    if tokens < warmup:
+        return phase.first_lr_factor + (1 - phase.first_lr_factor) * tokens / warmup
+    progress = min(1.0, (tokens - warmup) / (phase.tokens - warmup)) if phase.tokens > warmup else 1.0
+    return LR_CURVES[phase.lr_curve](progress, phase.final_lr_factor)
 
 
 def _levels(phases: dict[str, Phase]) -> Iterator[Level]:
@@ -173,10 +197,9 @@ def _budgets(phase: Phase) -> Iterator[tuple[int, float]]:
     ramp = phase.ramp
     if ramp.tokens:
         rows = range(ramp.start_rows, phase.batch_rows, ramp.step_rows)
-        seen = 0
-        for level in rows:
-            seen += level
-            yield level, ramp.tokens * seen / sum(rows)
+        weights = [1 if ramp.equal == "tokens" else level for level in rows]
+        for level, seen in zip(rows, accumulate(weights), strict=True):
+            yield level, ramp.tokens * seen / sum(weights)
     yield phase.batch_rows, phase.tokens
 
 
@@ -196,6 +219,7 @@ def _check(name: str, phase: Phase) -> None:
     require(phase.lr > 0, "lr", phase.lr, "a positive learning rate")
     require(phase.lr_curve in LR_CURVES, "lr_curve", phase.lr_curve, f"one of {', '.join(LR_CURVES)}")
     require(0 <= phase.warmup_tokens <= phase.tokens, "warmup_tokens", phase.warmup_tokens, "at most the phase's tokens")
+    require(0 <= phase.first_lr_factor <= 1, "first_lr_factor", phase.first_lr_factor, "a share in [0, 1]")
     require(0 <= phase.final_lr_factor <= 1, "final_lr_factor", phase.final_lr_factor, "a share in [0, 1]")
     require(phase.weight_decay >= 0, "weight_decay", phase.weight_decay, "0 or more")
     require(0 < phase.mask_ratio < 1, "mask_ratio", phase.mask_ratio, "a share in (0, 1)")
@@ -209,3 +233,4 @@ def _check(name: str, phase: Phase) -> None:
             "ramp.start_rows", ramp.start_rows, f"1 to {phase.batch_rows - 1}, below batch_rows",
         )  # fmt: skip
         require(ramp.step_rows > 0, "ramp.step_rows", ramp.step_rows, "at least 1 row")
+        require(ramp.equal in EQUAL, "ramp.equal", ramp.equal, f"one of {', '.join(EQUAL)}")

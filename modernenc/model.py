@@ -76,8 +76,12 @@ def load_weights(objective: nn.Module, weights: dict[str, torch.Tensor]) -> None
 def load_objective(run: Run, checkpoint: Path) -> tuple[MaskedLM, dict[str, Any]]:
     """The objective with a checkpoint's weights, its backbone as in the phase reached, and the checkpoint's own state."""
     content = checkpoints.read(checkpoint)
+    return objective_of(run, content), content["state"]
+
+
+def objective_of(run: Run, content: dict[str, Any]) -> MaskedLM:
+    """The objective with the weights of a checkpoint's content, its backbone as in the phase reached; not to be trained."""
     objective = build_objective(run)
     load_weights(objective, content["weights"])
-    state = content["state"]
-    set_backbone(objective.backbone, Curriculum(run.phases).at(state["tokens_seen"] - 1))
-    return objective.eval(), state
+    set_backbone(objective.backbone, Curriculum(run.phases).at(content["state"]["tokens_seen"] - 1))
+    return objective.eval()

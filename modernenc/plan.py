@@ -10,6 +10,7 @@ from modernenc.cli import run as run_cli
 from modernenc.config import Phase, Run, register
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
+from modernenc.rehearsal import cut_down
 
 _WIDTH = 100
 
@@ -18,6 +19,8 @@ def main(config: Run) -> None:
     """Check the settings and print the plan; the data need not be there yet."""
     from modernenc.checks import check_backbone, check_run, check_settings
 
+    if config.rehearse:
+        config = cut_down(config)
     curriculum = check_settings(config)
     check_backbone(config)
     if _corpus(config):

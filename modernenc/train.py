@@ -6,24 +6,30 @@ from pathlib import Path
 from modernenc import lineage, ranks
 from modernenc.cli import run
 from modernenc.config import Run, register
+from modernenc.rehearsal import cut_down
 
 log = logging.getLogger(__name__)
 
 
 def main(config: Run) -> None:
     """Check the run, then train it in a new folder, from the start or from another run's checkpoint."""
-    from modernenc.checks import check_backbone, check_hardware, check_optim, check_run, check_settings
+    from modernenc.checks import check_backbone, check_hardware, check_init, check_optim, check_run, check_settings
 
+    if config.rehearse:
+        config = cut_down(config)
     curriculum, corpus = check_run(config)
     check_hardware(config)
     check_backbone(config)
     check_optim(config)
+    check_init(config, corpus)
 
     from modernenc.data.loader import open_mixes
     from modernenc.fit import fit, start  # torch and Lightning take seconds to import: mistakes are told before
 
     open_mixes(config, corpus)
     config.data.root = str(corpus.store)  # a run may be resumed from another folder
+    if config.init.source:
+        config.init.source = str(Path(config.init.source).resolve())
     parent = Path(config.branch_from).resolve()
     content, event = None, {"event": "start", "checkpoint": ""}
     if config.branch_from:

@@ -20,6 +20,7 @@ from modernenc.config import Run
 from modernenc.curriculum import Curriculum, Point
 from modernenc.data.blocks import Corpus
 from modernenc.data.loader import DataState, Step, StepLoader, Steps, merge
+from modernenc.initialization import initialise
 from modernenc.model import build_objective, load_weights, recompute, set_backbone, weights_of
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,9 @@ class Pretraining(L.LightningModule):
         """Of the same ranks."""
         if checkpoint is not None:
             self._take_up(checkpoint)
+        elif run.init.source:
+            left = initialise(self.objective, run, corpus.tokenizer_file)
+            log.info("begins with the weights of %s%s", run.init.source, f", but for {', '.join(left)}" if left else "")
 
     @property
     def point(self) -> Point:

@@ -56,6 +56,10 @@ class Validator:
         objective.train(training)
         return scores
 
+    def first_scores(self, objective: MaskedLM) -> list[Score]:
+        """Scores at the first phase's length and 15 %, which all phases have in common."""
+        return list(self._scores_at(objective.eval(), next(iter(self.run.phases.values())).seq_len, FIXED_RATIO))
+
     @torch.no_grad()
     def _scores_at(self, objective: MaskedLM, seq_len: int, ratio: float) -> Iterator[Score]:
         device = objective.decoder.weight.device

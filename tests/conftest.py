@@ -53,6 +53,7 @@ DROPOUT = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "slow" not in item.keywords)  # first, so that no process is left with them alone at the end
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -76,6 +76,24 @@ def test_packed_equals_documents_alone_forward_and_backward(objective):
         assert relative(together[name], parameter.grad) <= 1e-9, name
 
 
+def test_some_positions_are_those_of_all_forward_and_backward(objective):
+    """Their last block is computed for them alone."""
+    objective.double()
+    packed = documents([1, 3, 64, 70, 600])
+    ends = torch.tensor([0, *(len(document) for document in packed)]).cumsum(0).int()
+    positions = torch.tensor([0, 2, 3, 60, 61, 136, 137, 500, int(ends[-1]) - 1])
+    weight = torch.randn(len(positions), objective.backbone.hidden_size, generator=torch.Generator().manual_seed(2)).double()
+    results = []
+    for some in (False, True):
+        objective.zero_grad()
+        hidden = objective.backbone(torch.cat(packed), ends, 600, positions if some else None)
+        hidden = hidden if some else hidden[positions]
+        (hidden * weight).sum().backward()
+        results.append([hidden, *(parameter.grad.clone() for parameter in objective.backbone.parameters())])
+    for of_all, of_some in zip(*results, strict=True):
+        assert relative(of_all, of_some) <= 1e-9
+
+
 def test_what_shares_a_row_with_a_document_does_not_matter(objective):
     first, second, third = documents([40, 90, 25])
     one = run(objective, [first, second])[:40]

@@ -1,6 +1,7 @@
 """The table of phases and its pure function."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from conftest import composed
@@ -48,6 +49,47 @@ def test_what_a_phase_sets_of_the_backbone_stays_set_in_the_next():
     assert curriculum.at(curriculum.start_of("decay")).backbone["global_rope_theta"] == 160_000
 
 
+def test_every_curve_equals_independent_arithmetic():
+    def factors(**settings) -> list[float]:
+        curriculum = Curriculum({"a": phase(lr=0.5, **settings)})
+        return [curriculum.at(tokens).lr / 0.5 for tokens in range(0, 100_000, 4_000)]
+
+    shares = [tokens / 100_000 for tokens in range(0, 100_000, 4_000)]
+    assert factors(lr_curve="linear", final_lr_factor=0.2) == pytest.approx([1 - 0.8 * x for x in shares])
+    expected = [0.1 + 0.9 * math.cos(math.pi * x / 2) ** 2 for x in shares]
+    assert factors(lr_curve="cosine", final_lr_factor=0.1) == pytest.approx(expected)
+    late = [max(0.0, (x - 0.2) / 0.8) for x in shares]
+    warm = [
+        0.25 + 0.75 * x / 0.2 if x < 0.2 else 0.1 + 0.9 * math.cos(math.pi * y / 2) ** 2
+        for x, y in zip(shares, late, strict=True)
+    ]
+    rising = factors(lr_curve="cosine", final_lr_factor=0.1, warmup_tokens=20_000, first_lr_factor=0.25)
+    assert rising == pytest.approx(warm)
+
+
+def test_an_infinite_schedule_is_phases_that_cool_stay_and_warm_up_again():
+    """Ibrahim et al. 2024, arXiv:2403.08763: from any checkpoint of `stay`, anneal, or warm up again on other data."""
+    curriculum = Curriculum({
+        "cool": phase(lr_curve="cosine", final_lr_factor=0.5, warmup_tokens=10_000),
+        "stay": phase(lr=0.5),
+        "again": phase(warmup_tokens=10_000, first_lr_factor=0.5, lr_curve="cosine", final_lr_factor=0.5),
+        "anneal": phase(lr=0.5, lr_curve="linear"),
+    })  # fmt: skip
+    learning_rates = [point.lr for point in curriculum.steps()]
+    assert learning_rates[0] == 0 and max(learning_rates) == 1
+    jumps = [abs(after - before) for before, after in pairwise(learning_rates)]
+    assert max(jumps) <= 0.1 + 1e-9  # a step of the first warmup: nothing jumps at the boundaries
+
+
+def test_a_ramp_has_levels_of_equal_steps_or_of_equal_tokens():
+    by_steps = Curriculum({"a": phase(tokens=1_000_000, batch_rows=40, ramp=Ramp(600_000, 10, 10, "steps"))})
+    by_tokens = Curriculum({"a": phase(tokens=1_000_000, batch_rows=40, ramp=Ramp(600_000, 10, 10, "tokens"))})
+    assert [level.steps for level in by_steps.levels] == [100, 100, 100, 100]
+    assert [level.steps for level in by_tokens.levels] == [200, 100, 67, 100]
+    for curriculum in (by_steps, by_tokens):
+        assert [level.batch_rows for level in curriculum.levels] == [10, 20, 30, 40]
+
+
 def test_steps_walk_the_curriculum_without_gap_or_overlap():
     curriculum = Curriculum({
         "a": phase(ramp=Ramp(tokens=33_333, start_rows=3, step_rows=4)),
@@ -90,6 +132,8 @@ def test_the_position_within_a_step_belongs_to_that_step():
         ({"ramp": Ramp(tokens=200_000, start_rows=1, step_rows=1)}, "phases.a.ramp.tokens"),
         ({"ramp": Ramp(tokens=1_000, start_rows=10, step_rows=1)}, "phases.a.ramp.start_rows"),
         ({"ramp": Ramp(tokens=1_000, start_rows=1, step_rows=0)}, "phases.a.ramp.step_rows"),
+        ({"ramp": Ramp(tokens=1_000, start_rows=1, step_rows=1, equal="rows")}, "phases.a.ramp.equal=rows: expected one of"),
+        ({"first_lr_factor": 1.5}, "phases.a.first_lr_factor"),
     ],
 )
 def test_a_phase_that_cannot_be_trained_is_named(settings, named):

@@ -27,7 +27,7 @@ def test_every_phase_exports_to_a_model_that_fills_masks(run_dir, tmp_path):
 
     for phase, theta in (("stable", 10_000), ("extend", 160_000), ("decay", 160_000)):
         out = tmp_path / phase
-        assert export(run_dir / "checkpoints" / f"end-of-{phase}.ckpt", out) <= TOLERANCE
+        assert export([run_dir / "checkpoints" / f"end-of-{phase}.ckpt"], out) <= TOLERANCE
         model, tokenizer = AutoModelForMaskedLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
         assert model.config.global_rope_theta == theta
         assert model.config.pad_token_id == tokenizer.pad_token_id
@@ -45,4 +45,4 @@ def test_every_phase_exports_to_a_model_that_fills_masks(run_dir, tmp_path):
 def test_an_existing_folder_is_not_overwritten(run_dir, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="out exists"):
-        export(run_dir, tmp_path / "out")
+        export([run_dir], tmp_path / "out")

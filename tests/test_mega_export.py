@@ -91,7 +91,7 @@ def exported(small_run, tmp_path) -> Path:
     run = small_run(recipe="demo_mega")
     folder = train(run)
     out = tmp_path / "exported"
-    assert export(folder, out) <= TOLERANCE
+    assert export([folder], out) <= TOLERANCE
     objective, _ = load_objective(run, folder / FINAL)
     expected = []
     for document in ids(LENGTHS):
@@ -137,7 +137,7 @@ def test_transformers_4_loads_it_as_its_own_where_lengths_are_whole_chunks(expor
 @pytest.mark.parametrize("setting", ["normalization_type=rmsnorm", "normalize_attention=true", "two_hop_residual=true"])
 def test_what_transformers_4_would_misread_loads_with_the_code_only(small_run, tmp_path, caplog, setting):
     run = small_run(f"backbone.{setting}", recipe="demo_mega")
-    assert export(train(run), tmp_path / "out") <= TOLERANCE  # which loads it, with its code
+    assert export([train(run)], tmp_path / "out") <= TOLERANCE  # which loads it, with its code
     assert "instantiate a model of type" not in caplog.text
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         AutoModelForMaskedLM.from_pretrained(tmp_path / "out", trust_remote_code=False)

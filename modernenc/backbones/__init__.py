@@ -1,6 +1,7 @@
 """Backbones: `forward(input_ids, cu_seqlens, max_seqlen) -> hidden`, one file and one YAML each.
 
-The contract, tested over every `conf/backbone/*.yaml`: documents laid end to end never see each other; `PHASE_ATTRIBUTES` names
+The contract, tested over every `conf/backbone/*.yaml`: documents laid end to end never see each other; where hidden states are
+asked for at some positions only, the last block leaves out what the others would need; `PHASE_ATTRIBUTES` names
 what a phase may set; `blocks()` are its layers; `matrices()` lists what an optimizer may orthogonalise; `prediction_head()`
 builds the masked-LM head.
 """
@@ -23,14 +24,23 @@ class Backbone(Protocol):
     PHASE_ATTRIBUTES: ClassVar[tuple[str, ...]]
     HUGGING_FACE_NAMES: ClassVar[dict[str, str]]
     """What names of weights begin with, here and in transformers' masked-LM model, where they differ."""
+    HUGGING_FACE_TYPES: ClassVar[tuple[str, ...]]
+    """The `model_type`s of transformers that `settings_from_hugging_face` reads."""
     vocab_size: int
     hidden_size: int
     max_position: int
 
     def __call__(
-        self, input_ids: Int[Tensor, " tokens"], cu_seqlens: Int[Tensor, " docs_plus_1"], max_seqlen: int
-    ) -> Float[Tensor, "tokens hidden"]:
-        """Hidden states of documents laid end to end; ValueError when one is longer than `max_position`."""
+        self,
+        input_ids: Int[Tensor, " tokens"],
+        cu_seqlens: Int[Tensor, " docs_plus_1"],
+        max_seqlen: int,
+        positions: Int[Tensor, " some"] | None = None,
+    ) -> Float[Tensor, "_ hidden"]:
+        """Hidden states of documents laid end to end, at all tokens or at `positions`.
+
+        ValueError when a document is longer than `max_position`.
+        """
         ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -51,6 +61,19 @@ class Backbone(Protocol):
 
     def matrices(self) -> list[nn.Parameter]:
         """Weights that an optimizer like Muon may orthogonalise: no embedding, no decoder."""
+        ...
+
+    def layer_kinds(self) -> list[str]:
+        """What each block attends to, in words that are the same for blocks that could take each other's weights."""
+        ...
+
+    def parts(self, name: str) -> tuple[int, ...]:
+        """Rows of each of the matrices that lie one above the other in the named weight; none, when it is one."""
+        ...
+
+    @classmethod
+    def settings_from_hugging_face(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that a config.json of transformers, 4 or 5, describes; ValueError when it has more."""
         ...
 
     def path(self, device: torch.device, dtype: torch.dtype) -> str:

@@ -128,6 +128,8 @@ def scan(x: Float[Tensor, "tokens hidden"], kernel: Kernel, documents: Documents
         carried = _Carry.apply(states, decay, documents)
         assert isinstance(carried, Tensor)
         out = torch.baddbmm(out, arriving.transpose(1, 2), carried)
+    if out.requires_grad:
+        out.register_hook(Tensor.contiguous)  # else torch multiplies matrix by matrix, and copies each, in the backward pass
     flat = out.permute(2, 1, 0).reshape(-1, x.shape[1])
     return flat if documents.place is None else flat.index_select(0, documents.place)
 

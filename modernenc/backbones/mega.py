@@ -4,7 +4,9 @@ Each block smooths the normalised stream by an EMA, attends within chunks by one
 result by a learned share; a plain MLP follows. Only the EMA crosses chunks, which are counted from each document's start.
 """
 
+import inspect
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -20,6 +22,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 INIT_STD = 0.02
+_PUBLISHED = {
+    "bidirectional": True, "truncation": None, "activation": "silu", "normalize_before_mega": True,
+    "normalize_before_ffn": True, "use_normalized_ffn": True, "add_token_type_embeddings": False,
+    "add_lm_hidden_dense_layer": True,
+}  # fmt: skip
+"""What is the same in every MEGA here, by transformers' names."""
 NORM_EPS = 1e-5
 
 
@@ -35,6 +43,7 @@ class Mega(nn.Module):
 
     PHASE_ATTRIBUTES: ClassVar[tuple[str, ...]] = ()
     HUGGING_FACE_NAMES: ClassVar[dict[str, str]] = {"backbone.": "mega.", "head.dense.": "dense.", "decoder.": "mlm_head."}
+    HUGGING_FACE_TYPES: ClassVar[tuple[str, ...]] = ("mega", "modernenc-mega")
 
     def __init__(
         self,
@@ -103,17 +112,24 @@ class Mega(nn.Module):
                 _init_linear(module)
 
     def forward(
-        self, input_ids: Int[Tensor, " tokens"], cu_seqlens: Int[Tensor, " docs_plus_1"], max_seqlen: int
-    ) -> Float[Tensor, "tokens hidden"]:
-        """Hidden states of documents laid end to end; ValueError when one is longer than `max_position`."""
+        self,
+        input_ids: Int[Tensor, " tokens"],
+        cu_seqlens: Int[Tensor, " docs_plus_1"],
+        max_seqlen: int,
+        positions: Int[Tensor, " some"] | None = None,
+    ) -> Float[Tensor, "_ hidden"]:
+        """Hidden states of documents laid end to end, at all tokens or at `positions`.
+
+        ValueError when a document is longer than `max_position`.
+        """
         if max_seqlen > self.max_position:
             raise ValueError(f"a document of {max_seqlen} tokens exceeds backbone.max_position={self.max_position}")
         hidden = self.embedding_layer.word_embeddings(input_ids)
         documents = Documents(cu_seqlens)
         chunks = Buckets(chunk_edges(documents, self.chunk_size))
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             hidden = layer(hidden, documents, chunks)
-        return hidden
+        return self.layers[-1](hidden, documents, chunks, positions)
 
     def token_embeddings(self) -> nn.Embedding:
         """The embedding that the masked-LM decoder shares."""
@@ -130,6 +146,32 @@ class Mega(nn.Module):
     def matrices(self) -> list[nn.Parameter]:
         """Weights of the layers' linear maps, each as it is, fused or not; the EMA and the maps to queries and keys are not."""
         return [cast(nn.Parameter, module.weight) for module in self.layers.modules() if isinstance(module, nn.Linear)]
+
+    def layer_kinds(self) -> list[str]:
+        """All alike."""
+        return ["mega"] * len(self.layers)
+
+    def parts(self, name: str) -> tuple[int, ...]:
+        """What the map from the EMA feeds, and the two directions of the EMA."""
+        if ".mx_proj." in name:
+            layer = cast(Block, self.layers[0])
+            return layer.mega_layer.widths
+        both = (self.hidden_size, self.hidden_size)
+        return both if ".ema_gate." in name and not name.endswith("residual_weight") else ()
+
+    @classmethod
+    def settings_from_hugging_face(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """transformers' MEGA as it is by default, within chunks or not."""
+        for key, expected in _PUBLISHED.items():
+            if config.get(key, expected) != expected:
+                raise ValueError(f"{key}={config[key]} in config.json: MEGA has {expected} here")
+        if config["model_type"] == "mega" and config.get("normalization_type") == "rmsnorm":
+            raise ValueError("normalization_type=rmsnorm in config.json: in transformers' MEGA it does nothing, here it does")
+        names = set(inspect.signature(cls.__init__).parameters) - {"self", "max_position"}
+        settings = {name: config[name] for name in names if name in config}
+        if not config.get("use_chunking", True):
+            settings["chunk_size"] = config["max_positions"]
+        return {**settings, "max_position": config["max_positions"]}
 
     def path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The EMA's; attention has one way only."""
@@ -175,10 +217,14 @@ class Block(nn.Module):
         self.two_hop = two_hop
 
     def forward(
-        self, hidden: Float[Tensor, "tokens hidden"], documents: Documents, chunks: Buckets
-    ) -> Float[Tensor, "tokens hidden"]:
-        mixed = self.mega_layer(hidden, documents, chunks)
-        return (hidden if self.two_hop else mixed) + self.nffn(mixed)
+        self,
+        hidden: Float[Tensor, "tokens hidden"],
+        documents: Documents,
+        chunks: Buckets,
+        positions: Int[Tensor, " some"] | None = None,
+    ) -> Float[Tensor, "_ hidden"]:
+        mixed = self.mega_layer(hidden, documents, chunks, positions)
+        return (_at(hidden, positions) if self.two_hop else mixed) + self.nffn(mixed)
 
 
 class GatedAttention(nn.Module):
@@ -216,15 +262,29 @@ class GatedAttention(nn.Module):
         nn.init.normal_(self.qk_weight, std=INIT_STD)
 
     def forward(
-        self, hidden: Float[Tensor, "tokens hidden"], documents: Documents, chunks: Buckets
-    ) -> Float[Tensor, "tokens hidden"]:
+        self,
+        hidden: Float[Tensor, "tokens hidden"],
+        documents: Documents,
+        chunks: Buckets,
+        positions: Int[Tensor, " some"] | None = None,
+    ) -> Float[Tensor, "_ hidden"]:
         normed = self.norm(hidden)
         value = self.hidden_dropout(F.silu(self.v_proj(normed)))
         smoothed = self.dropout(self.ema_gate(normed, documents))
-        towards, shared, gate, kept = self.mx_proj(smoothed).split(self.widths, dim=-1)
-        attended = self.attend(F.silu(shared), value, chunks)
+        towards, shared, gate, kept = self._maps(smoothed, positions)
+        attended = _at(self.attend(F.silu(shared), value, chunks), positions)
+        hidden = _at(hidden, positions)
         new = F.silu(kept + self.h_proj(attended * F.silu(gate)))
         return torch.addcmul(hidden, towards.sigmoid(), self.dropout(new) - hidden)
+
+    def _maps(self, smoothed: Tensor, positions: Tensor | None) -> Sequence[Tensor]:
+        """What the input gives to the way, queries and keys, the gate, and the result; at `positions`, but for the second."""
+        if positions is None:
+            return self.mx_proj(smoothed).split(self.widths, dim=-1)
+        few = smoothed.index_select(0, positions)
+        inputs = (few, smoothed, few, few)
+        maps = zip(inputs, self.mx_proj.weight.split(self.widths), self.mx_proj.bias.split(self.widths), strict=True)
+        return [F.linear(x, weight, bias) for x, weight, bias in maps]
 
     def attend(
         self, shared: Float[Tensor, "tokens shared"], value: Float[Tensor, "tokens values"], chunks: Buckets
@@ -348,6 +408,10 @@ class PredictionHead(nn.Module):
 
     def forward(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
         return self.dense(hidden).tanh()
+
+
+def _at(x: Tensor, positions: Tensor | None) -> Tensor:
+    return x if positions is None else x.index_select(0, positions)
 
 
 def _laplace(scores: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ class ModernBERT(nn.Module):
 
     PHASE_ATTRIBUTES: ClassVar[tuple[str, ...]] = ("global_rope_theta", "local_rope_theta")
     HUGGING_FACE_NAMES: ClassVar[dict[str, str]] = {"backbone.": "model."}
+    HUGGING_FACE_TYPES: ClassVar[tuple[str, ...]] = ("modernbert",)
 
     def __init__(
         self,
@@ -83,21 +84,27 @@ class ModernBERT(nn.Module):
         self._init_weights()
 
     def forward(
-        self, input_ids: Int[Tensor, " tokens"], cu_seqlens: Int[Tensor, " docs_plus_1"], max_seqlen: int
-    ) -> Float[Tensor, "tokens hidden"]:
-        """Hidden states of documents laid end to end; ValueError when one is longer than `max_position`."""
+        self,
+        input_ids: Int[Tensor, " tokens"],
+        cu_seqlens: Int[Tensor, " docs_plus_1"],
+        max_seqlen: int,
+        positions: Int[Tensor, " some"] | None = None,
+    ) -> Float[Tensor, "_ hidden"]:
+        """Hidden states of documents laid end to end, at all tokens or at `positions`.
+
+        ValueError when a document is longer than `max_position`.
+        """
         if max_seqlen > self.max_position:
             raise ValueError(f"a document of {max_seqlen} tokens exceeds backbone.max_position={self.max_position}")
         layout = Layout(cu_seqlens, max_seqlen, len(input_ids))
-        positions = positions_of(cu_seqlens, len(input_ids))
+        places = positions_of(cu_seqlens, len(input_ids))
         head_dim = self.hidden_size // self.num_attention_heads
-        rotations = [
-            rotation(theta, head_dim, positions, max_seqlen) for theta in (self.global_rope_theta, self.local_rope_theta)
-        ]
+        rotations = [rotation(theta, head_dim, places, max_seqlen) for theta in (self.global_rope_theta, self.local_rope_theta)]
         hidden = self.embeddings(input_ids)
         for layer in self.layers:
             assert isinstance(layer, Layer)
-            hidden = layer(hidden, layout, rotations[0 if layer.attn.window is None else 1])
+            wanted = positions if layer is self.layers[-1] else None
+            hidden = layer(hidden, layout, rotations[0 if layer.attn.window is None else 1], wanted)
         return self.final_norm(hidden)
 
     def token_embeddings(self) -> nn.Embedding:
@@ -115,6 +122,44 @@ class ModernBERT(nn.Module):
     def matrices(self) -> list[nn.Parameter]:
         """All matrices of the layers; Wqkv and the GLU's Wi count as one each, unsplit."""
         return [parameter for parameter in self.layers.parameters() if parameter.ndim == 2]
+
+    def layer_kinds(self) -> list[str]:
+        """Global or local."""
+        return ["global" if index % self.global_attn_every_n_layers == 0 else "local" for index in range(len(self.layers))]
+
+    def parts(self, name: str) -> tuple[int, ...]:
+        """Wqkv is three matrices, the GLU's Wi two."""
+        if name.endswith("Wqkv.weight"):
+            return (self.hidden_size,) * 3
+        return (self.intermediate_size,) * 2 if name.endswith("Wi.weight") else ()
+
+    @classmethod
+    def settings_from_hugging_face(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """transformers 4 has one theta per kind of layer and `global_attn_every_n_layers`; 5 has them per kind and layer."""
+        for key in ("attention_bias", "mlp_bias", "norm_bias", "decoder_bias"):
+            if config.get(key, key == "decoder_bias") != (key == "decoder_bias"):
+                raise ValueError(f"{key}={config[key]} in config.json: ModernBERT has no biases here but the decoder's")
+        every = config.get("global_attn_every_n_layers", 3)
+        kinds = config.get("layer_types") or []
+        if kinds:
+            every = kinds[1:].index("full_attention") + 1 if "full_attention" in kinds[1:] else len(kinds)
+            if kinds != ["full_attention" if index % every == 0 else "sliding_attention" for index in range(len(kinds))]:
+                raise ValueError(f"layer_types={kinds} in config.json: expected full_attention at every so many-th layer")
+        thetas = {
+            kind: (config.get("rope_parameters") or {}).get(kind, {}).get("rope_theta")
+            for kind in ("full_attention", "sliding_attention")
+        }
+        global_theta = thetas["full_attention"] or config.get("global_rope_theta", 160_000.0)
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        return {
+            **{name: config[name] for name in names},
+            "max_position": config["max_position_embeddings"],
+            "global_rope_theta": global_theta,
+            "local_rope_theta": thetas["sliding_attention"] or config.get("local_rope_theta") or global_theta,
+            "global_attn_every_n_layers": every,
+            "local_attention": config.get("local_attention", 128),
+            "norm_eps": config.get("norm_eps", 1e-5),
+        }
 
     def path(self, device: torch.device, dtype: torch.dtype) -> str:
         """The attention's."""
@@ -186,9 +231,14 @@ class Layer(nn.Module):
         self.mlp = GeGLU(hidden_size, intermediate_size)
 
     def forward(
-        self, hidden: Float[Tensor, "tokens hidden"], layout: Layout, rotation: Rotation
-    ) -> Float[Tensor, "tokens hidden"]:
-        hidden = hidden + self.attn(self.attn_norm(hidden), layout, rotation)
+        self,
+        hidden: Float[Tensor, "tokens hidden"],
+        layout: Layout,
+        rotation: Rotation,
+        positions: Int[Tensor, " some"] | None = None,
+    ) -> Float[Tensor, "_ hidden"]:
+        attended = self.attn(self.attn_norm(hidden), layout, rotation, positions)
+        hidden = attended + (hidden if positions is None else hidden.index_select(0, positions))
         return hidden + self.mlp(self.mlp_norm(hidden))
 
 
@@ -204,11 +254,15 @@ class Attention(nn.Module):
         self.out_drop = Dropout(out_dropout)
 
     def forward(
-        self, hidden: Float[Tensor, "tokens hidden"], layout: Layout, rotation: Rotation
-    ) -> Float[Tensor, "tokens hidden"]:
+        self,
+        hidden: Float[Tensor, "tokens hidden"],
+        layout: Layout,
+        rotation: Rotation,
+        positions: Int[Tensor, " some"] | None = None,
+    ) -> Float[Tensor, "_ hidden"]:
         q, k, v = self.Wqkv(hidden).unflatten(-1, (3, self.heads, -1)).unbind(1)  # each (tokens, heads, head_dim)
-        out = attention(QKV(rotate(q, rotation), rotate(k, rotation), v), layout, self.window)
-        return self.out_drop(self.Wo(out.flatten(1)))
+        out = attention(QKV(rotate(q, rotation), rotate(k, rotation), v), layout, self.window).flatten(1)
+        return self.out_drop(self.Wo(out if positions is None else out.index_select(0, positions)))
 
 
 class GeGLU(nn.Module):

@@ -32,5 +32,4 @@ class MaskedLM(nn.Module):
         positions: Int[Tensor, " targets"],
     ) -> Float[Tensor, "targets vocab"]:
         """Scores of every id at the given positions."""
-        hidden = self.backbone(input_ids, cu_seqlens, max_seqlen)
-        return self.decoder(self.head(hidden.index_select(0, positions)))
+        return self.decoder(self.head(self.backbone(input_ids, cu_seqlens, max_seqlen, positions)))

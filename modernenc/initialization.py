@@ -1,0 +1,192 @@
+"""Weights to begin with: those of another run's checkpoint, or of a Hugging Face model, fitted to the backbone.
+
+A wider backbone takes each matrix in its centre and again around it, a deeper one its layers several times, as ModernBERT-large
+was made from base (Warner et al. 2024, arXiv:2412.13663, section 3). Under another tokenizer a token has the embedding of
+the token that is written the same, or the mean of those that it is made of: Dobler and de Melo 2023, arXiv:2305.14481.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from hydra.utils import get_class
+from torch import Tensor
+
+from modernenc.backbones import Backbone
+from modernenc.config import Run
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_LAYER = re.compile(r"^(backbone\.layers\.)(\d+)(\..+)$")
+_BY_TOKEN = ("decoder.weight", "decoder.bias")
+"""Weights with a row per token, beside the embedding."""
+
+
+@dataclass
+class Source:
+    """What weights are taken from."""
+
+    backbone: Backbone
+    """Of its shape; the weights are beside it."""
+    weights: dict[str, Tensor]
+    """By the names of `modernenc.model.weights_of`."""
+
+
+def read_source(path: Path, run: Run) -> Source:
+    """The weights that `init.source` names; FileNotFoundError or ValueError when there are none, or they are not whole."""
+    return _from_checkpoint(path) if path.suffix == ".ckpt" else _from_hugging_face(path, run)
+
+
+@torch.no_grad()
+def initialise(objective: Any, run: Run, tokenizer: Path) -> list[str]:
+    """Fill an objective as `run.init` says; the names of weights that the source has nothing for, which stay as they are.
+
+    `tokenizer` is the file of the run's. ValueError names a weight that the source has too much of, or a vocabulary that does
+    not fit.
+    """
+    from modernenc.model import weights_of
+
+    source = read_source(Path(run.init.source), run)
+    layers = layer_map(source.backbone.layer_kinds(), objective.backbone.layer_kinds(), run.init.layers)
+    weights = _under_tokenizer(source, objective, run, tokenizer)
+    left = []
+    for name, target in weights_of(objective).items():
+        origin = _LAYER.sub(lambda match: f"{match[1]}{layers[int(match[2])]}{match[3]}", name)
+        if origin not in weights:
+            left.append(name)
+            continue
+        old_parts, new_parts = source.backbone.parts(origin), objective.backbone.parts(name)
+        old = weights[origin].split(old_parts) if old_parts else [weights[origin]]
+        new = target.split(new_parts) if new_parts else [target]
+        for part, filled in zip(old, new, strict=True):
+            if part.ndim != filled.ndim or any(n < o for n, o in zip(filled.shape, part.shape, strict=True)):
+                raise ValueError(
+                    f"init.source={run.init.source}: {origin} is {tuple(part.shape)} there, {name} {tuple(filled.shape)} here; "
+                    "a backbone begins with the weights of one that is not wider"
+                )
+            filled.copy_(tiled(part, filled.shape))
+    return left
+
+
+def layer_map(old: Sequence[str], new: Sequence[str], layers: str) -> list[int]:
+    """Which old layer each new one takes, by their kinds."""
+    taken = []
+    for index, kind in enumerate(new):
+        aim = index * len(old) / len(new)
+        alike = [layer for layer, other in enumerate(old) if other == kind] if layers == "by_kind" else []
+        nearest = min(round(aim), len(old) - 1)
+        taken.append(min(alike, key=lambda layer, aim=aim: abs(layer - aim)) if alike else nearest)
+    return taken
+
+
+def tiled(old: Tensor, shape: Sequence[int]) -> Tensor:
+    """`old` in the centre of a tensor of at least its size, repeated to all sides."""
+    for dimension, size in enumerate(shape):
+        had = old.shape[dimension]
+        if size != had:
+            old = old.index_select(dimension, (torch.arange(size) - (size - had) // 2) % had)
+    return old
+
+
+def _from_checkpoint(path: Path) -> Source:
+    from modernenc import checkpoints
+
+    content = checkpoints.read(path)
+    return Source(_backbone(content["run"]["backbone"]), content["weights"])
+
+
+def _from_hugging_face(folder: Path, run: Run) -> Source:
+    """A folder that `save_pretrained` wrote, of transformers 4 or 5."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"init.source={folder}: no config.json; name a checkpoint (*.ckpt) or a Hugging Face folder")
+    from modernenc.export import our_names
+
+    config = json.loads((folder / "config.json").read_text())
+    kind: Any = get_class(run.backbone["_target_"])
+    if config.get("model_type") not in kind.HUGGING_FACE_TYPES:
+        raise ValueError(
+            f"init.source={folder} is of model_type {config.get('model_type')}, which {kind.__name__} cannot begin with; "
+            f"expected {' or '.join(kind.HUGGING_FACE_TYPES)}"
+        )
+    weights = our_names(dict(_tensors(folder)), kind.HUGGING_FACE_NAMES)
+    with torch.device("meta"):
+        backbone = kind(**kind.settings_from_hugging_face(config))
+    own = {f"backbone.{name}" for name, _ in backbone.named_parameters()}
+    lacking = sorted(own - weights.keys())
+    if lacking:
+        raise ValueError(f"init.source={folder} has no {lacking[0]}; expected a masked-LM model of transformers")
+    return Source(backbone, weights)
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Weights in fp32, from safetensors or else from a .bin, which is read without running code."""
+    from safetensors.torch import load_file
+
+    for path in sorted(folder.glob("*.safetensors")):
+        yield from ((name, value.float()) for name, value in load_file(path).items())
+    if not list(folder.glob("*.safetensors")):
+        paths = sorted(folder.glob("pytorch_model*.bin"))
+        if not paths:
+            raise FileNotFoundError(f"init.source={folder}: no *.safetensors and no pytorch_model*.bin; copy the weights there")
+        for path in paths:
+            yield from ((name, value.float()) for name, value in torch.load(path, "cpu", weights_only=True).items())
+
+
+def _backbone(node: dict[str, Any]) -> Backbone:
+    arguments = {key: value for key, value in node.items() if key != "_target_"}
+    with torch.device("meta"):
+        backbone: Any = get_class(node["_target_"])(**arguments)
+    return backbone
+
+
+def _under_tokenizer(source: Source, objective: Any, run: Run, tokenizer: Path) -> dict[str, Tensor]:
+    """The source's weights with a row for each token of the run's tokenizer."""
+    embedding = _embedding_name(source.backbone)
+    if not run.init.tokenizer:
+        there, here = source.weights[embedding].shape[0], objective.backbone.vocab_size
+        if there != here:
+            raise ValueError(
+                f"init.source={run.init.source} has {there} embeddings, backbone.vocab_size is {here}; set backbone.vocab_size="
+                f"{there}, or, for another tokenizer, init.tokenizer=FILE, the tokenizer.json of the source"
+            )
+        return source.weights
+    from tokenizers import Tokenizer
+
+    if not Path(run.init.tokenizer).is_file():
+        raise FileNotFoundError(f"init.tokenizer={run.init.tokenizer} does not exist; name the tokenizer.json of the source")
+    parts = made_of(Tokenizer.from_file(run.init.tokenizer), Tokenizer.from_file(str(tokenizer)))
+    by_token = {name for name in (embedding, *_BY_TOKEN) if name in source.weights}
+    size = objective.backbone.vocab_size
+    return {**source.weights, **{name: transferred(source.weights[name], parts, size) for name in by_token}}
+
+
+def made_of(old: "Tokenizer", new: "Tokenizer") -> dict[int, list[int]]:
+    """Which old tokens each new one is written with; a special token has the old one of its role."""
+    from data_prep.encode import ROLE_NAMES
+
+    known = old.get_vocab()
+    roles = {name: names for names in ROLE_NAMES.values() for name in names}
+    parts = {}
+    for token, number in new.get_vocab().items():
+        same = [known[name] for name in (token, *roles.get(token, ())) if name in known]
+        parts[number] = same[:1] or old.encode(new.decode([number]), add_special_tokens=False).ids
+    return parts
+
+
+def transferred(rows: Tensor, parts: dict[int, list[int]], size: int) -> Tensor:
+    """A row for each of `size` tokens: the mean of those that it is made of, or of all, when it is made of none."""
+    out = rows.mean(0).expand(size, *rows.shape[1:]).clone()
+    for number, tokens in parts.items():
+        if tokens:
+            out[number] = rows[tokens].mean(0)
+    return out
+
+
+def _embedding_name(backbone: Backbone) -> str:
+    weight = backbone.token_embeddings().weight
+    return next(f"backbone.{name}" for name, value in backbone.named_parameters() if value is weight)
