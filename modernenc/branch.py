@@ -15,7 +15,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from modernenc import checkpoints, lineage, plan
-from modernenc.config import CONFIG, Run, save
+from modernenc.config import CONFIG, Run, plain, save
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.data.loader import DataState, Steps
@@ -24,6 +24,7 @@ ABANDONED = "abandoned"
 """Folder of a run that holds, by number, what its rollbacks gave up."""
 PLACE = (
     "run_dir", "branch_from", "rollbacks", "trainer", "checkpoint", "validation", "watch", "logger", "cluster",
+    "estimate",
     "data.root", "data.cache", "data.timeout_s", "data.workers", "data.hint",
 )  # fmt: skip
 """Settings that do not change what a run trains."""
@@ -42,7 +43,7 @@ def differences(one: Any, other: Any, key: str = "") -> Iterator[tuple[str, Any,
 
 def check_same_run(run: Run, checkpoint: Path, content: dict[str, Any]) -> None:
     """Raise ValueError when a checkpoint was trained under other settings than its run folder holds."""
-    for key, there, here in differences(content["run"], _plain(run)):
+    for key, there, here in differences(content["run"], plain(run)):
         if not key.startswith(PLACE):
             raise ValueError(
                 f"{checkpoint} was trained with {key}={there}, but {Path(run.run_dir) / CONFIG} has {here}: it is of another "
@@ -66,7 +67,7 @@ def fork(run: Run, corpus: Corpus, content: dict[str, Any], skip_tokens: int = 0
     for name in done_phases(before, state["tokens_seen"]):
         if name in run.phases:
             run.phases[name] = before.phases[name]
-    new = _plain(run)
+    new = plain(run)
     done = list(old["phases"])[: list(old["phases"]).index(state["phase"]) + 1]
     if list(new["phases"])[: len(done)] != done:
         raise ValueError(f"phases={', '.join(new['phases'])}: the checkpoint has trained {', '.join(done)}, which come first")
@@ -165,9 +166,3 @@ def give_up(run_dir: Path, number: int, tokens_seen: int) -> None:
         if tokens > tokens_seen and rollbacks != number:
             for part in checkpoints.files_of(path):
                 part.rename(folder / checkpoints.FOLDER / part.name)
-
-
-def _plain(run: Run) -> dict[str, Any]:
-    content = OmegaConf.to_container(OmegaConf.structured(run))
-    assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items()}

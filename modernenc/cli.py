@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import is_dataclass
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from modernenc.config import CONF_DIR
+from modernenc.config import CONF_DIR, RECIPES_DIR, Run
 
 Config = TypeVar("Config")
 
@@ -28,6 +28,8 @@ def run(schema: type[Config], groups: tuple[str, ...], config_name: str, job: Ca
     `groups` are what must be chosen with `+group=NAME`. Mistakes end the process with status 2 and one line;
     HYDRA_FULL_ERROR=1 shows where they arose.
     """
+    if {"--help", "-h"} & set(sys.argv):  # Hydra's own takes seconds: it copies all recipes for each group
+        return print(help_text(groups if schema is not Run else [group for group in parts() if group != "corpus"]))
     verbose = os.environ.get(_TRACEBACK) == "1"
     os.environ[_TRACEBACK] = "1"  # so that Hydra raises instead of printing its several lines
 
@@ -35,7 +37,12 @@ def run(schema: type[Config], groups: tuple[str, ...], config_name: str, job: Ca
         if not verbose:
             del os.environ[_TRACEBACK]
         with one_line_errors(verbose):  # Hydra would report the job's errors in its own way
-            job(typed(cfg, schema, groups))
+            config = typed(cfg, schema, groups)
+            if isinstance(config, Run) and config.rehearse:
+                from modernenc.rehearsal import cut_down  # numpy takes a while to import
+
+                config = cast(Config, cut_down(config))
+            job(config)
 
     with one_line_errors(verbose, composing=True):
         hydra.main(config_path=str(CONF_DIR), config_name=config_name, version_base="1.3")(main)()
@@ -74,6 +81,20 @@ def _message(error: BaseException) -> str:
     return " ".join(text.split())
 
 
+def help_text(groups: Iterable[str]) -> str:
+    """What the module that is run says of itself, and the parts to choose from."""
+    lines = [sys.modules["__main__"].__doc__ or "", "Parts, chosen with KEY=NAME, or +KEY=NAME where there is none yet:"]
+    lines += [f"  {group}: {', '.join(names)}" for group, names in parts().items() if group in groups]
+    schema = "data_prep" if "corpus" in groups else "modernenc"
+    return "\n".join([*lines, f"Every key is explained in {schema}/config.py; --cfg job shows the composed configuration."])
+
+
+def parts() -> dict[str, list[str]]:
+    """What is shipped to choose from, by group."""
+    folders = {"recipe": RECIPES_DIR, **{path.name: path for path in sorted(CONF_DIR.iterdir()) if path.is_dir()}}
+    return {group: sorted(path.stem for path in folder.glob("*.yaml")) for group, folder in folders.items()}
+
+
 def typed(cfg: DictConfig, schema: type[Config], groups: tuple[str, ...]) -> Config:
     """The composed configuration as an object of `schema`; ValueError names what is missing."""
     choices = HydraConfig.get().runtime.choices
@@ -92,6 +113,16 @@ def typed(cfg: DictConfig, schema: type[Config], groups: tuple[str, ...]) -> Con
         raise ValueError(f"{', '.join(missing)}: no value; set it in the {groups[0]} or on the command line")
     OmegaConf.resolve(cfg)
     return cast(Config, OmegaConf.to_object(cfg))
+
+
+def recipe(name: str) -> Run:
+    """Another recipe than the one on the command line, as it is shipped; ValueError when there is none of this name."""
+    if name not in hydra_options("recipe"):
+        raise ValueError(f"recipe {name}: there is none; there are {', '.join(sorted(hydra_options('recipe')))}")
+    cfg = hydra.compose("train", [f"+recipe={name}"])
+    with open_dict(cfg):
+        cfg["recipe"] = name
+    return typed(cfg, Run, ())
 
 
 def _check_keys(schema: Any, content: Any, prefix: str) -> None:

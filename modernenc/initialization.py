@@ -95,9 +95,12 @@ def tiled(old: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _from_checkpoint(path: Path) -> Source:
     from modernenc import checkpoints
+    from modernenc.model import objective_with
 
     content = checkpoints.read(path)
-    return Source(_backbone(content["run"]["backbone"]), content["weights"])
+    with torch.device("meta"):
+        backbone = objective_with(content["run"]["backbone"]).backbone
+    return Source(backbone, content["weights"])
 
 
 def _from_hugging_face(folder: Path, run: Run) -> Source:
@@ -135,13 +138,6 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             raise FileNotFoundError(f"init.source={folder}: no *.safetensors and no pytorch_model*.bin; copy the weights there")
         for path in paths:
             yield from ((name, value.float()) for name, value in torch.load(path, "cpu", weights_only=True).items())
-
-
-def _backbone(node: dict[str, Any]) -> Backbone:
-    arguments = {key: value for key, value in node.items() if key != "_target_"}
-    with torch.device("meta"):
-        backbone: Any = get_class(node["_target_"])(**arguments)
-    return backbone
 
 
 def _under_tokenizer(source: Source, objective: Any, run: Run, tokenizer: Path) -> dict[str, Tensor]:

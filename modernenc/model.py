@@ -19,9 +19,13 @@ from modernenc.objectives.masked_lm import MaskedLM
 def build_objective(run: Run) -> MaskedLM:
     """A freshly initialised objective; seeded by the run."""
     torch.manual_seed(run.seed)
-    arguments = {key: value for key, value in run.backbone.items() if key != "_target_"}
-    backbone = cast(Backbone, get_class(run.backbone["_target_"])(**arguments))
-    return MaskedLM(backbone)
+    return objective_with(run.backbone)
+
+
+def objective_with(backbone: dict[str, Any]) -> MaskedLM:
+    """The objective over the backbone that `_target_` and its arguments name."""
+    arguments = {key: value for key, value in backbone.items() if key != "_target_"}
+    return MaskedLM(cast(Backbone, get_class(backbone["_target_"])(**arguments)))
 
 
 def recompute(backbone: Backbone, every: int) -> None:

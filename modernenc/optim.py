@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from hydra.utils import get_method
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from modernenc.backbones import Backbone
@@ -123,6 +122,8 @@ def restore(optimizers: Iterable[Optimizer], names: dict[int, str], saved: list[
 
 
 def _like(parameter: nn.Parameter, value: Any) -> Any:
+    from torch.distributed.tensor import DTensor, distribute_tensor  # most of a second to import, which `plan` can do without
+
     if isinstance(parameter, DTensor) and isinstance(value, torch.Tensor) and value.shape == parameter.shape:
         return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     return value

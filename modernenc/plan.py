@@ -1,38 +1,156 @@
-"""Print what a recipe will do, from the object that trains it: `python -m modernenc.plan +recipe=NAME`."""
+"""Print what a recipe will do, from the object that trains it: `python -m modernenc.plan +recipe=NAME [KEY=VALUE ...]`.
 
+--png FILE draws its curves, --json prints all figures for programs, --against NAME the differences to another recipe.
+`estimate.device=h100 estimate.price=2.5` adds hours and cost; so does --measure, which trains some steps of each phase here.
+"""
+
+import argparse
+import json
+import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from io import StringIO
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from modernenc import estimate
+from modernenc.cli import recipe
 from modernenc.cli import run as run_cli
-from modernenc.config import Phase, Run, register
+from modernenc.config import Phase, Run, plain, register
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
-from modernenc.rehearsal import cut_down
 
 _WIDTH = 100
 
 
-def main(config: Run) -> None:
-    """Check the settings and print the plan; the data need not be there yet."""
+def main() -> None:
+    """Print what the command line asks for; the data need not be there yet."""
+    parser = argparse.ArgumentParser(prog="python -m modernenc.plan", add_help=False, allow_abbrev=False)
+    parser.add_argument("--png", type=Path)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--against", default="")
+    asked, sys.argv[1:] = parser.parse_known_args()  # the rest is Hydra's
+    register()
+    run_cli(Run, ("recipe",), "train", lambda config: show(config, asked))
+
+
+def show(config: Run, asked: argparse.Namespace) -> None:
+    """Check the settings and print the plan."""
     from modernenc.checks import check_backbone, check_run, check_settings
 
-    if config.rehearse:
-        config = cut_down(config)
     curriculum = check_settings(config)
     check_backbone(config)
-    if _corpus(config):
+    corpus = _corpus(config)
+    if corpus:
         check_run(config)
-    print(text(config, curriculum))
+    if asked.png:
+        from modernenc.report import draw_curriculum
+
+        draw_curriculum(config, curriculum).savefig(asked.png, dpi=110)
+    if asked.against:
+        return print(_compared(config, asked.against))
+    planned = figures(config, curriculum, corpus, estimate.measure(config) if asked.measure else None)
+    print(json.dumps(planned, indent=1) if asked.json else f"{text(config, curriculum)}\n{_estimates(config, planned)}")
+
+
+def figures(
+    run: Run, curriculum: Curriculum, corpus: Corpus | None, measured: dict[str, float] | None = None
+) -> dict[str, Any]:
+    """The plan as plain values: FLOPs, bytes, tokens, steps, hours, in the currency of `estimate.price`."""
+    hours = estimate.hours(run, curriculum, corpus, measured or {})
+    phases = {}
+    for name, phase in run.phases.items():
+        tokens = curriculum.end_of(name) - curriculum.start_of(name)
+        memory = estimate.memory(run, phase, corpus)
+        phases[name] = {
+            "tokens": tokens,
+            "steps": sum(level.steps for level in curriculum.levels_of(name)),
+            "flops": tokens * estimate.flops(run, phase, corpus),
+            "memory": {**asdict(memory), "total": memory.total},
+            "hours": hours.get(name),
+        }
+    parameters, states = estimate.parameters(run)
+    ranks = run.trainer.devices * run.trainer.num_nodes
+    return {
+        "recipe": run.recipe,
+        "parameters": parameters,
+        "tokens": curriculum.total_tokens,
+        "steps": curriculum.total_steps,
+        "flops": sum(phase["flops"] for phase in phases.values()),
+        "checkpoint_bytes": 4 * (parameters + states),
+        "hours": sum(hours.values()) if hours else None,
+        "device_hours": sum(hours.values()) * ranks if hours else None,
+        "cost": sum(hours.values()) * ranks * run.estimate.price if hours and run.estimate.price else None,
+        "phases": phases,
+        "warnings": list(estimate.warnings(run, curriculum, corpus)),
+    }
+
+
+def _estimates(run: Run, planned: dict[str, Any]) -> str:
+    """What it takes, as plain text."""
+    out = StringIO()
+    console = Console(file=out, width=_WIDTH)
+    table = Table(title="what it takes, on each device (memory: at the most)", title_justify="left")
+    table.add_column("")
+    for name in planned["phases"]:
+        table.add_column(name, justify="right", overflow="fold")
+
+    def row(title: str, value: Callable[[dict[str, Any]], str]) -> None:
+        table.add_row(title, *(value(phase) for phase in planned["phases"].values()))
+
+    row("matrix-product FLOPs", lambda phase: f"{phase['flops']:.3g}")
+    row("weights and gradients", lambda phase: _bytes(phase["memory"]["weights"] + phase["memory"]["gradients"]))
+    row("optimizer", lambda phase: _bytes(phase["memory"]["optimizer"]))
+    row("activations, a micro-batch", lambda phase: _bytes(phase["memory"]["activations"]))
+    row("memory", lambda phase: _bytes(phase["memory"]["total"]))
+    if planned["hours"]:
+        row("hours", lambda phase: f"{phase['hours']:,.3g}")
+    console.print(table)
+    total = f"{planned['flops']:.3g} FLOPs"
+    if planned["hours"]:
+        total += f", {planned['hours']:,.3g} hours, {planned['device_hours']:,.3g} device hours"
+    if planned["cost"]:
+        total += f", at {run.estimate.price:g} each {planned['cost']:,.0f}"
+    console.print(f"in all {total}")
+    for warning in planned["warnings"]:
+        console.print(f"note: {warning}", soft_wrap=True)
+    return out.getvalue().rstrip()
+
+
+def _compared(run: Run, name: str) -> str:
+    """The settings in which another recipe differs, and what both come to."""
+    from modernenc.branch import differences
+    from modernenc.checks import check_settings
+
+    other = recipe(name)
+    table = Table(title=f"{run.recipe} and {name}", title_justify="left")
+    for column in ("", run.recipe, name):
+        table.add_column(column, overflow="fold")
+    totals = [figures(one, check_settings(one), _corpus(one)) for one in (run, other)]
+    for key in ("parameters", "tokens", "steps"):
+        table.add_row(key, *(f"{total[key]:,}" for total in totals))
+    table.add_row("FLOPs", *(f"{total['flops']:.3g}" for total in totals))
+    if all(total["hours"] for total in totals):
+        table.add_row("hours", *(f"{total['hours']:,.3g}" for total in totals))
+    table.add_section()
+    for key, here, there in differences(plain(run), plain(other)):
+        if not key.startswith(("run_dir", "recipe", "data.hint")):
+            table.add_row(key, *("-" if value is None else str(value) for value in (here, there)))
+    out = StringIO()
+    Console(file=out, width=_WIDTH).print(table)
+    return out.getvalue().rstrip()
 
 
 def text(run: Run, curriculum: Curriculum) -> str:
     """The plan as plain text."""
     out = StringIO()
     console = Console(file=out, width=_WIDTH)
-    parameters, checkpoint_bytes = _sizes(run)
+    parameters, states = estimate.parameters(run)
+    checkpoint_bytes = 4 * (parameters + states)
     console.print(f"recipe {run.recipe}: {parameters:,} parameters, {curriculum.total_tokens:,} tokens, "
                   f"{curriculum.total_steps:,} optimizer steps\n")  # fmt: skip
     console.print(_phases(run, curriculum))
@@ -128,19 +246,6 @@ def _checkpoints(run: Run, curriculum: Curriculum, size: int) -> Table:
     return table
 
 
-def _sizes(run: Run) -> tuple[int, int]:
-    """Parameters, and bytes of a checkpoint: fp32 weights and what the optimizer keeps for each."""
-    import torch
-
-    from modernenc.model import build_objective
-    from modernenc.optim import state_numbers
-
-    with torch.device("meta"):
-        objective = build_objective(run)
-    parameters = sum(parameter.numel() for parameter in objective.parameters())
-    return parameters, 4 * (parameters + state_numbers(run.optim["_target_"], objective, objective.backbone))
-
-
 def _bytes(size: float) -> str:
     for unit in ("B", "kB", "MB"):
         if size < 1000:
@@ -150,5 +255,4 @@ def _bytes(size: float) -> str:
 
 
 if __name__ == "__main__":
-    register()
-    run_cli(Run, ("recipe",), "train", main)
+    main()

@@ -1,4 +1,8 @@
-"""Train a recipe: `python -m modernenc.train +recipe=NAME`."""
+"""Train a recipe: `python -m modernenc.train +recipe=NAME [KEY=VALUE ...]`.
+
+See it first with `python -m modernenc.plan`, rehearse it in a minute with `rehearse=CORPUS`, branch off another run with
+`+from=CKPT`, train several variants in turn with `--multirun KEY=A,B`. Go on with a run: `python -m modernenc.resume RUN_DIR`.
+"""
 
 import logging
 from pathlib import Path
@@ -6,7 +10,6 @@ from pathlib import Path
 from modernenc import lineage, ranks
 from modernenc.cli import run
 from modernenc.config import Run, register
-from modernenc.rehearsal import cut_down
 
 log = logging.getLogger(__name__)
 
@@ -15,8 +18,6 @@ def main(config: Run) -> None:
     """Check the run, then train it in a new folder, from the start or from another run's checkpoint."""
     from modernenc.checks import check_backbone, check_hardware, check_init, check_optim, check_run, check_settings
 
-    if config.rehearse:
-        config = cut_down(config)
     curriculum, corpus = check_run(config)
     check_hardware(config)
     check_backbone(config)

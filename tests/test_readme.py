@@ -28,10 +28,11 @@ def test_the_commands_run_in_order(tmp_path):
     ran = []
     for line in COMMANDS:
         words = shlex.split(line)
-        if any(mark in line for mark in ("NAME", "DIR", "CKPT")) or ("+recipe=base" in words and "modernenc.train" in words):
+        if any(mark in line for mark in ("NAME", "DIR", "CKPT")):
             continue
+        shorter = [] if "rehearse=" in line else SHORT.get(words[2], [])
         result = subprocess.run(
-            [sys.executable, *words[1:], *SHORT.get(words[2], [])], cwd=tmp_path, capture_output=True, text=True, check=False
+            [sys.executable, *words[1:], *shorter], cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert result.returncode == 0, f"{line}\n{result.stderr}"
         ran.append(words[2])
@@ -42,6 +43,7 @@ def test_the_commands_run_in_order(tmp_path):
         "modernenc.train",
         "modernenc.resume",
         "modernenc.export",
+        "modernenc.compare",
     } <= set(ran)
 
 

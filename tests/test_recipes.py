@@ -1,6 +1,6 @@
 """Every recipe composes, can be planned, and the plan is the curriculum."""
 
-import time
+import resource
 
 import pytest
 from conftest import command, composed
@@ -42,10 +42,11 @@ def test_every_optimizer_can_be_planned(optimizer):
 
 
 def test_the_plan_of_base_is_printed_in_seconds():
-    started = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = command("modernenc.plan", "+recipe=base")
-    elapsed = time.monotonic() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert result.returncode == 0, result.stderr
     assert "149,655,232 parameters" in result.stdout
     assert "10,597" in result.stdout
-    assert elapsed < 8, elapsed  # 2.5 s on an idle machine
+    seconds = after.ru_utime - before.ru_utime
+    assert seconds < 8, seconds  # about half of that on an idle machine; on a processor, since other tests run beside

@@ -18,7 +18,7 @@ SIZES = sorted(path.stem for path in (CONF_DIR / "ettin").glob("*.yaml"))
 
 
 def rehearsed(recipe: str, corpus: Path, run_dir: Path, *overrides: str) -> Path:
-    main(composed([f"+recipe={recipe}", f"rehearse={corpus}", f"run_dir={run_dir}", *overrides]))
+    main(cut_down(composed([f"+recipe={recipe}", f"rehearse={corpus}", f"run_dir={run_dir}", *overrides])))
     return run_dir
 
 
@@ -67,4 +67,4 @@ def test_a_rehearsal_begins_with_the_rehearsal_of_what_the_recipe_begins_with(co
 
 def test_without_its_corpus_a_rehearsal_says_how_to_prepare_one(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data_prep \+corpus=demo"):
-        main(composed(["+recipe=base", f"rehearse={tmp_path / 'nothing'}"]))
+        cut_down(composed(["+recipe=base", f"rehearse={tmp_path / 'nothing'}"]))

@@ -63,6 +63,10 @@ class Backbone(Protocol):
         """Weights that an optimizer like Muon may orthogonalise: no embedding, no decoder."""
         ...
 
+    def flops(self, length: int) -> float:
+        """Of the matrix products of a forward pass, per token in documents of `length` tokens."""
+        ...
+
     def layer_kinds(self) -> list[str]:
         """What each block attends to, in words that are the same for blocks that could take each other's weights."""
         ...

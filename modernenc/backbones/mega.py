@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .buckets import Buckets
 from .dropout import Dropout
-from .ema import PATHS, Documents, MultiDimensionDampedEMA
+from .ema import BLOCK, PATHS, Documents, MultiDimensionDampedEMA
 from .shapes import Float, Int
 
 if TYPE_CHECKING:
@@ -146,6 +146,14 @@ class Mega(nn.Module):
     def matrices(self) -> list[nn.Parameter]:
         """Weights of the layers' linear maps, each as it is, fused or not; the EMA and the maps to queries and keys are not."""
         return [cast(nn.Parameter, module.weight) for module in self.layers.modules() if isinstance(module, nn.Linear)]
+
+    def flops(self, length: int) -> float:
+        """Two per weight; attention over a chunk; and the EMA, by blocks: inside them, into states and out of them."""
+        weights = sum(parameter.numel() for parameter in self.matrices())
+        sizes = self.settings
+        attention = 2 * min(length, self.chunk_size) * (sizes["shared_representation_size"] + sizes["intermediate_size"])
+        ema = 2 * self.hidden_size * (BLOCK + 4 * sizes["ema_projection_size"])
+        return 2 * weights + len(self.layers) * (attention + ema)
 
     def layer_kinds(self) -> list[str]:
         """All alike."""

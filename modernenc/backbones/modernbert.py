@@ -123,6 +123,12 @@ class ModernBERT(nn.Module):
         """All matrices of the layers; Wqkv and the GLU's Wi count as one each, unsplit."""
         return [parameter for parameter in self.layers.parameters() if parameter.ndim == 2]
 
+    def flops(self, length: int) -> float:
+        """Two per weight; and two products, of queries with keys and of scores with values, over what a token attends to."""
+        weights = sum(parameter.numel() for parameter in self.matrices())
+        reach = {"global": length, "local": min(length, self.local_attention + 1)}
+        return 2 * weights + sum(4 * self.hidden_size * reach[kind] for kind in self.layer_kinds())
+
     def layer_kinds(self) -> list[str]:
         """Global or local."""
         return ["global" if index % self.global_attn_every_n_layers == 0 else "local" for index in range(len(self.layers))]

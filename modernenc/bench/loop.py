@@ -24,11 +24,9 @@ SHARE_OF = 50
 
 def main(config: Run) -> None:
     """Measure and print the ratio to the bare loop, and the cost of saving."""
-    name, phase = next(iter(config.phases.items()))
-    phase.ramp.tokens, phase.warmup_tokens = 0, 0
+    only(config, next(iter(config.phases)), STEPS)
+    (phase,) = config.phases.values()
     step_tokens = phase.batch_rows * phase.seq_len
-    phase.tokens = step_tokens * STEPS
-    config.phases = {name: phase}
     config.validation.tokens_per_source = phase.seq_len
     config.checkpoint.every_minutes = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -45,8 +43,16 @@ def main(config: Run) -> None:
     show(config, seconds, saves)
 
 
-def bare(config: Run) -> float:
-    """Seconds a step of the least that can be written."""
+def only(config: Run, name: str, steps: int) -> None:
+    """Leave of a run so many full steps of one phase."""
+    phase = config.phases[name]
+    phase.ramp.tokens, phase.warmup_tokens = 0, 0
+    phase.tokens = phase.batch_rows * phase.seq_len * steps
+    config.phases = {name: phase}
+
+
+def bare(config: Run, steps: int = STEPS, warmup: int = WARMUP) -> float:
+    """Seconds a step of the least that can be written, after some to warm up."""
     import torch
 
     from modernenc import optim
@@ -62,8 +68,8 @@ def bare(config: Run) -> float:
     objective = build_objective(config).to(device)
     optimizers = optim.build(objective, config.optim)
     started = 0.0
-    for number, step in enumerate(islice(loader, STEPS)):
-        if number == WARMUP:
+    for number, step in enumerate(islice(loader, steps)):
+        if number == warmup:
             started = time.perf_counter()
         for micro_batch in step.micro_batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=config.trainer.precision == "bf16-mixed"):
@@ -72,7 +78,7 @@ def bare(config: Run) -> float:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    return (time.perf_counter() - started) / (STEPS - WARMUP)
+    return (time.perf_counter() - started) / (steps - warmup)
 
 
 def whole(run: Run) -> list[float]:
