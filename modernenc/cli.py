@@ -35,7 +35,7 @@ def run(schema: type[Config], groups: tuple[str, ...], config_name: str, job: Ca
 
     def main(cfg: DictConfig) -> None:
         if not verbose:
-            del os.environ[_TRACEBACK]
+            os.environ.pop(_TRACEBACK, None)
         with one_line_errors(verbose):  # Hydra would report the job's errors in its own way
             config = typed(cfg, schema, groups)
             if isinstance(config, Run) and config.rehearse:

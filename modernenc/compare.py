@@ -12,6 +12,8 @@ from modernenc.averaging import KINDS
 from modernenc.cli import one_line_errors
 from modernenc.config import Run
 
+_WIDTH = 100
+
 if TYPE_CHECKING:
     from modernenc.validation import Score
 
@@ -57,6 +59,7 @@ def compare(paths: list[Path], averages: list[str]) -> dict[str, tuple[int, dict
 
 def show(compared: dict[str, tuple[int, dict[str, "Score"]]]) -> None:
     """Print a table, the lowest loss marked."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
@@ -64,15 +67,14 @@ def show(compared: dict[str, tuple[int, dict[str, "Score"]]]) -> None:
 
     sources = list(next(iter(compared.values()))[1])
     best = min(scores[ALL].loss for _, scores in compared.values())
-    table = Table(title="validation, 15 % predicted: nats per token", title_justify="left")
-    table.add_column("", overflow="fold")
-    for name in ("at token", *sources, "accuracy"):
-        table.add_column(name, justify="right")
+    table = Table(title="validation, 15 % predicted: nats per token", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("", "at token", *sources, "accuracy"):
+        table.add_column(name, justify="right" if name else "left", overflow="fold")
     for name, (tokens, scores) in compared.items():
-        losses = [f"{scores[source].loss:.4f}" for source in sources]
+        losses = [f"{scores[source].loss:.3f}" for source in sources]
         marked = "*" if scores[ALL].loss == best else ""
-        table.add_row(name + marked, f"{tokens:,}", *losses, f"{scores[ALL].accuracy:.2%}")
-    Console().print(table)
+        table.add_row(name + marked, f"{tokens:,}", *losses, f"{scores[ALL].accuracy:.1%}")
+    Console(width=_WIDTH).print(table)
     print("* the lowest")
 
 

@@ -14,6 +14,7 @@ from test_training import FINAL, same, train
 from modernenc import checkpoints
 from modernenc.branch import ABANDONED
 from modernenc.checkpoints import read
+from modernenc.compare import compare
 from modernenc.config import load
 from modernenc.lineage import read as read_lineage
 from modernenc.metrics import Table
@@ -286,3 +287,17 @@ def test_the_command_line_branches_and_rolls_back(finished, corpus_root, tmp_pat
     assert result.returncode == 0, result.stderr
     assert not same(finished / FINAL, tmp_path / "branch" / FINAL)
     assert "add --rollback" in command("modernenc.resume", str(checkpoint), "--skip-tokens", "512").stderr
+
+
+def test_several_decays_from_one_checkpoint_are_one_command(small_run, tmp_path):
+    folder = train(small_run("checkpoint.keep_last=9"))
+    checkpoint = folder / "checkpoints" / "end-of-extend.ckpt"
+    result = command(
+        "modernenc.train", "--multirun", "+recipe=demo", *SMALL, f"data.root={small_run().data.root}", f"+from={checkpoint}",
+        f"run_dir={tmp_path}/decay-${{phases.decay.tokens}}", "phases.decay.tokens=1500,3000",
+        f"hydra.sweep.dir={tmp_path}/sweep",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    short, long = tmp_path / "decay-1500.0", tmp_path / "decay-3000.0"
+    assert same(long / FINAL, folder / FINAL)  # the same settings as the run that it branched off
+    assert list(compare([short, long], [])) == [short.name, long.name]

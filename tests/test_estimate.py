@@ -89,8 +89,8 @@ def peak(run: Run, corpus: Corpus) -> int:
     train()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         train()
-    assert profiled.profiler is not None
-    events: list[Any] = profiled.profiler.kineto_results.events()
+    profiler: Any = profiled.profiler
+    events = profiler.kineto_results.events()
     changes = accumulate(event.nbytes() for event in events if event.name() == "[memory]")
     states = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
     lasting = [*objective.parameters(), *(state for state in states if isinstance(state, torch.Tensor))]
