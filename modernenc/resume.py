@@ -69,7 +69,7 @@ def resume(path: Path, overrides: list[str]) -> None:
     if checkpoint is None:
         if run.branch_from:
             raise FileNotFoundError(f"{run.run_dir} has lost its branch.ckpt; branch again, into another run_dir")
-        return _go_on(_changed(run, overrides), None, {"event": "resume", "checkpoint": ""})
+        return _go_on(changed(run, overrides), None, {"event": "resume", "checkpoint": ""})
     content = checkpoints.read(checkpoint)
     event = {"event": "resume", "checkpoint": checkpoint.stem}
     if content["run"]["rollbacks"] > run.rollbacks:  # a rollback was cut short once its checkpoint was written
@@ -79,7 +79,7 @@ def resume(path: Path, overrides: list[str]) -> None:
     if path.suffix == ".ckpt" and any(checkpoints.order(checkpoint) < other for other in others):
         content = go_back(run, content, {"event": "rollback", "checkpoint": checkpoint.stem})
         event = content["event"]
-    _go_on(_changed(run, overrides), content, event)
+    _go_on(changed(run, overrides), content, event)
 
 
 def rollback(path: Path, overrides: list[str], skip_tokens: int) -> None:
@@ -101,7 +101,7 @@ def rollback(path: Path, overrides: list[str], skip_tokens: int) -> None:
     content = checkpoints.read(checkpoint)
     before = take_up(content, at.run_dir)
     before.rollbacks = at.rollbacks
-    run = _changed(before, overrides)
+    run = changed(before, overrides)
     check_settings(run)
     run = _rescaled(before, run, overrides)
     for name in done_phases(before, content["state"]["tokens_seen"]):
@@ -147,7 +147,8 @@ def _go_on(run: Run, content: dict[str, Any] | None, event: dict[str, Any]) -> N
     fit(run, curriculum, corpus, content, event)
 
 
-def _changed(run: Run, overrides: list[str]) -> Run:
+def changed(run: Run, overrides: list[str]) -> Run:
+    """The run with KEY=VALUE settings changed."""
     from omegaconf import OmegaConf
 
     return cast(Run, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(run), OmegaConf.from_dotlist(overrides))))

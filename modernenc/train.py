@@ -22,7 +22,8 @@ def main(config: Run) -> None:
     check_hardware(config)
     check_backbone(config)
     check_optim(config)
-    check_init(config, corpus)
+    if not config.branch_from:
+        check_init(config, corpus)
 
     from modernenc.data.loader import open_mixes
     from modernenc.fit import fit, start  # torch and Lightning take seconds to import: mistakes are told before

@@ -17,6 +17,7 @@ from conftest import ROOT, SMALL, command
         "modernenc.resume",
         "modernenc.export",
         "modernenc.compare",
+        "modernenc.remaining",
         "modernenc.report",
         "modernenc.launch",
         "data_prep",

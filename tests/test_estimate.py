@@ -1,6 +1,7 @@
 """What the plan says of FLOPs, memory and hours, against what happens."""
 
 import json
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -133,3 +134,17 @@ def test_checkpoints_are_as_large_as_planned(small_run):
     parameters, states = estimate.parameters(run)
     size = (folder / FINAL).stat().st_size
     assert size - 4 * (parameters + states) < 120_000  # names, positions, settings
+
+
+def test_what_is_left_of_a_run_is_told_under_its_own_and_under_changed_settings(small_run):
+    run = small_run("checkpoint.keep_last=20")
+    folder = train(run)
+    curriculum = Curriculum(run.phases)
+    boundary = folder / "checkpoints" / "end-of-stable.ckpt"
+    left = command("modernenc.remaining", str(boundary)).stdout
+    steps = curriculum.total_steps - sum(level.steps for level in curriculum.levels_of("stable"))
+    assert f"{curriculum.total_tokens - curriculum.end_of('stable'):,}" in left and f" {steps} " in left
+    longer = command("modernenc.remaining", str(boundary), "phases.decay.tokens=6000")
+    grown = Curriculum({**run.phases, "decay": replace(run.phases["decay"], tokens=6000)})
+    assert f"{grown.total_tokens - grown.end_of('stable'):,}" in longer.stdout, longer.stderr
+    assert "│ all    │      0 │     0 │" in command("modernenc.remaining", str(folder)).stdout
