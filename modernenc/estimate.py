@@ -225,9 +225,9 @@ def _bytes_kept(settings: str, depth: int, tokens: int, document: int) -> float:
     backbone |= {"num_hidden_layers": depth, "vocab_size": 1}
     with torch.device("meta"):
         objective = objective_with(backbone)
-    objective = objective.to_empty(device="cpu").train()
-    for weight in objective.parameters():
-        weight.detach().zero_()  # what memory held before may be numbers that are slow to reckon with
+    # Not `to_empty`, which imports torch's compiler.
+    weights = {name: torch.zeros(weight.shape) for name, weight in objective.state_dict().items()}
+    objective.load_state_dict(weights, assign=True)
     recompute(objective.backbone, recompute_every)
     lengths = [document] * (tokens // document) + ([tokens % document] if tokens % document else [])
     places = torch.linspace(0, tokens - 1, round(tokens * SAMPLE_RATIO)).long()
