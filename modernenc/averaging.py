@@ -12,9 +12,6 @@ from typing import Any
 
 from modernenc.curriculum import one_minus_sqrt
 
-HALF_LIFE = 1
-"""Checkpoints after which one counts half, in an exponential average."""
-
 
 def uniform(number: int) -> list[float]:
     """All alike: Izmailov et al. 2018, arXiv:1803.05407."""
@@ -22,8 +19,8 @@ def uniform(number: int) -> list[float]:
 
 
 def exponential(number: int) -> list[float]:
-    """Each counts twice as much as the one `HALF_LIFE` before it."""
-    shares = [2 ** (index / HALF_LIFE) for index in range(number)]
+    """Each counts twice as much as the one before it."""
+    shares = [2.0**index for index in range(number)]
     return [share / sum(shares) for share in shares]
 
 

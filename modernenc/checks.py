@@ -11,6 +11,7 @@ from typing import Any
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
+from modernenc.estimate import DEVICES
 
 ACCELERATORS = ("auto", "cpu", "gpu")
 PRECISIONS = ("bf16-mixed", "32-true")
@@ -148,6 +149,13 @@ def _check_values(run: Run) -> None:
     require(trainer.determinism in DETERMINISM, "trainer.determinism", trainer.determinism, f"one of {', '.join(DETERMINISM)}")
     require(trainer.recompute_every >= 0, "trainer.recompute_every", trainer.recompute_every, "a number of blocks, or 0")
     require(run.watch.action in ACTIONS, "watch.action", run.watch.action, f"one of {', '.join(ACTIONS)}")
+    require(
+        run.estimate.device in ("", *DEVICES),
+        "estimate.device",
+        run.estimate.device,
+        f"one of {', '.join(DEVICES)}, or nothing",
+    )
+    require(0 < run.estimate.mfu <= 1, "estimate.mfu", run.estimate.mfu, "a share in (0, 1]")
     require(run.init.layers in LAYERS, "init.layers", run.init.layers, f"one of {', '.join(LAYERS)}")
     require(run.clip_grad_norm >= 0, "clip_grad_norm", run.clip_grad_norm, "a norm, or 0 for no limit")
     muon = str(run.optim.get("_target_", "")).endswith(".muon") if isinstance(run.optim, dict) else False

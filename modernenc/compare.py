@@ -12,10 +12,10 @@ from modernenc.averaging import KINDS
 from modernenc.cli import one_line_errors
 from modernenc.config import Run
 
-_WIDTH = 100
-
 if TYPE_CHECKING:
     from modernenc.validation import Score
+
+_WIDTH = 100
 
 
 def main() -> None:
@@ -44,7 +44,8 @@ def compare(paths: list[Path], averages: list[str]) -> dict[str, tuple[int, dict
         run, checkpoint = locate(path)
         if checkpoint is None:
             raise FileNotFoundError(f"{path} holds no checkpoint yet")
-        found[checkpoint.stem if path.suffix == ".ckpt" else path.name] = run, checkpoint
+        name = checkpoint.stem if path.suffix == ".ckpt" else path.name
+        found[str(path) if name in found else name] = run, checkpoint
     first = next(iter(found.values()))[0]
     validator = Validator(first, Curriculum(first.phases), Corpus.of(first.data))
 

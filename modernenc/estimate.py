@@ -131,7 +131,7 @@ def warnings(run: Run, curriculum: Curriculum, corpus: Corpus | None) -> Iterato
         if uneven := [level.batch_rows for level in levels if level.batch_rows % ranks]:
             yield f"phases.{name}: {uneven[0]} rows do not divide among {ranks} ranks: some wait for others"
         first = curriculum.at(curriculum.start_of(name)).lr
-        if before and first and not 0.2 <= first / before[1] <= 5:
+        if before and before[1] and first and not 0.2 <= first / before[1] <= 5:
             yield f"phases.{name}.lr: jumps from {before[1]:.3g} at the end of {before[0]} to {first:.3g}"
         before = name, curriculum.at(levels[-1].end_tokens - levels[-1].step_tokens).lr
         if given := run.estimate.device:
@@ -234,7 +234,7 @@ def _bytes_kept(settings: str, depth: int, tokens: int, document: int) -> float:
     ends = torch.tensor([0, *lengths]).cumsum(0).int()
     ids = torch.zeros(tokens, dtype=torch.long)
     batch = MicroBatch(ids, ends, max(lengths), places, torch.zeros(len(places), dtype=torch.long), 0)
-    with _counted({id(parameter) for parameter in objective.parameters()}) as kept:
+    with kept_bytes({id(parameter) for parameter in objective.parameters()}) as kept:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
             loss, _ = objective(batch)
         del loss
@@ -242,8 +242,8 @@ def _bytes_kept(settings: str, depth: int, tokens: int, document: int) -> float:
 
 
 @contextmanager
-def _counted(weights: set[int]) -> Iterator[dict[int, int]]:
-    """Bytes of the storages that autograd keeps, by address, but those of weights."""
+def kept_bytes(weights: set[int]) -> Iterator[dict[int, int]]:
+    """Bytes of the storages that autograd keeps, by address; weights, by identity, are left out."""
     import torch
 
     kept: dict[int, int] = {}

@@ -117,8 +117,11 @@ def _from_hugging_face(folder: Path, run: Run) -> Source:
             f"expected {' or '.join(kind.HUGGING_FACE_TYPES)}"
         )
     weights = our_names(dict(_tensors(folder)), kind.HUGGING_FACE_NAMES)
-    with torch.device("meta"):
-        backbone = kind(**kind.settings_from_hugging_face(config))
+    try:
+        with torch.device("meta"):
+            backbone = kind(**kind.settings_from_hugging_face(config))
+    except KeyError as error:
+        raise ValueError(f"{folder / 'config.json'} has no {error}; expected what save_pretrained writes") from error
     own = {f"backbone.{name}" for name, _ in backbone.named_parameters()}
     lacking = sorted(own - weights.keys())
     if lacking:

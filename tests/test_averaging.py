@@ -1,6 +1,7 @@
 """Averages of checkpoints, alone, exported, and beside their members."""
 
 import math
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -69,6 +70,9 @@ def test_averages_are_exported_and_compared(checkpoints, tmp_path):
     assert compared["run"][1][ALL].loss == pytest.approx(float(recorded), rel=2e-3)  # in fp32 here, in bf16 there
     result = command("modernenc.compare", str(found[0]), str(folder / FINAL), "--average", "uniform")
     assert result.returncode == 0, result.stderr
+    twin = tmp_path / "twin" / "run"
+    shutil.copytree(folder, twin)
+    assert len(compare([folder, twin], [])) == 2  # of one name, and not one
     assert "average: uniform" in result.stdout and "* the lowest" in result.stdout
 
 

@@ -66,6 +66,8 @@ def test_a_plan_is_printed_for_programs_drawn_and_compared(tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     compared = command("modernenc.plan", "+recipe=base", "--against", "large").stdout
     assert "149,655,232" in compared and "395,881,664" in compared and "phases.stable.ramp.start_rows" in compared
+    device = command("modernenc.plan", "+recipe=base", "estimate.device=b300")
+    assert device.returncode == 2 and "estimate.device=b300: expected one of a100, h100" in device.stderr
     unknown = command("modernenc.plan", "+recipe=base", "--against", "huge")
     assert unknown.returncode == 2 and "recipe huge: there is none; there are adapt, base" in unknown.stderr
 

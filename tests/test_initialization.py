@@ -152,6 +152,8 @@ def test_what_cannot_be_begun_with_is_named(small_run, tmp_path):
     shutil.copytree(tmp_path / "exported", tmp_path / "bert")
     config = json.loads((tmp_path / "bert/config.json").read_text())
     (tmp_path / "bert/config.json").write_text(json.dumps({**config, "model_type": "bert"}))
+    shutil.copytree(tmp_path / "exported", tmp_path / "short")
+    (tmp_path / "short/config.json").write_text('{"model_type": "modernbert"}')
     source = f"init.source={folder / FINAL}"
     for settings, said in (
         ([f"init.source={tmp_path / 'nothing'}"], "no config.json; name a checkpoint"),
@@ -160,6 +162,7 @@ def test_what_cannot_be_begun_with_is_named(small_run, tmp_path):
             [f"init.source={tmp_path / 'bert'}"],
             "is of model_type bert, which ModernBERT cannot begin with; expected modernbert",
         ),
+        ([f"init.source={tmp_path / 'short'}"], "config.json has no 'vocab_size'"),
         ([source, "backbone.hidden_size=16"], "a backbone begins with the weights of one that is not wider"),
         ([source, "backbone.vocab_size=600"], "set backbone.vocab_size=512, or, for another tokenizer, init.tokenizer=FILE"),
         ([source, "init.tokenizer=nowhere.json"], "init.tokenizer=nowhere.json does not exist"),

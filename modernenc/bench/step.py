@@ -55,21 +55,13 @@ def main(config: Run) -> None:
 
 def memory(config: Run, name: str) -> tuple[float, float] | None:
     """Bytes at the peak of a step, weights and libraries left out, and those kept for the backward pass; None when too many."""
-    import torch
+    from modernenc.estimate import kept_bytes
 
     loss = _losses(config, [name])[name]
     resource.setrlimit(resource.RLIMIT_DATA, (_rss() + _free(), resource.RLIM_INFINITY))
     before = _rss()
-    kept: dict[int, int] = {}
-    weights = {id(weight) for weight in loss.weights}
-
-    def keep(tensor: "Tensor") -> "Tensor":
-        if id(tensor) not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
     try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with kept_bytes({id(weight) for weight in loss.weights}) as kept:
             value = loss()
         value.backward()
     except RuntimeError as error:
