@@ -5,6 +5,7 @@ See it first with `python -m modernenc.plan`, rehearse it in a minute with `rehe
 """
 
 import logging
+import sys
 from pathlib import Path
 
 from modernenc import lineage, ranks
@@ -54,6 +55,13 @@ def main(config: Run) -> None:
     fit(config, curriculum, corpus, content, event)
 
 
+def _from_where_it_leads_now(argument: str) -> str:
+    """`+from=` without links on its way: each branch of a --multirun makes itself the `latest` of its folder."""
+    key, _, value = argument.partition("=")
+    return f"{key}={Path(value).resolve()}" if key == "+from" and Path(value).exists() else argument
+
+
 if __name__ == "__main__":
+    sys.argv = [_from_where_it_leads_now(argument) for argument in sys.argv]
     register()
     run(Run, ("recipe",), "train", main)

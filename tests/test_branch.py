@@ -291,7 +291,7 @@ def test_the_command_line_branches_and_rolls_back(finished, corpus_root, tmp_pat
 
 def test_several_decays_from_one_checkpoint_are_one_command(small_run, tmp_path):
     folder = train(small_run("checkpoint.keep_last=9"))
-    checkpoint = folder / "checkpoints" / "end-of-extend.ckpt"
+    checkpoint = tmp_path / "latest" / "checkpoints" / "end-of-extend.ckpt"
     result = command(
         "modernenc.train", "--multirun", "+recipe=demo", *SMALL, f"data.root={small_run().data.root}", f"+from={checkpoint}",
         f"run_dir={tmp_path}/decay-${{phases.decay.tokens}}", "phases.decay.tokens=1500,3000",
