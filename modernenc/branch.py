@@ -15,10 +15,11 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from modernenc import checkpoints, lineage, plan
-from modernenc.config import CONFIG, Run, plain, save
+from modernenc.config import CONFIG, TASK_FILES, Run, plain, save
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
-from modernenc.data.loader import DataState, Steps
+from modernenc.data.loader import DataState, Steps, fingerprint
+from modernenc.model import build_objectives, weights_of
 
 ABANDONED = "abandoned"
 """Folder of a run that holds, by number, what its rollbacks gave up."""
@@ -44,7 +45,7 @@ def differences(one: Any, other: Any, key: str = "") -> Iterator[tuple[str, Any,
 def check_same_run(run: Run, checkpoint: Path, content: dict[str, Any]) -> None:
     """Raise ValueError when a checkpoint was trained under other settings than its run folder holds."""
     for key, there, here in differences(content["run"], plain(run)):
-        if not key.startswith(PLACE):
+        if not key.startswith(PLACE) and not TASK_FILES.match(key):
             raise ValueError(
                 f"{checkpoint} was trained with {key}={there}, but {Path(run.run_dir) / CONFIG} has {here}: it is of another "
                 f"run; start from it with python -m modernenc.train +recipe=NAME +from={checkpoint}"
@@ -53,7 +54,7 @@ def check_same_run(run: Run, checkpoint: Path, content: dict[str, Any]) -> None:
 
 def done_phases(run: Run, tokens_seen: int) -> list[str]:
     """Phases that end at a position or before it."""
-    return [name for name in run.phases if Curriculum(run.phases).end_of(name) <= tokens_seen]
+    return [name for name in run.phases if Curriculum.of(run).end_of(name) <= tokens_seen]
 
 
 def fork(run: Run, corpus: Corpus, content: dict[str, Any], skip_tokens: int = 0) -> dict[str, Any]:
@@ -71,12 +72,12 @@ def fork(run: Run, corpus: Corpus, content: dict[str, Any], skip_tokens: int = 0
     done = list(old["phases"])[: list(old["phases"]).index(state["phase"]) + 1]
     if list(new["phases"])[: len(done)] != done:
         raise ValueError(f"phases={', '.join(new['phases'])}: the checkpoint has trained {', '.join(done)}, which come first")
-    fixed = (*_HISTORY, *(f"phases.{phase}.{key}" for phase in done for key in ("mix", "seq_len")))
+    fixed = (*_HISTORY, *(f"phases.{phase}.{key}" for phase in done for key in ("mix", "seq_len", "objectives")))
     for key, there, here in differences(old, new):
         if key.startswith(fixed):
             raise ValueError(f"{key}={here}, but {there} in the checkpoint: what it has trained already cannot change")
-    curriculum, position = Curriculum(run.phases), state["tokens_seen"]
-    for was, would_be in zip_longest(_levels(Curriculum(before.phases), position), _levels(curriculum, position)):
+    curriculum, position = Curriculum.of(run), state["tokens_seen"]
+    for was, would_be in zip_longest(_levels(Curriculum.of(before), position), _levels(curriculum, position)):
         if was != would_be:
             raise ValueError(
                 f"phases.{was[0] if was else would_be[0]}: up to {position:,} tokens, where the checkpoint is, it had "
@@ -89,19 +90,27 @@ def fork(run: Run, corpus: Corpus, content: dict[str, Any], skip_tokens: int = 0
         **state,
         "data": data,
         "boundary": position in {curriculum.end_of(phase) for phase in run.phases},
-        "corpus": corpus.fingerprint(phase.mix for phase in run.phases.values()),
+        "corpus": fingerprint(run, corpus),
     }
-    return {"weights": content["weights"], "optimizers": content["optimizers"], "run": new, "state": state}
+    weights = content["weights"] if old["tasks"].keys() == new["tasks"].keys() else _with_heads(run, content["weights"])
+    return {"weights": weights, "optimizers": content["optimizers"], "run": new, "state": state}
 
 
-def _said(level: tuple[str, int, int, int] | None) -> str:
+def _with_heads(run: Run, weights: dict[str, Any]) -> dict[str, Any]:
+    """The weights with new heads for tasks that they have none for, and without those of tasks that the run has not."""
+    heads = {name: value.detach() for name, value in weights_of(build_objectives(run)).items() if name.startswith("tasks.")}
+    others = {name: value for name, value in weights.items() if not name.startswith("tasks.")}
+    return {**others, **{name: weights.get(name, value) for name, value in heads.items()}}
+
+
+def _said(level: tuple[str, int, int, int, tuple[int, ...]] | None) -> str:
     return f"{level[1]:,} rows of {level[2]:,} tokens from step {level[3]:,} on" if level else "no further steps"
 
 
-def _levels(curriculum: Curriculum, tokens_seen: int) -> list[tuple[str, int, int, int]]:
+def _levels(curriculum: Curriculum, tokens_seen: int) -> list[tuple[str, int, int, int, tuple[int, ...]]]:
     """The stretches of equal steps that lead to a position."""
     return [
-        (level.phase, level.batch_rows, level.seq_len, level.first_step)
+        (level.phase, level.batch_rows, level.seq_len, level.first_step, level.sizes)
         for level in curriculum.levels
         if level.first_tokens < tokens_seen
     ]

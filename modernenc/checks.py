@@ -5,11 +5,12 @@ import importlib.util
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from modernenc.config import Run
-from modernenc.curriculum import Curriculum
+from modernenc.curriculum import Curriculum, reads_text
 from modernenc.data.blocks import Corpus
 from modernenc.estimate import DEVICES
 
@@ -31,8 +32,15 @@ def check_run(run: Run) -> tuple[Curriculum, Corpus]:
             f"backbone.vocab_size={run.backbone['vocab_size']} is smaller than the {corpus.vocab_size} entries of "
             f"{corpus.tokenizer_file}; raise it"
         )
+    for name, task in run.tasks.items():
+        if name in corpus.sources:
+            raise ValueError(f"tasks.{name}: {corpus.store} has a source of this name; give the task another")
+        from modernenc.data.choices import read  # with torch
+
+        for key in ("train", "validation"):
+            read(Path(getattr(task, key)), f"tasks.{name}.{key}")
     for name, phase in run.phases.items():
-        for path in corpus.slices(phase.mix, f"phases.{name}.mix"):
+        for path in corpus.slices(phase.mix, f"phases.{name}.mix") if reads_text(phase) else ():
             blocks = corpus.counts(path)["blocks"]
             if blocks < run.data.lanes:
                 raise ValueError(
@@ -44,11 +52,17 @@ def check_run(run: Run) -> tuple[Curriculum, Corpus]:
 
 def check_settings(run: Run) -> Curriculum:
     """The curriculum of a run whose settings fit each other, whatever the data; ValueError names the first that does not."""
-    curriculum = Curriculum(run.phases)
+    curriculum = Curriculum.of(run)
     _check_values(run)
     _check_ranks(run)
-    _check_arguments("optim", run.optim, given=("objective", "backbone"))
+    _check_arguments("optim", run.optim, given=("parameters", "matrices"))
     backbone = _check_arguments("backbone", run.backbone)
+    for name, task in run.tasks.items():
+        if task.seq_len > run.backbone["max_position"]:
+            raise ValueError(
+                f"tasks.{name}.seq_len={task.seq_len} exceeds backbone.max_position={run.backbone['max_position']}; "
+                "lower it or raise backbone.max_position"
+            )
     for name, phase in run.phases.items():
         if phase.seq_len > run.backbone["max_position"]:
             raise ValueError(
@@ -85,19 +99,19 @@ def check_backbone(run: Run) -> None:
     """Raise ValueError when the backbone cannot be built with its settings."""
     import torch
 
-    from modernenc.model import build_objective
+    from modernenc.model import build_objectives
 
     with _built("backbone", run.backbone), torch.device("meta"):
-        build_objective(run)
+        build_objectives(run)
 
 
 def check_init(run: Run, corpus: Corpus) -> None:
     """Raise ValueError or FileNotFoundError when the weights to begin with are not there, or do not fit."""
     if run.init.source:
         from modernenc.initialization import initialise
-        from modernenc.model import build_objective
+        from modernenc.model import build_objectives
 
-        initialise(build_objective(run), run, corpus.tokenizer_file)
+        initialise(build_objectives(run).masked_lm, run, corpus.tokenizer_file)
 
 
 def check_optim(run: Run) -> None:
@@ -106,10 +120,12 @@ def check_optim(run: Run) -> None:
 
     from modernenc import optim
 
-    objective: Any = nn.Linear(2, 2)  # optimizers only look at their settings: any weights will do
-    objective.backbone = SimpleNamespace(matrices=lambda: [objective.weight])
+    linear = nn.Linear(2, 2)  # optimizers only look at their settings: any weights will do
+    objectives: Any = SimpleNamespace(
+        masked_lm=linear, backbone=SimpleNamespace(matrices=lambda: [linear.weight]), tasks=nn.ModuleDict()
+    )
     with _built("optim", run.optim):
-        optim.build(objective, run.optim)
+        optim.build(objectives, run.optim)
 
 
 @contextmanager
@@ -186,7 +202,12 @@ def _check_ranks(run: Run) -> None:
         )
     # Rank r serves the lanes l with l mod ranks = r: where the lanes start over, its next row may be that much further.
     needed = ranks + run.data.lanes % ranks
+    for name, task in run.tasks.items():
+        if task.batch_items < ranks:
+            raise ValueError(f"tasks.{name}.batch_items={task.batch_items}: {ranks} ranks need at least one item each")
     for name, phase in run.phases.items():
+        if not reads_text(phase):
+            continue
         key, rows = ("ramp.start_rows", phase.ramp.start_rows) if phase.ramp.tokens else ("batch_rows", phase.batch_rows)
         if rows < needed:
             raise ValueError(

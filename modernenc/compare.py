@@ -36,7 +36,7 @@ def compare(paths: list[Path], averages: list[str]) -> dict[str, tuple[int, dict
     from modernenc.checkpoints import read
     from modernenc.curriculum import Curriculum
     from modernenc.data.blocks import Corpus
-    from modernenc.model import locate, objective_of
+    from modernenc.model import locate, masked_lm_of
     from modernenc.validation import Score, Validator
 
     found: dict[str, tuple[Run, Path]] = {}
@@ -47,10 +47,10 @@ def compare(paths: list[Path], averages: list[str]) -> dict[str, tuple[int, dict
         name = checkpoint.stem if path.suffix == ".ckpt" else path.name
         found[str(path) if name in found else name] = run, checkpoint
     first = next(iter(found.values()))[0]
-    validator = Validator(first, Curriculum(first.phases), Corpus.of(first.data))
+    validator = Validator(first, Curriculum.of(first), Corpus.of(first.data))
 
     def scores(run: Run, content: dict[str, Any]) -> tuple[int, dict[str, Score]]:
-        objective = objective_of(run, content)
+        objective = masked_lm_of(run, content)
         return content["state"]["tokens_seen"], {score.source: score for score in validator.first_scores(objective)}
 
     compared = {name: scores(run, read(checkpoint)) for name, (run, checkpoint) in found.items()}

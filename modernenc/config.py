@@ -4,6 +4,7 @@
 `conf/`, chosen in a recipe. Token budgets are floats so that `5e9` may be written; they must be whole.
 """
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,8 @@ CONF_DIR = _ROOT / "conf"
 RECIPES_DIR = _ROOT / "recipes"
 CONFIG = "config.yaml"
 """The file of a run folder that holds the resolved configuration."""
+TASK_FILES = re.compile(r"tasks\.\w+\.(train|validation)(=|$)")
+"""Settings that say where the files of tasks are: a run may be resumed with others, when they hold the same."""
 
 
 @dataclass
@@ -62,8 +65,29 @@ class Phase:
     """Share of the text tokens that are predicted, in (0, 1)."""
     mix: dict[str, float] = MISSING
     """Relative share of tokens by source (`wiki`), or by one slice of a source (`wiki/slice-001`); 0 leaves it out."""
+    objectives: dict[str, int] = field(default_factory=dict)
+    """How many of the steps of a cycle train what: `masked_lm`, or one of `tasks`; empty means masked LM alone. Without masked
+    LM a phase draws no text: its `batch_rows` is 0, its `mix` empty, and `seq_len` and `mask_ratio` are for validation."""
     backbone: dict[str, Any] = field(default_factory=dict)
     """Attributes of the backbone to set when the phase starts, such as `global_rope_theta`."""
+
+
+@dataclass
+class Task:
+    """Multiple choice, in the layout of SWAG: which of four endings a context goes on with."""
+
+    train: str = MISSING
+    """CSV file with the columns sent1, sent2, ending0 to ending3 and label, 0 to 3."""
+    validation: str = MISSING
+    """Another one, held out."""
+    validation_items: int = 1_000
+    """How many of its items are used, from the first on."""
+    seq_len: int = MISSING
+    """Length in tokens of a context with an ending, special tokens included; of longer ones the context's beginning is cut."""
+    batch_items: int = MISSING
+    """Items of the global batch, over all ranks and accumulation; the clock counts 4 x seq_len tokens for each."""
+    lr_factor: float = 1
+    """Learning rate of its steps, as a share of the phase's; more than 0."""
 
 
 @dataclass
@@ -242,6 +266,9 @@ class Run:
     clip_grad_norm: float = 0
     """Largest norm of a step's gradient, which is scaled down to it; 0 means no limit."""
     init: Init = field(default_factory=Init)
+    tasks: dict[str, Task] = field(default_factory=dict)
+    """What phases may train besides masked LM, by name, as `+task@tasks.swag=multiple_choice` adds one; each has a head of its
+    own on the backbone."""
     phases: dict[str, Phase] = MISSING
     """The curriculum, in the order written."""
     data: Data = field(default_factory=Data)

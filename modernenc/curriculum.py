@@ -1,17 +1,19 @@
 """The curriculum: a table of phases and one pure function of the tokens seen.
 
 `plan` prints this object, the trainer obeys it, the report draws it. The clock is `tokens_seen`: row capacity (rows x
-seq_len) of all optimizer steps so far, so that step and tokens determine each other in closed form.
+seq_len) of all optimizer steps so far, so that step and tokens determine each other in closed form. Each step trains one
+objective, masked LM or a task of multiple choice, in a cycle that a phase repeats.
 """
 
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
-from modernenc.config import Phase
+from modernenc.config import Phase, Run, Task
 
 
 def constant(progress: float, final: float) -> float:
@@ -44,28 +46,53 @@ LR_CURVES: dict[str, Callable[[float, float], float]] = {
 factor."""
 EQUAL = ("steps", "tokens")
 """What levels of a batch-size ramp may have the same number of."""
+MASKED_LM = "masked_lm"
+"""The objective that reads text; the others are tasks."""
+CHOICES = 4
+"""Endings of an item of multiple choice, each of which takes a row."""
 
 
 @dataclass(frozen=True)
 class Level:
-    """A stretch of equal steps: one ramp level of one phase."""
+    """A stretch of steps of the same batch: one ramp level of one phase."""
 
     phase: str
     batch_rows: int
     seq_len: int
+    cycle: tuple[str, ...]
+    """Objectives of successive steps, over and over."""
+    sizes: tuple[int, ...]
+    """Row capacity of each step of the cycle."""
     steps: int
     first_step: int
     first_tokens: int
-
-    @property
-    def step_tokens(self) -> int:
-        """Row capacity of one optimizer step."""
-        return self.batch_rows * self.seq_len
+    before: Counter[str]
+    """Steps of each objective before this level."""
 
     @property
     def end_tokens(self) -> int:
         """Tokens seen when the level is over."""
-        return self.first_tokens + self.steps * self.step_tokens
+        return self.first_tokens + self.tokens_of(self.steps)
+
+    @property
+    def last_step_tokens(self) -> int:
+        """Row capacity of its last step."""
+        return self.sizes[(self.steps - 1) % len(self.sizes)]
+
+    def tokens_of(self, steps: int) -> int:
+        """Row capacity of its first so many steps."""
+        cycles, rest = divmod(steps, len(self.sizes))
+        return cycles * sum(self.sizes) + sum(self.sizes[:rest])
+
+    def steps_of(self, tokens: int) -> int:
+        """Whole steps in its first so many tokens: the inverse."""
+        cycles, rest = divmod(tokens, sum(self.sizes))
+        return cycles * len(self.sizes) + bisect_right(list(accumulate(self.sizes)), rest)
+
+    def steps_for(self, objective: str, steps: int) -> int:
+        """How many of its first so many steps train an objective."""
+        cycles, rest = divmod(steps, len(self.cycle))
+        return cycles * self.cycle.count(objective) + self.cycle[:rest].count(objective)
 
 
 @dataclass(frozen=True)
@@ -75,12 +102,18 @@ class Point:
     tokens_seen: int
     step: int
     phase: str
-    phase_tokens: int
-    """Tokens seen since the phase started."""
+    objective: str
+    """What the step trains."""
+    step_tokens: int
+    """Row capacity of the step."""
+    first_row: int
+    """Number of the first row of text that this or a later step reads, counted from the start of the phase."""
+    first_item: int
+    """Number of a task's first item, counted from the start of the run; 0 for masked LM."""
     lr: float
     """Learning rate on the scale of `optim.lr`."""
     peak_lr: float
-    """Peak of the phase on the same scale."""
+    """Peak of the phase on the same scale, for the objective."""
     weight_decay: float
     batch_rows: int
     seq_len: int
@@ -88,25 +121,16 @@ class Point:
     backbone: dict[str, Any]
     """Attributes of the backbone set by this phase or, unless it says otherwise, by those before it."""
 
-    @property
-    def step_tokens(self) -> int:
-        """Row capacity of the step."""
-        return self.batch_rows * self.seq_len
-
-    @property
-    def first_row(self) -> int:
-        """Number of the step's first row, counted from the start of the phase."""
-        return self.phase_tokens // self.seq_len
-
 
 @dataclass(frozen=True)
 class Curriculum:
-    """The table of phases, in order.
+    """The table of phases, in order, and the tasks that they train.
 
-    Raises ValueError, naming the key, for a phase that cannot be trained.
+    Raises ValueError, naming the key, for a phase or a task that cannot be trained.
     """
 
     phases: dict[str, Phase]
+    tasks: dict[str, Task] = field(default_factory=dict)
     levels: tuple[Level, ...] = field(init=False)
     _backbone: dict[str, dict[str, Any]] = field(init=False)
 
@@ -115,9 +139,15 @@ class Curriculum:
             raise ValueError("phases is empty; a recipe needs at least one phase")
         for name, phase in self.phases.items():
             _check(name, phase)
-        object.__setattr__(self, "levels", tuple(_levels(self.phases)))
+        _check_tasks(self.phases, self.tasks)
+        object.__setattr__(self, "levels", tuple(_levels(self.phases, self.tasks)))
         attributes = accumulate((phase.backbone for phase in self.phases.values()), lambda before, new: {**before, **new})
         object.__setattr__(self, "_backbone", dict(zip(self.phases, attributes, strict=True)))
+
+    @classmethod
+    def of(cls, run: Run) -> "Curriculum":
+        """That of a run."""
+        return cls(run.phases, run.tasks)
 
     @property
     def total_tokens(self) -> int:
@@ -146,14 +176,20 @@ class Curriculum:
         index = bisect_right(self.levels, tokens_seen, key=lambda level: level.first_tokens) - 1
         level = self.levels[index]
         phase = self.phases[level.phase]
-        phase_tokens = tokens_seen - self.start_of(level.phase)
+        step = level.steps_of(tokens_seen - level.first_tokens)
+        objective = level.cycle[step % len(level.cycle)]
+        task = self.tasks.get(objective)
+        peak_lr = phase.lr * (task.lr_factor if task else 1)
         return Point(
             tokens_seen=tokens_seen,
-            step=level.first_step + (tokens_seen - level.first_tokens) // level.step_tokens,
+            step=level.first_step + step,
             phase=level.phase,
-            phase_tokens=phase_tokens,
-            lr=phase.lr * _lr_factor(phase, phase_tokens),
-            peak_lr=phase.lr,
+            objective=objective,
+            step_tokens=level.sizes[step % len(level.sizes)],
+            first_row=self._rows_before(level) + level.steps_for(MASKED_LM, step) * level.batch_rows,
+            first_item=(level.before[objective] + level.steps_for(objective, step)) * task.batch_items if task else 0,
+            lr=peak_lr * _lr_factor(phase, tokens_seen - self.start_of(level.phase)),
+            peak_lr=peak_lr,
             weight_decay=phase.weight_decay,
             batch_rows=level.batch_rows,
             seq_len=level.seq_len,
@@ -168,6 +204,49 @@ class Curriculum:
             yield point
             tokens_seen += point.step_tokens
 
+    def steps_by_objective(self, phase: str) -> dict[str, int]:
+        """How many steps of a phase train what."""
+        levels = self.levels_of(phase)
+        return {name: sum(level.steps_for(name, level.steps) for level in levels) for name in dict.fromkeys(levels[0].cycle)}
+
+    def text_of(self, phase: str) -> int:
+        """Row capacity of a phase's steps of masked LM."""
+        levels = self.levels_of(phase)
+        return sum(level.steps_for(MASKED_LM, level.steps) * level.batch_rows * level.seq_len for level in levels)
+
+    def _rows_before(self, level: Level) -> int:
+        """Rows of text of its phase before a level."""
+        earlier = (other for other in self.levels_of(level.phase) if other.first_step < level.first_step)
+        return sum(other.steps_for(MASKED_LM, other.steps) * other.batch_rows for other in earlier)
+
+
+def objectives_of(phase: Phase) -> dict[str, int]:
+    """What a phase trains, and in how many steps of a cycle."""
+    return {name: steps for name, steps in phase.objectives.items() if steps} or {MASKED_LM: 1}
+
+
+def reads_text(phase: Phase) -> bool:
+    """Whether masked LM is among what it trains."""
+    return MASKED_LM in objectives_of(phase)
+
+
+def tokens_of_cycle(phase: Phase, tasks: dict[str, Task]) -> dict[str, int]:
+    """Row capacity that each objective has of a cycle of full steps."""
+    sizes = {name: task.batch_items * CHOICES * task.seq_len for name, task in tasks.items()}
+    return {name: steps * sizes.get(name, phase.batch_rows * phase.seq_len) for name, steps in objectives_of(phase).items()}
+
+
+def cycle_of(phase: Phase) -> list[str]:
+    """The objectives of successive steps: at each, the one that lags its share the most."""
+    wanted = objectives_of(phase)
+    total = sum(wanted.values())
+    done = dict.fromkeys(wanted, 0)
+    cycle = []
+    for step in range(1, total + 1):
+        cycle.append(max(wanted, key=lambda name, step=step: wanted[name] * step - done[name] * total))
+        done[cycle[-1]] += 1
+    return cycle
+
 
 def _lr_factor(phase: Phase, tokens: int) -> float:
     """Share of the phase's peak learning rate, `tokens` after its start."""
@@ -178,18 +257,25 @@ def _lr_factor(phase: Phase, tokens: int) -> float:
     return LR_CURVES[phase.lr_curve](progress, phase.final_lr_factor)
 
 
-def _levels(phases: dict[str, Phase]) -> Iterator[Level]:
+def _levels(phases: dict[str, Phase], tasks: dict[str, Task]) -> Iterator[Level]:
     step = tokens = 0
+    before: Counter[str] = Counter()
     for name, phase in phases.items():
         start = tokens
+        cycle = cycle_of(phase)
         for batch_rows, budget in _budgets(phase):
-            step_tokens = batch_rows * phase.seq_len
+            capacity = tokens_of_cycle(replace(phase, batch_rows=batch_rows), tasks)
+            sizes = [capacity[objective] // cycle.count(objective) for objective in cycle]
+            endless = Level(name, batch_rows, phase.seq_len, tuple(cycle), tuple(sizes), 0, step, tokens, Counter(before))
             # The clock may already be past this level's budget: a level of the ramp then has no step at all.
-            steps = max(0, math.ceil((start + budget - tokens) / step_tokens))
+            left = math.ceil(start + budget) - tokens
+            steps = endless.steps_of(left - 1) + 1 if left > 0 else 0
             if steps:
-                yield Level(name, batch_rows, phase.seq_len, steps, step, tokens)
+                yield replace(endless, steps=steps)
+            before.update({objective: endless.steps_for(objective, steps) for objective in set(cycle)})
             step += steps
-            tokens += steps * step_tokens
+            tokens += endless.tokens_of(steps)
+            cycle = cycle[steps % len(cycle) :] + cycle[: steps % len(cycle)]
 
 
 def _budgets(phase: Phase) -> Iterator[tuple[int, float]]:
@@ -215,7 +301,16 @@ def _check(name: str, phase: Phase) -> None:
         require(float(getattr(phase, key)).is_integer(), key, getattr(phase, key), "a whole number of tokens")
     require(phase.tokens > 0, "tokens", phase.tokens, "a positive budget")
     require(phase.seq_len >= 8, "seq_len", phase.seq_len, "at least 8 tokens")
-    require(phase.batch_rows >= 1, "batch_rows", phase.batch_rows, "at least 1 row")
+    for objective, steps in phase.objectives.items():
+        require(steps >= 0, f"objectives.{objective}", steps, "a number of steps, 0 or more")
+    if reads_text(phase):
+        require(phase.batch_rows >= 1, "batch_rows", phase.batch_rows, "at least 1 row")
+        require(any(phase.mix.values()), "mix", phase.mix, "at least one source with a share, such as {wiki: 1}")
+    else:
+        why = f"since no step trains {MASKED_LM}"
+        require(phase.batch_rows == 0, "batch_rows", phase.batch_rows, f"0, {why}")
+        require(not any(phase.mix.values()), "mix", phase.mix, f"{{}}, {why}")
+        require(not ramp.tokens, "ramp.tokens", ramp.tokens, f"0, {why}")
     require(phase.lr > 0, "lr", phase.lr, "a positive learning rate")
     require(phase.lr_curve in LR_CURVES, "lr_curve", phase.lr_curve, f"one of {', '.join(LR_CURVES)}")
     require(0 <= phase.warmup_tokens <= phase.tokens, "warmup_tokens", phase.warmup_tokens, "at most the phase's tokens")
@@ -223,7 +318,6 @@ def _check(name: str, phase: Phase) -> None:
     require(0 <= phase.final_lr_factor <= 1, "final_lr_factor", phase.final_lr_factor, "a share in [0, 1]")
     require(phase.weight_decay >= 0, "weight_decay", phase.weight_decay, "0 or more")
     require(0 < phase.mask_ratio < 1, "mask_ratio", phase.mask_ratio, "a share in (0, 1)")
-    require(any(phase.mix.values()), "mix", phase.mix, "at least one source with a share, such as {wiki: 1}")
     for source, share in phase.mix.items():
         require(share >= 0, f"mix.{source}", share, "a share, or 0 to leave the source out")
     if ramp.tokens:
@@ -234,3 +328,24 @@ def _check(name: str, phase: Phase) -> None:
         )  # fmt: skip
         require(ramp.step_rows > 0, "ramp.step_rows", ramp.step_rows, "at least 1 row")
         require(ramp.equal in EQUAL, "ramp.equal", ramp.equal, f"one of {', '.join(EQUAL)}")
+
+
+def _check_tasks(phases: dict[str, Phase], tasks: dict[str, Task]) -> None:
+    """Raise ValueError for a task that cannot be trained, that is not, or that is not there."""
+    wanted = {objective: name for name, phase in phases.items() for objective in objectives_of(phase)}
+    for name, phase in wanted.items():
+        if name not in (MASKED_LM, *tasks):
+            raise ValueError(
+                f"phases.{phase}.objectives.{name}: there is no such task; expected {', '.join((MASKED_LM, *tasks))}, or say "
+                f"what it is in tasks.{name}"
+            )
+    for name, task in tasks.items():
+        if name in (MASKED_LM, "all") or "/" in name:
+            raise ValueError(f"tasks.{name}: the name is taken, or has a slash; choose another")
+        if name not in wanted:
+            raise ValueError(f"tasks.{name} is in the objectives of no phase; name it there, or leave it out")
+        for key, least in (("seq_len", 16), ("batch_items", 1), ("validation_items", 1)):
+            if getattr(task, key) < least:
+                raise ValueError(f"tasks.{name}.{key}={getattr(task, key)}: expected {least} or more")
+        if task.lr_factor <= 0:
+            raise ValueError(f"tasks.{name}.lr_factor={task.lr_factor}: expected more than 0")

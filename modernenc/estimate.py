@@ -10,13 +10,13 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from modernenc.config import Phase, Run
-from modernenc.curriculum import Curriculum
+from modernenc.curriculum import CHOICES, MASKED_LM, Curriculum, objectives_of, reads_text, tokens_of_cycle
 from modernenc.data.blocks import Corpus
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from modernenc.objectives.masked_lm import MaskedLM
+    from modernenc.objectives import Objectives
 
 WARMUP, STEPS = 2, 10
 """Steps of each phase that are measured, and those before."""
@@ -62,14 +62,14 @@ def parameters(run: Run) -> tuple[int, int]:
     """Numbers of the model, and of what the optimizer keeps beside them."""
     from modernenc.optim import state_numbers
 
-    objective = _on_meta(run)
-    count = sum(parameter.numel() for parameter in objective.parameters())
-    return count, state_numbers(run.optim["_target_"], objective, objective.backbone)
+    objectives = _on_meta(run)
+    count = sum(parameter.numel() for parameter in objectives.parameters())
+    return count, state_numbers(run.optim["_target_"], objectives)
 
 
 def document_length(phase: Phase, corpus: Corpus | None) -> int:
-    """Mean tokens of a document in a row, special tokens included; the row's length when the corpus is not there."""
-    if corpus is None:
+    """Mean tokens of a document in a row, special tokens included; the row's length when there is no text."""
+    if corpus is None or not reads_text(phase):
         return phase.seq_len
     shares = corpus.slices(phase.mix)
     documents = sum(share * corpus.counts(path)["documents"] / corpus.counts(path)["tokens"] for path, share in shares.items())
@@ -78,10 +78,13 @@ def document_length(phase: Phase, corpus: Corpus | None) -> int:
 
 def flops(run: Run, phase: Phase, corpus: Corpus | None) -> float:
     """Of matrix products per token of a phase, forward and backward: twice as many backward as forward."""
-    objective = _on_meta(run)
-    head = sum(parameter.numel() for parameter in objective.head.parameters() if parameter.ndim == 2)
-    predicted = 2 * (head + objective.decoder.weight.numel()) * phase.mask_ratio
-    return 3 * (objective.backbone.flops(document_length(phase, corpus)) + predicted)
+    model = _on_meta(run).masked_lm
+    head = sum(parameter.numel() for parameter in model.head.parameters() if parameter.ndim == 2)
+    predicted = 2 * (head + model.decoder.weight.numel()) * phase.mask_ratio
+    text = 3 * (model.backbone.flops(document_length(phase, corpus)) + predicted) if reads_text(phase) else 0
+    tokens = tokens_of_cycle(phase, run.tasks)
+    tasks = sum(tokens[name] * 3 * model.backbone.flops(run.tasks[name].seq_len) for name in tokens if name != MASKED_LM)
+    return (tokens.get(MASKED_LM, 0) * text + tasks) / sum(tokens.values())
 
 
 def memory(run: Run, phase: Phase, corpus: Corpus | None) -> Memory:
@@ -89,9 +92,15 @@ def memory(run: Run, phase: Phase, corpus: Corpus | None) -> Memory:
     ranks = run.trainer.devices * run.trainer.num_nodes
     split = ranks if run.trainer.strategy == "fsdp" else 1
     count, states = parameters(run)
-    rows = max(1, run.trainer.micro_batch_tokens // phase.seq_len)
-    tokens = min(rows, -(-phase.batch_rows // ranks)) * phase.seq_len
-    activations = _activations(run, phase, tokens, document_length(phase, corpus))
+    tokens = 0
+    if reads_text(phase):
+        rows = max(1, run.trainer.micro_batch_tokens // phase.seq_len)
+        tokens = min(rows, -(-phase.batch_rows // ranks)) * phase.seq_len
+    for task in (run.tasks[name] for name in objectives_of(phase) if name != MASKED_LM):
+        items = max(1, run.trainer.micro_batch_tokens // (CHOICES * task.seq_len))
+        tokens = max(tokens, min(items, -(-task.batch_items // ranks)) * CHOICES * task.seq_len)
+    mask_ratio = phase.mask_ratio if reads_text(phase) else 0
+    activations = _activations(run, mask_ratio, tokens, document_length(phase, corpus))
     return Memory(4 * count / split, 4 * count / split, 4 * states / split, activations)
 
 
@@ -133,7 +142,7 @@ def warnings(run: Run, curriculum: Curriculum, corpus: Corpus | None) -> Iterato
         first = curriculum.at(curriculum.start_of(name)).lr
         if before and before[1] and first and not 0.2 <= first / before[1] <= 5:
             yield f"phases.{name}.lr: jumps from {before[1]:.3g} at the end of {before[0]} to {first:.3g}"
-        before = name, curriculum.at(levels[-1].end_tokens - levels[-1].step_tokens).lr
+        before = name, curriculum.at(levels[-1].end_tokens - levels[-1].last_step_tokens).lr
         if given := run.estimate.device:
             needed, there = memory(run, phase, corpus).total, DEVICES[given].memory
             if needed > there:
@@ -149,8 +158,8 @@ def _passes(run: Run, curriculum: Curriculum, corpus: Corpus) -> Iterator[str]:
     """Data that would be seen more than four times, from where repeating stops to pay: arXiv:2305.16264."""
     seen: dict[str, float] = {}
     for name, phase in run.phases.items():
-        tokens = curriculum.end_of(name) - curriculum.start_of(name)
-        for path, share in corpus.slices(phase.mix).items():
+        tokens = curriculum.text_of(name)
+        for path, share in corpus.slices(phase.mix).items() if reads_text(phase) else ():
             seen[path] = seen.get(path, 0) + share * tokens / corpus.counts(path)["tokens"]
     for path, passes in seen.items():
         if passes > 4:
@@ -167,16 +176,22 @@ def _shapes(backbone: dict[str, Any]) -> Iterator[str]:
         yield f"backbone.num_attention_heads={heads}: heads of {width} are padded by FlashAttention; 64 or 128 are not"
 
 
-def _on_meta(run: Run) -> "MaskedLM":
+def _on_meta(run: Run) -> "Objectives":
+    return _shapes_of(json.dumps(run.backbone), tuple(run.tasks))
+
+
+@lru_cache
+def _shapes_of(backbone: str, tasks: tuple[str, ...]) -> "Objectives":
     import torch
 
-    from modernenc.model import build_objective
+    from modernenc.model import masked_lm_with
+    from modernenc.objectives import Objectives
 
     with torch.device("meta"):
-        return build_objective(run)
+        return Objectives(masked_lm_with(json.loads(backbone)), tasks)
 
 
-def _activations(run: Run, phase: Phase, tokens: int, document: int) -> float:
+def _activations(run: Run, mask_ratio: float, tokens: int, document: int) -> float:
     """Bytes kept for the backward pass of so many tokens, and what the loss needs at its beginning."""
     kinds = _on_meta(run).backbone.layer_kinds()
     period = next(p for p in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % p] for i in range(len(kinds))))
@@ -200,7 +215,7 @@ def _activations(run: Run, phase: Phase, tokens: int, document: int) -> float:
 
     vocabulary, half = run.backbone["vocab_size"], run.trainer.precision == "bf16-mixed"
     # Per logit itself, its logarithm and its gradient, the latter two in fp32.
-    loss = tokens * phase.mask_ratio * vocabulary * (10 if half else 12)
+    loss = tokens * mask_ratio * vocabulary * (10 if half else 12)
     # A block that makes its activations again has them, and gradients of some, when most of the loss is done with.
     backward = max(loss, 0.4 * loss + 1.35 * at_full_size(one_block)) if again else loss
     decoder = 2 * vocabulary * run.backbone["hidden_size"] if half else 0  # once more in bf16
@@ -219,12 +234,12 @@ def _bytes_kept(settings: str, depth: int, tokens: int, document: int) -> float:
     import torch
 
     from modernenc.data.masking import MicroBatch
-    from modernenc.model import objective_with, recompute
+    from modernenc.model import masked_lm_with, recompute
 
     backbone, precision, recompute_every = json.loads(settings)
     backbone |= {"num_hidden_layers": depth, "vocab_size": 1}
     with torch.device("meta"):
-        objective = objective_with(backbone)
+        objective = masked_lm_with(backbone)
     # Not `to_empty`, which imports torch's compiler.
     weights = {name: torch.zeros(weight.shape) for name, weight in objective.state_dict().items()}
     objective.load_state_dict(weights, assign=True)

@@ -49,7 +49,7 @@ def export(paths: Sequence[Path], out: Path, average_by: str | None = None) -> f
 
     from modernenc import checkpoints
     from modernenc.data.blocks import Corpus
-    from modernenc.model import locate, objective_of
+    from modernenc.model import locate, masked_lm_of
 
     found = []
     for path in paths:
@@ -60,7 +60,7 @@ def export(paths: Sequence[Path], out: Path, average_by: str | None = None) -> f
     run, checkpoint = found[0]
     corpus = Corpus.of(run.data)
     content = average([path for _, path in found], average_by) if average_by else checkpoints.read(checkpoint)
-    objective = objective_of(run, content)
+    objective = masked_lm_of(run, content)
     roles = corpus.roles
     model = objective.backbone.hugging_face_model(
         pad_token_id=roles.pad, cls_token_id=roles.cls, sep_token_id=roles.sep, bos_token_id=roles.cls, eos_token_id=roles.sep

@@ -19,7 +19,7 @@ from typing import Any, cast
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from omegaconf import OmegaConf
 from rich.logging import RichHandler
 
@@ -163,7 +163,9 @@ def _strategy(run: Run) -> Strategy | str:
     world = run.trainer.devices * run.trainer.num_nodes
     if run.trainer.strategy == "fsdp":
         return ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)
-    return "ddp" if run.trainer.strategy == "ddp" or world > 1 else "auto"
+    if run.trainer.strategy == "auto" and world == 1:
+        return "auto"
+    return DDPStrategy(find_unused_parameters=bool(run.tasks))  # of several heads a step trains one
 
 
 def _choose_determinism(run: Run) -> None:
@@ -187,7 +189,7 @@ def _announce(run: Run, curriculum: Curriculum, module: Pretraining, trainer: L.
     device = trainer.strategy.root_device
     log.info("recipe %s, %s parameters, %s tokens in %s steps", run.recipe, f"{parameters:,}",
              f"{curriculum.total_tokens:,}", f"{curriculum.total_steps:,}")  # fmt: skip
-    path = module.objective.backbone.path(device, dtype)
+    path = module.objectives.backbone.path(device, dtype)
     who = ranks.described(trainer.world_size, torch.get_num_threads())
     log.info("device %s, precision %s, %s, %s", device, run.trainer.precision, path, who)
     if run.trainer.strategy == "fsdp":

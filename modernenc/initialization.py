@@ -34,7 +34,7 @@ class Source:
     backbone: Backbone
     """Of its shape; the weights are beside it."""
     weights: dict[str, Tensor]
-    """By the names of `modernenc.model.weights_of`."""
+    """By their names in a `MaskedLM`."""
 
 
 def read_source(path: Path, run: Run) -> Source:
@@ -43,8 +43,8 @@ def read_source(path: Path, run: Run) -> Source:
 
 
 @torch.no_grad()
-def initialise(objective: Any, run: Run, tokenizer: Path) -> list[str]:
-    """Fill an objective as `run.init` says; the names of weights that the source has nothing for, which stay as they are.
+def initialise(model: Any, run: Run, tokenizer: Path) -> list[str]:
+    """Fill a `MaskedLM` as `run.init` says; the names of weights that the source has nothing for, which stay as they are.
 
     `tokenizer` is the file of the run's. ValueError names a weight that the source has too much of, or a vocabulary that does
     not fit.
@@ -52,15 +52,15 @@ def initialise(objective: Any, run: Run, tokenizer: Path) -> list[str]:
     from modernenc.model import weights_of
 
     source = read_source(Path(run.init.source), run)
-    layers = layer_map(source.backbone.layer_kinds(), objective.backbone.layer_kinds(), run.init.layers)
-    weights = _under_tokenizer(source, objective, run, tokenizer)
+    layers = layer_map(source.backbone.layer_kinds(), model.backbone.layer_kinds(), run.init.layers)
+    weights = _under_tokenizer(source, model, run, tokenizer)
     left = []
-    for name, target in weights_of(objective).items():
+    for name, target in weights_of(model).items():
         origin = _LAYER.sub(lambda match: f"{match[1]}{layers[int(match[2])]}{match[3]}", name)
         if origin not in weights:
             left.append(name)
             continue
-        old_parts, new_parts = source.backbone.parts(origin), objective.backbone.parts(name)
+        old_parts, new_parts = source.backbone.parts(origin), model.backbone.parts(name)
         old = weights[origin].split(old_parts) if old_parts else [weights[origin]]
         new = target.split(new_parts) if new_parts else [target]
         for part, filled in zip(old, new, strict=True):
@@ -95,12 +95,12 @@ def tiled(old: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _from_checkpoint(path: Path) -> Source:
     from modernenc import checkpoints
-    from modernenc.model import objective_with
+    from modernenc.model import masked_lm_weights, masked_lm_with
 
     content = checkpoints.read(path)
     with torch.device("meta"):
-        backbone = objective_with(content["run"]["backbone"]).backbone
-    return Source(backbone, content["weights"])
+        backbone = masked_lm_with(content["run"]["backbone"]).backbone
+    return Source(backbone, masked_lm_weights(content["weights"]))
 
 
 def _from_hugging_face(folder: Path, run: Run) -> Source:
@@ -143,11 +143,11 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             yield from ((name, value.float()) for name, value in torch.load(path, "cpu", weights_only=True).items())
 
 
-def _under_tokenizer(source: Source, objective: Any, run: Run, tokenizer: Path) -> dict[str, Tensor]:
+def _under_tokenizer(source: Source, model: Any, run: Run, tokenizer: Path) -> dict[str, Tensor]:
     """The source's weights with a row for each token of the run's tokenizer."""
     embedding = _embedding_name(source.backbone)
     if not run.init.tokenizer:
-        there, here = source.weights[embedding].shape[0], objective.backbone.vocab_size
+        there, here = source.weights[embedding].shape[0], model.backbone.vocab_size
         if there != here:
             raise ValueError(
                 f"init.source={run.init.source} has {there} embeddings, backbone.vocab_size is {here}; set backbone.vocab_size="
@@ -160,7 +160,7 @@ def _under_tokenizer(source: Source, objective: Any, run: Run, tokenizer: Path) 
         raise FileNotFoundError(f"init.tokenizer={run.init.tokenizer} does not exist; name the tokenizer.json of the source")
     parts = made_of(Tokenizer.from_file(run.init.tokenizer), Tokenizer.from_file(str(tokenizer)))
     by_token = {name for name in (embedding, *_BY_TOKEN) if name in source.weights}
-    size = objective.backbone.vocab_size
+    size = model.backbone.vocab_size
     return {**source.weights, **{name: transferred(source.weights[name], parts, size) for name in by_token}}
 
 

@@ -13,17 +13,18 @@ from modernenc import checkpoints
 from modernenc.backbones import Backbone
 from modernenc.config import Run, load
 from modernenc.curriculum import Curriculum, Point
+from modernenc.objectives import Objectives
 from modernenc.objectives.masked_lm import MaskedLM
 
 
-def build_objective(run: Run) -> MaskedLM:
-    """A freshly initialised objective; seeded by the run."""
+def build_objectives(run: Run) -> Objectives:
+    """All that a run trains, freshly initialised; seeded by the run."""
     torch.manual_seed(run.seed)
-    return objective_with(run.backbone)
+    return Objectives(masked_lm_with(run.backbone), run.tasks)
 
 
-def objective_with(backbone: dict[str, Any]) -> MaskedLM:
-    """The objective over the backbone that `_target_` and its arguments name."""
+def masked_lm_with(backbone: dict[str, Any]) -> MaskedLM:
+    """Masked LM over the backbone that `_target_` and its arguments name."""
     arguments = {key: value for key, value in backbone.items() if key != "_target_"}
     return MaskedLM(cast(Backbone, get_class(backbone["_target_"])(**arguments)))
 
@@ -58,17 +59,23 @@ def locate(path: Path) -> tuple[Run, Path | None]:
     return run, path.resolve()
 
 
-def weights_of(objective: nn.Module) -> dict[str, torch.Tensor]:
+def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and saved buffers by name, each once: tied ones go by their first name."""
-    saved = objective.state_dict()
-    buffers = {name: buffer for name, buffer in objective.named_buffers() if name in saved}
-    return {**dict(objective.named_parameters()), **buffers}
+    saved = module.state_dict()
+    buffers = {name: buffer for name, buffer in module.named_buffers() if name in saved}
+    return {**dict(module.named_parameters()), **buffers}
+
+
+def masked_lm_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of a checkpoint's weights those of the backbone and of masked LM, by their names in `MaskedLM`."""
+    shared = ("backbone.", "masked_lm.")
+    return {name.removeprefix("masked_lm."): value for name, value in weights.items() if name.startswith(shared)}
 
 
 @torch.no_grad()
-def load_weights(objective: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Fill an objective with the weights of a checkpoint; ValueError when their names or shapes are not the same."""
-    own = weights_of(objective)
+def load_weights(module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Fill a module with the weights of a checkpoint; ValueError when their names or shapes are not the same."""
+    own = weights_of(module)
     for name in sorted(own.keys() | weights.keys()):
         if name not in own or name not in weights or own[name].shape != weights[name].shape:
             has = tuple(weights[name].shape) if name in weights else "nothing"
@@ -77,15 +84,14 @@ def load_weights(objective: nn.Module, weights: dict[str, torch.Tensor]) -> None
         own[name].copy_(weights[name])
 
 
-def load_objective(run: Run, checkpoint: Path) -> tuple[MaskedLM, dict[str, Any]]:
-    """The objective with a checkpoint's weights, its backbone as in the phase reached, and the checkpoint's own state."""
-    content = checkpoints.read(checkpoint)
-    return objective_of(run, content), content["state"]
+def load_masked_lm(run: Run, checkpoint: Path) -> MaskedLM:
+    """Masked LM with a checkpoint's weights, its backbone as in the phase reached; not to be trained."""
+    return masked_lm_of(run, checkpoints.read(checkpoint))
 
 
-def objective_of(run: Run, content: dict[str, Any]) -> MaskedLM:
-    """The objective with the weights of a checkpoint's content, its backbone as in the phase reached; not to be trained."""
-    objective = build_objective(run)
-    load_weights(objective, content["weights"])
-    set_backbone(objective.backbone, Curriculum(run.phases).at(content["state"]["tokens_seen"] - 1))
-    return objective.eval()
+def masked_lm_of(run: Run, content: dict[str, Any]) -> MaskedLM:
+    """The same from a checkpoint's content."""
+    model = masked_lm_with(run.backbone)
+    load_weights(model, masked_lm_weights(content["weights"]))
+    set_backbone(model.backbone, Curriculum.of(run).at(content["state"]["tokens_seen"] - 1))
+    return model.eval()

@@ -1,10 +1,12 @@
-"""Optimizers: `(objective, backbone, ...) -> optimizers`, chosen by `_target_` in `conf/optim/*.yaml`.
+"""Optimizers: `(parameters, matrices, ...) -> optimizers`, chosen by `_target_` in `conf/optim/*.yaml`.
 
 Each parameter group carries `base_lr` and `decays`; `apply` scales them by the curriculum. Biases and norms do not decay,
-embeddings do. `lr` is the scale on which phases state their learning rates.
+embeddings do. `lr` is the scale on which phases state their learning rates. `matrices` are those of the parameters that may be
+orthogonalised. A task's head has optimizers of its own, which rest while other objectives are trained.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,22 +14,23 @@ from hydra.utils import get_method
 from torch import nn
 from torch.optim import Optimizer
 
-from modernenc.backbones import Backbone
 from modernenc.curriculum import Point
-from modernenc.objectives.masked_lm import MaskedLM
+from modernenc.objectives import Objectives
 
+Parameters = Sequence[nn.Parameter]
 _COUNTERS = ("step", "setup")
 """What optimi keeps in parameter groups that is state, not a setting."""
 
 
-def build(objective: MaskedLM, settings: dict[str, Any]) -> list[Optimizer]:
+def build(objectives: Objectives, settings: dict[str, Any]) -> list[Optimizer]:
     """The optimizers that a recipe's `optim` names."""
-    arguments = {key: value for key, value in settings.items() if key != "_target_"}
-    return get_method(settings["_target_"])(objective, objective.backbone, **arguments)
+    make = partial(get_method(settings["_target_"]), **{key: value for key, value in settings.items() if key != "_target_"})
+    optimizers = make(list(objectives.masked_lm.parameters()), objectives.backbone.matrices())
+    return [*optimizers, *(optimizer for task in objectives.tasks.values() for optimizer in make(list(task.parameters()), []))]
 
 
 def stable_adamw(
-    objective: nn.Module, backbone: Backbone, lr: float, weight_decay: float, betas: list[float], eps: float
+    parameters: Parameters, matrices: Parameters, lr: float, weight_decay: float, betas: list[float], eps: float
 ) -> list[Optimizer]:
     """AdamW with update clipping and fully decoupled decay, as ModernBERT was trained: Wortsman et al. 2023, arXiv:2304.13013.
 
@@ -35,21 +38,21 @@ def stable_adamw(
     """
     from optimi import StableAdamW  # imports torch's compiler, which `plan` can do without
 
-    groups = _groups(objective.parameters(), lr)
+    groups = _groups(parameters, lr)
     return [StableAdamW(groups, lr, (betas[0], betas[1]), weight_decay, eps, decouple_lr=True, max_lr=lr, triton=False)]
 
 
 def adamw(
-    objective: nn.Module, backbone: Backbone, lr: float, weight_decay: float, betas: list[float], eps: float
+    parameters: Parameters, matrices: Parameters, lr: float, weight_decay: float, betas: list[float], eps: float
 ) -> list[Optimizer]:
     """AdamW of torch, whose decay of a step is `weight_decay` x lr: Loshchilov and Hutter 2017, arXiv:1711.05101."""
-    groups = _groups(objective.parameters(), lr)
+    groups = _groups(parameters, lr)
     return [torch.optim.AdamW(groups, lr, (betas[0], betas[1]), eps, weight_decay, fused=True)]
 
 
 def muon(
-    objective: nn.Module,
-    backbone: Backbone,
+    parameters: Parameters,
+    matrices: Parameters,
     lr: float,
     adamw_lr: float,
     weight_decay: float,
@@ -61,15 +64,21 @@ def muon(
 
     Updates are scaled to the size of AdamW's, so that learning rates of AdamW carry over.
     """
-    matrices = backbone.matrices()
     chosen = {id(parameter) for parameter in matrices}
-    rest = [parameter for parameter in objective.parameters() if id(parameter) not in chosen]
-    return [
-        torch.optim.Muon(
-            _groups(matrices, lr), lr, weight_decay, momentum=momentum, nesterov=True, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW(_groups(rest, adamw_lr), adamw_lr, (betas[0], betas[1]), eps, weight_decay, fused=True),
-    ]
+    rest = [parameter for parameter in parameters if id(parameter) not in chosen]
+    optimizers: list[Optimizer] = []
+    if matrices:
+        groups = _groups(matrices, lr)
+        optimizers += [torch.optim.Muon(groups, lr, weight_decay, momentum, nesterov=True, adjust_lr_fn="match_rms_adamw")]
+    return [*optimizers, *adamw(rest, [], adamw_lr, weight_decay, betas, eps)]
+
+
+def step(optimizers: Iterable[Optimizer]) -> None:
+    """Step those whose weights have gradients, and drop these."""
+    for optimizer in optimizers:
+        if any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"]):
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def apply(optimizers: Iterable[Optimizer], point: Point, lr_scale: float) -> None:
@@ -82,17 +91,17 @@ def apply(optimizers: Iterable[Optimizer], point: Point, lr_scale: float) -> Non
                 group["max_lr"] = group["base_lr"] * point.peak_lr / lr_scale
 
 
-def state_numbers(target: str, objective: nn.Module, backbone: Backbone) -> int:
+def state_numbers(target: str, objectives: Objectives) -> int:
     """Numbers that an optimizer keeps beside the weights: two moments each, but one for a matrix under Muon."""
-    numbers = 2 * sum(parameter.numel() for parameter in objective.parameters())
+    numbers = 2 * sum(parameter.numel() for parameter in objectives.parameters())
     if target == f"{muon.__module__}.{muon.__name__}":
-        numbers -= sum(parameter.numel() for parameter in backbone.matrices())
+        numbers -= sum(parameter.numel() for parameter in objectives.backbone.matrices())
     return numbers
 
 
-def names_of(objective: nn.Module) -> dict[int, str]:
+def names_of(module: nn.Module) -> dict[int, str]:
     """Name of each parameter by its identity: checkpoints know parameters by name, optimizers by position."""
-    return {id(parameter): name for name, parameter in objective.named_parameters()}
+    return {id(parameter): name for name, parameter in module.named_parameters()}
 
 
 def snapshot(optimizers: Iterable[Optimizer], names: dict[int, str]) -> list[dict[str, Any]]:
@@ -107,10 +116,17 @@ def snapshot(optimizers: Iterable[Optimizer], names: dict[int, str]) -> list[dic
 
 
 def restore(optimizers: Iterable[Optimizer], names: dict[int, str], saved: list[dict[str, Any]]) -> None:
-    """Give new optimizers the states of `snapshot`, split over ranks where their parameters are."""
-    for optimizer, snapshot in zip(optimizers, saved, strict=True):
+    """Give new optimizers the states of `snapshot`, split over ranks where their parameters are.
+
+    One that has none there, such as that of a head that was not trained yet, stays new.
+    """
+    for optimizer in optimizers:
         content = optimizer.state_dict()
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        mine = {names[id(parameter)] for parameter in parameters}
+        snapshot = next((snapshot for snapshot in saved if mine & snapshot["state"].keys()), None)
+        if snapshot is None:
+            continue
         content["state"] = {
             position: {key: _like(parameter, value) for key, value in snapshot["state"][names[id(parameter)]].items()}
             for position, parameter in enumerate(parameters)
@@ -129,9 +145,8 @@ def _like(parameter: nn.Parameter, value: Any) -> Any:
     return value
 
 
-def _groups(parameters: Iterable[nn.Parameter], lr: float) -> list[dict[str, Any]]:
-    listed = list(parameters)
-    decays = [parameter for parameter in listed if parameter.ndim > 1]
-    others = [parameter for parameter in listed if parameter.ndim <= 1]
+def _groups(parameters: Parameters, lr: float) -> list[dict[str, Any]]:
+    decays = [parameter for parameter in parameters if parameter.ndim > 1]
+    others = [parameter for parameter in parameters if parameter.ndim <= 1]
     groups = [{"params": decays, "base_lr": lr, "decays": True}, {"params": others, "base_lr": lr, "decays": False}]
     return [group for group in groups if group["params"]]

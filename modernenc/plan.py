@@ -13,6 +13,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -20,7 +21,7 @@ from modernenc import estimate
 from modernenc.cli import recipe
 from modernenc.cli import run as run_cli
 from modernenc.config import Phase, Run, plain, register
-from modernenc.curriculum import Curriculum
+from modernenc.curriculum import MASKED_LM, Curriculum, reads_text
 from modernenc.data.blocks import Corpus
 
 _WIDTH = 100
@@ -160,7 +161,7 @@ def text(run: Run, curriculum: Curriculum) -> str:
 
 
 def _phases(run: Run, curriculum: Curriculum) -> Table:
-    table = Table(title="phases", title_justify="left")
+    table = Table(title="phases", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("")
     for name in run.phases:
         table.add_column(name, justify="right", overflow="fold")
@@ -176,9 +177,14 @@ def _phases(run: Run, curriculum: Curriculum) -> Table:
     row("warmup tokens", lambda _, phase: f"{phase.warmup_tokens:,.0f}")
     row("weight decay", lambda _, phase: f"{phase.weight_decay:g}")
     row("row length", lambda _, phase: f"{phase.seq_len:,}")
-    row("rows a step", lambda name, _: "\n".join(
-        f"{level.batch_rows:,} x {level.steps:,} steps" for level in curriculum.levels_of(name)))  # fmt: skip
-    row("tokens a step", lambda name, _: f"{curriculum.levels_of(name)[-1].step_tokens:,}")
+    row("rows x steps", lambda name, _: "\n".join(
+        f"{level.batch_rows:,} x {steps:,}" for level in curriculum.levels_of(name)
+        if (steps := level.steps_for(MASKED_LM, level.steps))) or "-")  # fmt: skip
+    row("tokens a step", lambda _, phase: f"{phase.batch_rows * phase.seq_len:,}" if reads_text(phase) else "-")
+    for task, settings in run.tasks.items():
+        steps = {name: curriculum.steps_by_objective(name).get(task, 0) for name in run.phases}
+        row(f"{task}: items x steps", lambda name, _, settings=settings, steps=steps: (
+            f"{settings.batch_items:,} x {steps[name]:,}" if steps[name] else "-"))  # fmt: skip
     row("mask ratio", lambda _, phase: f"{phase.mask_ratio:g}")
     attributes = [{**run.backbone, **curriculum.at(curriculum.start_of(name)).backbone} for name in run.phases]
     for key in sorted({key for phase in run.phases.values() for key in phase.backbone}):
@@ -191,7 +197,7 @@ def _lr(curriculum: Curriculum, phase: str) -> str:
     """First, peak and last learning rate."""
     last = curriculum.levels_of(phase)[-1]
     first = curriculum.at(curriculum.start_of(phase))
-    end = curriculum.at(last.end_tokens - last.step_tokens)
+    end = curriculum.at(last.end_tokens - last.last_step_tokens)
     steps = [first.lr, first.peak_lr, end.lr]
     return " -> ".join(f"{lr:.3g}" for number, lr in enumerate(steps) if number == 0 or lr != steps[number - 1])
 
@@ -206,11 +212,15 @@ def _corpus(run: Run) -> Corpus | None:
 
 def _unserved(run: Run, phase: Phase) -> float:
     """Tokens drawn but left in open windows at the phase's end, at most one window per lane, as a share of the phase."""
+    if not reads_text(phase):
+        return 0
     return run.data.lanes * run.data.window_rows * phase.seq_len / phase.tokens
 
 
 def _mixes(run: Run, curriculum: Curriculum) -> Table:
     corpus = _corpus(run)
+    from modernenc.data import choices  # with torch
+
     state = " and passes over what the corpus holds" if corpus else f" ({run.data.root} is not prepared yet)"
     title = f"mix, by tokens{state}"
     table = Table(title=title, title_justify="left")
@@ -220,11 +230,16 @@ def _mixes(run: Run, curriculum: Curriculum) -> Table:
     for source in dict.fromkeys(source for phase in run.phases.values() for source, share in phase.mix.items() if share):
         cells = []
         for name, phase in run.phases.items():
-            share = phase.mix.get(source, 0) / sum(phase.mix.values())
-            tokens = share * (curriculum.end_of(name) - curriculum.start_of(name))
+            share = phase.mix.get(source, 0) / (sum(phase.mix.values()) or 1)
+            tokens = share * curriculum.text_of(name)
             held = sum(corpus.counts(path)["tokens"] for path in corpus.slices({source: 1})) if corpus else 0
             cells.append((f"{share:.1%}" + (f" ({tokens / held:.2f} passes)" if held else "")) if share else "-")
         table.add_row(source, *cells)
+    for task, settings in run.tasks.items():
+        items = {name: curriculum.steps_by_objective(name).get(task, 0) * settings.batch_items for name in run.phases}
+        held = len(choices.read(Path(settings.train), "")) if Path(settings.train).is_file() else 0
+        shown = {name: f"{drawn:,} items" + (f" ({drawn / held:.2f} passes)" if held else "") for name, drawn in items.items()}
+        table.add_row(task, *(shown[name] if items[name] else "-" for name in run.phases))
     return table
 
 

@@ -8,7 +8,7 @@ import lightning.pytorch as L
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from modernenc.curriculum import Curriculum
+from modernenc.curriculum import MASKED_LM, Curriculum
 from modernenc.recorder import Recorder
 from modernenc.trainer import Pretraining
 
@@ -70,8 +70,10 @@ class TokenProgress(L.Callback):
         speed = (module.tokens_seen - self._tokens_at_start) / (time.monotonic() - self._started)
         left = (self.curriculum.total_tokens - module.tokens_seen) / speed
         parts = [f"{module.tokens_seen / 1e6:.1f}/{self.curriculum.total_tokens / 1e6:.1f}M tokens"]
+        for row in figures:
+            parts.append(f"{'' if row['objective'] == MASKED_LM else row['objective'] + ' '}loss {row['loss']:.3f}")
         if figures:
-            parts += [f"loss {figures['loss']:.3f}", f"{figures['tokens_per_s']:,.0f} tokens/s"]
+            parts.append(f"{figures[0]['tokens_per_s']:,.0f} tokens/s")
         if self.recorder.last_validation_loss is not None:
             parts.append(f"validation {self.recorder.last_validation_loss:.3f}")
         return "  ".join([*parts, f"{left / 3600:.0f} h left" if left > 36000 else f"{left // 60:.0f}:{left % 60:02.0f} left"])

@@ -9,6 +9,7 @@ import lightning.pytorch as L
 
 from modernenc.checkpoints import WHOLE, Share, Writer
 from modernenc.config import Run
+from modernenc.curriculum import MASKED_LM
 from modernenc.metrics import ALL, Table
 from modernenc.trainer import Pretraining
 from modernenc.validation import Validator
@@ -22,8 +23,8 @@ class Recorder(L.Callback):
         self.validator = validator
         self.metrics = Table(Path(run.run_dir) / "metrics.csv")
         self.validation = Table(Path(run.run_dir) / "validation.csv")
-        self.last: dict[str, Any] = {}
-        """The newest training figures."""
+        self.last: list[dict[str, Any]] = []
+        """The newest training figures, a row for each objective."""
         self.last_validation_loss: float | None = None
         self._since = time.monotonic()
 
@@ -51,39 +52,46 @@ class Recorder(L.Callback):
             self._since += time.monotonic() - started  # speed is that of training
 
     def _record(self, trainer: L.Trainer, module: Pretraining) -> None:
-        point = module.last_point
-        since = module.recorded()
-        loss, tokens = module.sum_over_ranks([float(since.loss), float(since.tokens)])
+        recorded = module.recorded()
+        mine = [float(since.loss) for since in recorded.values()]
+        *losses, tokens = module.sum_over_ranks([*mine, float(sum(since.tokens for since in recorded.values()))])
         seconds = time.monotonic() - self._since
-        self.last = {
-            "step": module.step,
-            "tokens_seen": module.tokens_seen,
-            "phase": point.phase,
-            "loss": loss / max(1, since.targets),
-            "grad_norm": float(since.grad_norm),
-            "lr": point.lr,
-            "weight_decay": point.weight_decay,
-            "batch_rows": point.batch_rows,
-            "seq_len": point.seq_len,
-            "mask_ratio": point.mask_ratio,
-            "tokens_per_s": tokens / seconds,
-            "seconds": module.seconds,
-        }
-        if trainer.is_global_zero:
-            self.metrics.append(self.last)
-        self._log(trainer, module, self.last)
+        self.last = []
+        for (objective, since), loss in zip(recorded.items(), losses, strict=True):
+            point = since.point
+            row = {
+                "step": module.step,
+                "tokens_seen": module.tokens_seen,
+                "phase": point.phase,
+                "objective": objective,
+                "loss": loss / max(1, since.targets),
+                "grad_norm": float(since.grad_norm),
+                "lr": point.lr,
+                "weight_decay": point.weight_decay,
+                "batch_rows": point.batch_rows,
+                "seq_len": point.seq_len,
+                "mask_ratio": point.mask_ratio,
+                "tokens_per_s": tokens / seconds,
+                "seconds": module.seconds,
+            }
+            if trainer.is_global_zero:
+                self.metrics.append(row)
+            self._log(trainer, module, row if objective == MASKED_LM else {f"{objective}/loss": row["loss"]})
+            self.last.append(row)
         self._since = time.monotonic()
 
     def _validate(self, trainer: L.Trainer, module: Pretraining) -> None:
         phase = module.last_point.phase
         with trainer.precision_plugin.forward_context():
-            scores = self.validator.scores(module.objective, phase)
+            scores = self.validator.scores(module.objectives, phase)
         for score in scores:
             row = {"step": module.step, "tokens_seen": module.tokens_seen, "phase": phase, **asdict(score)}
             if trainer.is_global_zero:
                 self.validation.append(row)
             if score.source == ALL:
                 self._log(trainer, module, {f"validation/{score.seq_len}/{score.mask_ratio}": score.loss})
+            elif score.source in self.run.tasks:
+                self._log(trainer, module, {f"validation/{score.source}/accuracy": score.accuracy})
         self.last_validation_loss = next(score.loss for score in scores if score.source == ALL)
 
     def _log(self, trainer: L.Trainer, module: Pretraining, figures: dict[str, Any]) -> None:

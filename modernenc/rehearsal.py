@@ -1,16 +1,19 @@
 """A recipe cut down to minutes on a laptop, to see all of it happen before it is paid for: `rehearse=CORPUS`.
 
 Phases, their order, curves, ramps, mask ratios and what they set of the backbone stay. Rows, lengths, budgets and the backbone
-shrink in proportion; the corpus's sources stand in for the recipe's, in turn.
+shrink in proportion; the corpus's sources stand in for the recipe's, in turn, and its own sentences for the items of tasks.
 """
 
+import csv
 import logging
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from modernenc.config import Init, Phase, Run
-from modernenc.data.blocks import Corpus
+from modernenc.config import Init, Phase, Run, Task
+from modernenc.curriculum import CHOICES, cycle_of, reads_text, tokens_of_cycle
+from modernenc.data.blocks import VALIDATION, Corpus
+from modernenc.data.choices import COLUMNS
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +23,8 @@ ROWS = 12
 """Rows of the largest batch."""
 STEPS, STEPS_AT_LEAST = 60, 6
 """Optimizer steps of the whole, shared by tokens, and how many each phase has besides."""
+ITEMS, _STRETCH = 32, 12
+"""Items of a task, and tokens of each part of them."""
 _HEAD = 32
 _WIDTHS = ("hidden_size", "intermediate_size", "nffn_hidden_size", "shared_representation_size")
 _LENGTHS = ("max_position", "chunk_size", "local_attention")
@@ -34,8 +39,11 @@ def cut_down(run: Run) -> Run:
     sources = list(corpus.sources)
     standing_in = {source: sources[number % len(sources)] for number, source in enumerate(_sources(run))}
     rows, tokens = (max(phase.batch_rows for phase in run.phases.values()), sum(phase.tokens for phase in run.phases.values()))
+    for task in run.tasks.values():
+        task.seq_len, task.batch_items, task.validation_items = max(32, task.seq_len // LENGTH), ROWS // 2, ITEMS
+        task.train, task.validation = (str(path) for path in _items(corpus, Path(_rehearsed(run.run_dir)).parent))
     for phase in run.phases.values():
-        _shrink(phase, rows, tokens)
+        _shrink(phase, run.tasks, rows, tokens)
         mix: dict[str, float] = {}
         for source, share in phase.mix.items():
             name = standing_in[source.partition("/")[0]]
@@ -67,7 +75,30 @@ def _sources(run: Run) -> list[str]:
     return list(dict.fromkeys(source.partition("/")[0] for phase in run.phases.values() for source in phase.mix))
 
 
-def _shrink(phase: Phase, most_rows: int, all_tokens: float) -> None:
+def _items(corpus: Corpus, folder: Path) -> list[Path]:
+    """Two files of multiple choice, written to `folder`: a stretch of a document, how it goes on, and how others do."""
+    from data_prep.encode import load
+
+    tokenizer = load(corpus.tokenizer_file)
+    paths = []
+    for name, inside in (("train", "slice-000"), ("validation", VALIDATION)):
+        shards = corpus.open(f"{next(iter(corpus.sources))}/{inside}")
+        block = shards.read(0, 0).tokens[: 2 * ITEMS * _STRETCH]
+        texts = tokenizer.decode_batch(block[: len(block) // _STRETCH * _STRETCH].reshape(-1, _STRETCH).tolist())
+        pairs = list(zip(texts[::2], texts[1::2], strict=False))
+        paths.append(folder / f"items-{name}.csv")
+        folder.mkdir(parents=True, exist_ok=True)
+        with paths[-1].open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            for number, (context, _) in enumerate(pairs):
+                label = number % CHOICES
+                endings = [pairs[(number + ending - label) % len(pairs)][1] for ending in range(CHOICES)]
+                writer.writerow([context, "", *endings, label])
+    return paths
+
+
+def _shrink(phase: Phase, tasks: dict[str, Task], most_rows: int, all_tokens: float) -> None:
     """One phase; every level of a ramp keeps a step at least."""
 
     def rows(number: int) -> int:
@@ -80,9 +111,11 @@ def _shrink(phase: Phase, most_rows: int, all_tokens: float) -> None:
         levels = -(-(phase.batch_rows - phase.ramp.start_rows) // phase.ramp.step_rows)
         phase.ramp.start_rows, phase.ramp.step_rows = rows(phase.ramp.start_rows), rows(phase.ramp.step_rows)
         phase.batch_rows = phase.ramp.start_rows + levels * phase.ramp.step_rows
-    else:
+    elif reads_text(phase):
         phase.batch_rows = max(2, rows(phase.batch_rows))
-    phase.tokens = steps * phase.batch_rows * phase.seq_len
+    capacity = tokens_of_cycle(phase, tasks)
+    steps = max(steps, len(cycle_of(phase)))
+    phase.tokens = steps * sum(capacity.values()) // len(cycle_of(phase))
     if phase.warmup_tokens:
         phase.warmup_tokens = max(round(phase.tokens * warmup), 2 * phase.batch_rows * phase.seq_len)
     if phase.ramp.tokens:

@@ -4,12 +4,13 @@ import argparse
 import base64
 import html
 import io
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modernenc.cli import one_line_errors
 from modernenc.config import CONFIG, Run, load
-from modernenc.curriculum import Curriculum
+from modernenc.curriculum import CHOICES, MASKED_LM, Curriculum, reads_text
 from modernenc.data.blocks import VALIDATION, Corpus
 from modernenc.lineage import read as read_lineage
 from modernenc.metrics import ALL, Table
@@ -46,8 +47,10 @@ def write(run: Run) -> Path:
 
     matplotlib.use("Agg")
     run_dir = Path(run.run_dir)
-    curriculum = Curriculum(run.phases)
-    training, validation = Table(run_dir / "metrics.csv").read(), Table(run_dir / "validation.csv").read()
+    curriculum = Curriculum.of(run)
+    metrics, scores = Table(run_dir / "metrics.csv").read(), Table(run_dir / "validation.csv").read()
+    training = [row for row in metrics if row["objective"] == MASKED_LM]
+    validation = [row for row in scores if row["source"] not in run.tasks]
     picture = draw_curriculum(run, curriculum)
     picture.savefig(run_dir / "curriculum.png", dpi=110)
     sections = [
@@ -55,8 +58,9 @@ def write(run: Run) -> Path:
         _facts(run, curriculum, training, validation),
         "<h2>Loss</h2>", _image(_draw_loss(run, curriculum, training, validation)),
         "<h2>Validation</h2>", _validation_table(run, validation),
+        *(_task(run, curriculum, task, metrics, scores) for task in run.tasks),
         "<h2>Curriculum</h2>", _image(picture),
-        "<h2>Throughput</h2>", _image(_draw_throughput(curriculum, training)),
+        "<h2>Throughput</h2>", _image(_draw_throughput(curriculum, metrics)),
         "<h2>Tokens</h2>", _account(run_dir),
         "<h2>Fill-mask on held-out text</h2>", _samples(run, run_dir),
         "<h2>Lineage</h2>", _lineage(run_dir, curriculum, training),
@@ -77,6 +81,8 @@ def draw_curriculum(run: Run, curriculum: Curriculum) -> "Figure":
         | {edge for level in curriculum.levels for edge in (level.first_tokens, level.end_tokens - 1)}
     )
     points = [curriculum.at(position) for position in tokens]
+    points = [point for point in points if point.objective == MASKED_LM or not reads_text(run.phases[point.phase])]
+    shares = {phase: curriculum.steps_by_objective(phase) for phase in run.phases}
     curves = {
         "learning rate": [point.lr for point in points],
         "rows a step": [point.batch_rows for point in points],
@@ -86,11 +92,15 @@ def draw_curriculum(run: Run, curriculum: Curriculum) -> "Figure":
             key: [point.backbone.get(key, run.backbone.get(key)) for point in points]
             for key in sorted({key for point in points for key in point.backbone})
         },
+        **{
+            f"share of {task}": [shares[point.phase].get(task, 0) / sum(shares[point.phase].values()) for point in points]
+            for task in run.tasks
+        },
     }
     figure, axes = pyplot.subplots(len(curves), 1, figsize=(9, 1.6 * len(curves)), sharex=True, constrained_layout=True)
     scale, unit = _token_scale(curriculum.total_tokens)
     for axis, (name, values) in zip(axes, curves.items(), strict=True):
-        axis.plot([position / scale for position in tokens], values, color="#1f4e79")
+        axis.plot([point.tokens_seen / scale for point in points], values, color="#1f4e79")
         axis.set_ylabel(name)
         axis.set_ylim(bottom=0)
         _shade(axis, curriculum, scale)
@@ -163,7 +173,7 @@ def _shade(axis: "Axes", curriculum: Curriculum, scale: float) -> None:
 
 def _facts(run: Run, curriculum: Curriculum, training: list[dict[str, str]], validation: list[dict[str, str]]) -> str:
     if not training:
-        return "<p>No step was recorded yet.</p>"
+        return "<p>No step of masked LM was recorded yet.</p>"
     last = training[-1]
     cells = [
         ("tokens seen", f"{int(last['tokens_seen']):,} of {curriculum.total_tokens:,}"),
@@ -199,6 +209,34 @@ def _validation_table(run: Run, validation: list[dict[str, str]]) -> str:
         header = f"<tr><th>source</th><th>unigram</th>{head}<th>accuracy now</th></tr>"
         tables.append(f"{title}<table>{header}{''.join(lines)}</table>")
     return "".join(tables)
+
+
+def _task(run: Run, curriculum: Curriculum, task: str, metrics: list[dict[str, str]], scores: list[dict[str, str]]) -> str:
+    """Accuracy on a task's held-out items, as a curve and at the end of each phase."""
+    from matplotlib import pyplot
+
+    scale, unit = _token_scale(curriculum.total_tokens)
+    validated = [row for row in scores if row["source"] == task]
+    trained = [row for row in metrics if row["objective"] == task]
+    if not validated:
+        return ""
+    figure, (loss, accuracy) = pyplot.subplots(2, 1, figsize=(9, 4), sharex=True, constrained_layout=True)
+    loss.plot([int(row["tokens_seen"]) / scale for row in trained], [float(row["loss"]) for row in trained],
+              ".", color="#9db8d2", markersize=3, label="training")  # fmt: skip
+    for axis, key in ((loss, "loss"), (accuracy, "accuracy")):
+        axis.plot([int(row["tokens_seen"]) / scale for row in validated], [float(row[key]) for row in validated], "o-",
+                  color="#1f4e79", markersize=4, label="held-out items")  # fmt: skip
+        axis.axhline(math.log(CHOICES) if axis is loss else 1 / CHOICES, color="#888", linestyle=":", label="chance")
+        _shade(axis, curriculum, scale)
+    loss.set_ylabel("nats per item")
+    accuracy.set_ylabel("accuracy")
+    accuracy.set_xlabel(f"tokens seen ({unit})")
+    loss.legend(frameon=False)
+    ends = {row["phase"]: row for row in validated}
+    head = "".join(f"<th>end of {html.escape(phase)}</th>" for phase in ends)
+    cells = "".join(f"<td>{float(row['accuracy']):.1%}</td>" for row in ends.values())
+    table = f"<table><tr><th>items</th>{head}</tr><tr><td>{int(validated[-1]['targets']):,}</td>{cells}</tr></table>"
+    return f"<h2>{html.escape(task)}: which of {CHOICES} endings</h2>{_image(figure)}{table}"
 
 
 def _account(run_dir: Path) -> str:
@@ -241,7 +279,7 @@ def _given_up(run_dir: Path) -> list[list[dict[str, str]]]:
         [
             row
             for row in Table(run_dir / entry["abandoned"] / "metrics.csv").read()
-            if int(row["tokens_seen"]) > entry["tokens_seen"]
+            if int(row["tokens_seen"]) > entry["tokens_seen"] and row["objective"] == MASKED_LM
         ]
         for entry in rollbacks
     ]
@@ -310,14 +348,14 @@ def _samples(run: Run, run_dir: Path) -> str:
     import torch
     from tokenizers import Tokenizer
 
-    from modernenc.model import load_objective, locate
+    from modernenc.model import load_masked_lm, locate
 
     _, checkpoint = locate(run_dir)
     if checkpoint is None:
         return "<p>No checkpoint yet.</p>"
     corpus = Corpus.of(run.data)
     tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))
-    objective, _ = load_objective(run, checkpoint)
+    objective = load_masked_lm(run, checkpoint)
     parts = []
     for source in corpus.sources:
         text = corpus.open(f"{source}/{VALIDATION}").read(0, 0).tokens[:80].astype("int64")

@@ -2,7 +2,7 @@
 
 A run folder goes on from its newest whole checkpoint, a checkpoint from itself. KEY=VALUE may change where and how fast the
 run goes (trainer.*, checkpoint.*, validation.*, watch.*, logger.*, data.root, data.cache,
-data.timeout_s, data.workers), not what it trains.
+data.timeout_s, data.workers, and where the files of tasks are), not what it trains.
 
 With --rollback the run goes back to the checkpoint and on from there under other settings, such as optim.lr=1e-4, or past the
 data that hurt. What it gives up is kept in its folder `abandoned`. A branch, which leaves the run as it is, is
@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from modernenc import ranks
 from modernenc.cli import one_line_errors
-from modernenc.config import Run
+from modernenc.config import TASK_FILES, Run
 
 FREE = (
     "trainer.",
@@ -56,7 +56,7 @@ def main() -> None:
 def resume(path: Path, overrides: list[str]) -> None:
     """Resume from a run folder or a checkpoint; ValueError or FileNotFoundError names what is wrong."""
     for override in overrides:
-        if not override.startswith(FREE) or "=" not in override:
+        if not (override.startswith(FREE) or TASK_FILES.match(override)) or "=" not in override:
             raise ValueError(
                 f"{override}: a resumed run may change {', '.join(key.rstrip('=') for key in FREE)} only; anything else makes "
                 f"another run: add --rollback, or branch with python -m modernenc.train +recipe=NAME +from={path}"

@@ -31,6 +31,8 @@ def main(config: Run) -> None:
 
     open_mixes(config, corpus)
     config.data.root = str(corpus.store)  # a run may be resumed from another folder
+    for task in config.tasks.values():
+        task.train, task.validation = (str(Path(path).resolve()) for path in (task.train, task.validation))
     if config.init.source:
         config.init.source = str(Path(config.init.source).resolve())
     parent = Path(config.branch_from).resolve()

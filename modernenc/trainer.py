@@ -19,9 +19,9 @@ from modernenc import optim, ranks
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum, Point
 from modernenc.data.blocks import Corpus
-from modernenc.data.loader import DataState, Step, StepLoader, Steps, merge
+from modernenc.data.loader import DataState, Step, StepLoader, Steps, fingerprint, merge
 from modernenc.initialization import initialise
-from modernenc.model import build_objective, load_weights, recompute, set_backbone, weights_of
+from modernenc.model import build_objectives, load_weights, recompute, set_backbone, weights_of
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +31,14 @@ _OF_ANOTHER_RANK = object()
 
 @dataclass
 class Unrecorded:
-    """Figures of the steps since the last row of `metrics.csv`."""
+    """Figures of an objective's steps since the last row of `metrics.csv`."""
 
+    point: Point
+    """The last of these steps."""
     loss: torch.Tensor
-    """Summed over this rank's predicted tokens, in nats."""
+    """Summed over what this rank predicted, in nats."""
     targets: int
-    """Predicted tokens of all ranks."""
+    """Predicted tokens, or items, of all ranks."""
     tokens: int
     """This rank's tokens, padding left out, since this process began."""
     grad_norm: torch.Tensor
@@ -44,10 +46,10 @@ class Unrecorded:
 
 
 class Pretraining(L.LightningModule):
-    """Objective, optimizers and the position in the curriculum.
+    """Objectives, optimizers and the position in the curriculum.
 
-    The loss of a step is the mean over the predicted tokens of the global batch, however it is split. `checkpoint` is the
-    content to go on from; ValueError when it does not fit the run or the data.
+    The loss of a step is the mean over the predicted tokens, or items, of the global batch, however it is split.
+    `checkpoint` is the content to go on from; ValueError when it does not fit the run or the data.
     """
 
     def __init__(self, run: Run, curriculum: Curriculum, corpus: Corpus, checkpoint: dict[str, Any] | None = None) -> None:
@@ -56,9 +58,9 @@ class Pretraining(L.LightningModule):
         self.run = run
         self.curriculum = curriculum
         self.corpus = corpus
-        self.fingerprint = corpus.fingerprint(phase.mix for phase in run.phases.values())
-        self.objective = build_objective(run)
-        recompute(self.objective.backbone, run.trainer.recompute_every)
+        self.fingerprint = fingerprint(run, corpus)
+        self.objectives = build_objectives(run)
+        recompute(self.objectives.backbone, run.trainer.recompute_every)
         self.tokens_seen = 0
         self.step = 0
         self.seconds = 0.0
@@ -74,16 +76,17 @@ class Pretraining(L.LightningModule):
         """Whether there was such a reason, before the last step began: all ranks know."""
         self.last_point = curriculum.at(0)
         """What the curriculum said of the last step."""
-        self.unrecorded = self._nothing()
+        self.unrecorded: dict[str, Unrecorded] = {}
+        """By objective."""
         self._optimizer_states: list[dict[str, Any]] = []
         self._ranks_before = ""
         """Ranks and threads that saved what this run goes on from."""
-        self._unrecorded_losses: list[float] = []
-        """Of the same ranks."""
+        self._unrecorded_losses: dict[str, list[float]] = {}
+        """Of the same ranks, by objective."""
         if checkpoint is not None:
             self._take_up(checkpoint)
         elif run.init.source:
-            left = initialise(self.objective, run, corpus.tokenizer_file)
+            left = initialise(self.objectives.masked_lm, run, corpus.tokenizer_file)
             log.info("begins with the weights of %s%s", run.init.source, f", but for {', '.join(left)}" if left else "")
 
     @property
@@ -103,29 +106,30 @@ class Pretraining(L.LightningModule):
 
     def configure_model(self) -> None:
         """Split the parameters over the ranks, block by block, when the strategy is FSDP2."""
-        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not isinstance(self.objective, FSDPModule):
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not isinstance(self.objectives, FSDPModule):
             mesh = self.trainer.strategy.device_mesh["data_parallel"]
-            for block in self.objective.backbone.blocks():
+            for block in self.objectives.backbone.blocks():
                 fully_shard(block, mesh=mesh)
-            fully_shard(self.objective, mesh=mesh)
+            fully_shard(self.objectives, mesh=mesh)
 
     def configure_optimizers(self) -> list[Optimizer]:
         """The optimizers that the recipe chose, with their states of the checkpoint."""
-        optimizers = optim.build(self.objective, self.run.optim)
+        optimizers = optim.build(self.objectives, self.run.optim)
         if self._optimizer_states:
-            optim.restore(optimizers, optim.names_of(self.objective), self._optimizer_states)
+            optim.restore(optimizers, optim.names_of(self.objectives), self._optimizer_states)
             self._optimizer_states = []
         return optimizers
 
     def on_fit_start(self) -> None:
         """Take up the unrecorded losses: each rank its own, where there are as many as there were; so their sum is the same."""
-        losses, self._unrecorded_losses = self._unrecorded_losses, []
+        by_objective, self._unrecorded_losses = self._unrecorded_losses, {}
         now = ranks.described(self.trainer.world_size, torch.get_num_threads())
         if self._ranks_before and now != self._ranks_before:
             log.warning("%s, but %s before: weights will agree closely, not to the bit", now, self._ranks_before)
-        if len(losses) != self.trainer.world_size:
-            losses = [sum(losses)] + [0.0] * (self.trainer.world_size - 1)
-        self.unrecorded.loss = torch.tensor(losses[self.global_rank])
+        for objective, losses in by_objective.items():
+            if len(losses) != self.trainer.world_size:
+                losses = [sum(losses)] + [0.0] * (self.trainer.world_size - 1)
+            self.unrecorded[objective].loss = torch.tensor(losses[self.global_rank])
 
     def train_dataloader(self) -> StepLoader:
         """The steps from here on."""
@@ -142,7 +146,7 @@ class Pretraining(L.LightningModule):
         """One optimizer step."""
         started = time.monotonic()
         point = self.point
-        set_backbone(self.objective.backbone, point)
+        set_backbone(self.objectives.backbone, point)
         optimizers = self._optimizers()
         optim.apply((optimizer.optimizer for optimizer in optimizers), point, self.run.optim["lr"])
         targets, requests, reasons = self.sum_over_ranks([batch.targets, self.stop_requested, bool(self.instability)])
@@ -150,25 +154,24 @@ class Pretraining(L.LightningModule):
         for number, micro_batch in enumerate(batch.micro_batches, 1):
             self._seed_dropout(micro_batch.first_row)
             with self._synchronised(number == len(batch.micro_batches)):
-                part, _ = self.objective(micro_batch)
+                part, _ = self.objectives(micro_batch)
                 # Gradients are averaged over ranks: times their number it is a sum.
                 self.manual_backward(part * (self.trainer.world_size / max(1, targets)))
             loss += part.detach()
         grad_norm = self._clip()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        optim.step(optimizers)
         self.last_point = point
         self.tokens_seen += point.step_tokens
         self.step += 1
         self.data_state = batch.state
-        since = self.unrecorded
-        since.loss, since.grad_norm = since.loss.to(self.device), since.grad_norm.to(self.device)
-        self.unrecorded = Unrecorded(
-            since.loss + loss,
+        nothing = torch.zeros((), device=self.device)
+        since = self.unrecorded.get(point.objective, Unrecorded(point, nothing, 0, 0, nothing))
+        self.unrecorded[point.objective] = Unrecorded(
+            point,
+            since.loss.to(self.device) + loss,
             since.targets + int(targets),
             since.tokens + batch.tokens,
-            torch.maximum(since.grad_norm, grad_norm),
+            torch.maximum(since.grad_norm.to(self.device), grad_norm),
         )
         self.interrupted, self.abandoned = requests > 0, reasons > 0
         self.seconds += time.monotonic() - started
@@ -178,21 +181,19 @@ class Pretraining(L.LightningModule):
     @property
     def is_split(self) -> bool:
         """Whether each rank holds a share of the weights only."""
-        return isinstance(self.objective, FSDPModule)
+        return isinstance(self.objectives, FSDPModule)
 
     def snapshot(self, shares: bool) -> dict[str, Any]:
         """All that a run needs to go on after the last step, copied; every rank must ask.
 
         The first rank has it whole, or with its own share of what is split, where the others have theirs.
         """
-        weights = weights_of(self.objective)  # first: after a validation it makes FSDP2 put the split parameters back
+        weights = weights_of(self.objectives)  # first: after a validation it makes FSDP2 put the split parameters back
         optimizers = [optimizer.optimizer for optimizer in self._optimizers()]
-        states = optim.snapshot(optimizers, optim.names_of(self.objective))
+        states = optim.snapshot(optimizers, optim.names_of(self.objectives))
         tensors = _copied({"weights": weights, "optimizers": states}, shares, self.global_rank == 0)
         data = self._data_state_of_all_ranks()
-        losses = [0.0] * self.trainer.world_size
-        losses[self.global_rank] = float(self.unrecorded.loss)
-        losses = self.sum_over_ranks(losses)
+        losses = self._of_all_ranks([float(since.loss) for since in self.unrecorded.values()])
         if self.global_rank:
             return tensors
         state = {
@@ -201,7 +202,16 @@ class Pretraining(L.LightningModule):
             "phase": self.last_point.phase,
             "boundary": bool(self.finished_phase),
             "seconds": self.seconds,
-            "unrecorded": {"losses": losses, "targets": self.unrecorded.targets, "grad_norm": float(self.unrecorded.grad_norm)},
+            "unrecorded": {
+                objective: {
+                    "at": since.point.tokens_seen,
+                    "losses": losses[number],
+                    "targets": since.targets,
+                    "grad_norm": float(since.grad_norm),
+                }
+                for number, (objective, since) in enumerate(self.unrecorded.items())
+            },
+            "ranks": self.trainer.world_size,
             "data": data,
             "corpus": self.fingerprint,
             "threads": torch.get_num_threads(),
@@ -209,9 +219,9 @@ class Pretraining(L.LightningModule):
         run = OmegaConf.to_container(OmegaConf.structured(self.run))
         return {"state": state, "run": run, **tensors}
 
-    def recorded(self) -> Unrecorded:
-        """The figures since the last call, which start anew."""
-        since, self.unrecorded = self.unrecorded, self._nothing()
+    def recorded(self) -> dict[str, Unrecorded]:
+        """The figures since the last call by objective, which start anew."""
+        since, self.unrecorded = self.unrecorded, {}
         return since
 
     def sum_over_ranks(self, numbers: list[float]) -> list[float]:
@@ -226,22 +236,29 @@ class Pretraining(L.LightningModule):
         state = checkpoint["state"]
         if state["corpus"] != self.fingerprint:
             raise ValueError(
-                f"data.root={self.run.data.root}: not the data that the checkpoint was trained with (tokenizer, sources or "
-                "shards differ); restore them, or start another run"
+                f"data.root={self.run.data.root}: not the data that the checkpoint was trained with (tokenizer, sources, "
+                "shards or the files of tasks differ); restore them, or start another run"
             )
-        self._ranks_before = ranks.described(len(state["unrecorded"]["losses"]), state["threads"])
-        load_weights(self.objective, checkpoint["weights"])
+        self._ranks_before = ranks.described(state["ranks"], state["threads"])
+        load_weights(self.objectives, checkpoint["weights"])
         self._optimizer_states = checkpoint["optimizers"]
         self.tokens_seen = state["tokens_seen"]
         self.step = state["step"]
         self.seconds = state["seconds"]
         self.data_state = state["data"]
-        self._unrecorded_losses = state["unrecorded"]["losses"]
-        self.unrecorded.targets = state["unrecorded"]["targets"]
-        self.unrecorded.grad_norm = torch.tensor(state["unrecorded"]["grad_norm"])
+        for objective, since in state["unrecorded"].items():
+            self._unrecorded_losses[objective] = since["losses"]
+            self.unrecorded[objective] = Unrecorded(
+                self.curriculum.at(since["at"]), torch.zeros(()), since["targets"], 0, torch.tensor(since["grad_norm"])
+            )
 
-    def _nothing(self) -> Unrecorded:
-        return Unrecorded(torch.zeros((), device=self.device), 0, 0, torch.zeros((), device=self.device))
+    def _of_all_ranks(self, numbers: list[float]) -> list[list[float]]:
+        """Each number as each rank has it."""
+        world = self.trainer.world_size
+        spread = [0.0] * (len(numbers) * world)
+        spread[self.global_rank :: world] = numbers
+        summed = self.sum_over_ranks(spread)
+        return [summed[at : at + world] for at in range(0, len(summed), world)]
 
     def _optimizers(self) -> list[Any]:
         optimizers = cast(Any, self.optimizers(use_pl_optimizer=True))
@@ -261,15 +278,15 @@ class Pretraining(L.LightningModule):
 
     def _synchronised(self, last: bool) -> AbstractContextManager[None]:
         """Gradients cross ranks on the last micro-batch only."""
-        if isinstance(self.objective, FSDPModule):  # Lightning's own switch does nothing here
-            self.objective.set_requires_gradient_sync(last)
+        if isinstance(self.objectives, FSDPModule):  # Lightning's own switch does nothing here
+            self.objectives.set_requires_gradient_sync(last)
         elif isinstance(self.trainer.strategy, DDPStrategy) and not last:
             return self.trainer.strategy.block_backward_sync()
         return nullcontext()
 
     def _clip(self) -> torch.Tensor:
         """Norm of the gradient over all ranks, cut to `clip_grad_norm` where the recipe wants it."""
-        parameters = list(self.objective.parameters())
+        parameters = list(self.objectives.parameters())
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         if self.run.clip_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.run.clip_grad_norm, norm)

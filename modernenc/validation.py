@@ -1,17 +1,19 @@
-"""Validation: the same held-out rows with the same masks, whenever and on whatever the model is trained."""
+"""Validation: the same held-out rows with the same masks, whenever and on whatever the model is trained; and tasks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from modernenc.config import Run
-from modernenc.curriculum import Curriculum
+from modernenc.curriculum import CHOICES, Curriculum, objectives_of
 from modernenc.data.blocks import VALIDATION, Corpus
+from modernenc.data.choices import Choices
 from modernenc.data.lanes import Chunk, Row, seed_of
 from modernenc.data.masking import Masker, MicroBatch, collate
 from modernenc.data.packing import SPECIALS, cut, pack
 from modernenc.metrics import ALL
+from modernenc.objectives import Objectives
 from modernenc.objectives.masked_lm import MaskedLM
 
 FIXED_RATIO = 0.15
@@ -20,13 +22,15 @@ FIXED_RATIO = 0.15
 
 @dataclass(frozen=True)
 class Score:
-    """Validation on one source at one length and mask ratio."""
+    """Validation on one source at one length and mask ratio, or on a task."""
 
     source: str
+    """Or task."""
     seq_len: int
     mask_ratio: float
+    """0 for a task, which masks nothing."""
     loss: float
-    """Nats per predicted token."""
+    """Nats per predicted token, or per item."""
     accuracy: float
     targets: int
 
@@ -42,38 +46,51 @@ class Validator:
             {name.partition("/")[0] for phase in run.phases.values() for name, share in phase.mix.items() if share}
         )
         self._rows: dict[tuple[str, int], list[Row]] = {}
+        self._items: dict[str, list[MicroBatch]] = {}
 
-    def scores(self, objective: MaskedLM, phase: str) -> list[Score]:
-        """All scores of a phase's setting; `all` stands for the mean over the predicted tokens of all sources."""
+    def scores(self, objectives: Objectives, phase: str) -> list[Score]:
+        """All scores of a phase's setting, and of the tasks trained so far; `all` is the mean over the predicted tokens of all
+        sources."""
         first = next(iter(self.run.phases.values()))
         current = self.run.phases[phase]
         settings = {
             (seq_len, ratio) for seq_len in (first.seq_len, current.seq_len) for ratio in (FIXED_RATIO, current.mask_ratio)
         }
-        training = objective.training
-        objective.eval()
-        scores = [score for setting in sorted(settings) for score in self._scores_at(objective, *setting)]
-        objective.train(training)
+        training = objectives.training
+        objectives.eval()
+        scores = [score for setting in sorted(settings) for score in self._scores_at(objectives, *setting)]
+        scores += [self._task_score(objectives, task) for task in self._trained_by(phase)]
+        objectives.train(training)
         return scores
 
-    def first_scores(self, objective: MaskedLM) -> list[Score]:
+    def first_scores(self, masked_lm: MaskedLM) -> list[Score]:
         """Scores at the first phase's length and 15 %, which all phases have in common."""
-        return list(self._scores_at(objective.eval(), next(iter(self.run.phases.values())).seq_len, FIXED_RATIO))
+        return list(self._scores_at(masked_lm.eval(), next(iter(self.run.phases.values())).seq_len, FIXED_RATIO))
 
-    @torch.no_grad()
-    def _scores_at(self, objective: MaskedLM, seq_len: int, ratio: float) -> Iterator[Score]:
-        device = objective.decoder.weight.device
+    def _scores_at(self, model: Objectives | MaskedLM, seq_len: int, ratio: float) -> Iterator[Score]:
         total = torch.zeros(3, dtype=torch.float64)
         for source in self.sources:
-            sums = torch.zeros(3, dtype=torch.float64)
-            for batch in self._batches(source, seq_len, ratio):
-                batch = batch.to(device)
-                loss, logits = objective(batch)
-                correct = (logits.argmax(-1) == batch.targets).sum()
-                sums += torch.tensor([loss.item(), correct.item(), len(batch.targets)], dtype=torch.float64)
+            sums = _sums(model, self._batches(source, seq_len, ratio))
             total += sums
             yield _score(source, seq_len, ratio, sums)
         yield _score(ALL, seq_len, ratio, total)
+
+    def _trained_by(self, phase: str) -> list[str]:
+        """Tasks of a phase or of those before it."""
+        so_far = list(self.run.phases)[: list(self.run.phases).index(phase) + 1]
+        return [task for task in self.run.tasks if any(task in objectives_of(self.run.phases[name]) for name in so_far)]
+
+    def _task_score(self, objectives: Objectives, name: str) -> Score:
+        task = self.run.tasks[name]
+        if name not in self._items:
+            source = Choices(name, task, self.corpus, self.run.seed, validation=True)
+            size = max(1, self.run.trainer.micro_batch_tokens // (CHOICES * task.seq_len))
+            self._items[name] = [
+                source.collate([source.encoded(item) for item in items], [item.label for item in items], at)
+                for at in range(0, len(source.items), size)
+                for items in [source.items[at : at + size]]
+            ]
+        return _score(name, task.seq_len, 0.0, _sums(objectives, self._items[name]))
 
     def _batches(self, source: str, seq_len: int, ratio: float) -> Iterator[MicroBatch]:
         masker = Masker(self.corpus.roles, self.corpus.ordinary_ids, ratio)
@@ -98,6 +115,19 @@ class Validator:
             rows = pack([len(chunk.tokens) + SPECIALS for chunk in chunks], seq_len)
             self._rows[source, seq_len] = [[chunks[item] for item in row] for row in rows]
         return self._rows[source, seq_len]
+
+
+@torch.no_grad()
+def _sums(model: Objectives | MaskedLM, batches: Iterable[MicroBatch]) -> torch.Tensor:
+    """Loss, right answers and answers, summed."""
+    device = next(model.parameters()).device
+    sums = torch.zeros(3, dtype=torch.float64)
+    for batch in batches:
+        batch = batch.to(device)
+        loss, scores = model(batch)
+        correct = (scores.argmax(-1) == batch.targets).sum()
+        sums += torch.tensor([loss.item(), correct.item(), len(batch.targets)], dtype=torch.float64)
+    return sums
 
 
 def _score(source: str, seq_len: int, ratio: float, sums: torch.Tensor) -> Score:

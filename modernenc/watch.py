@@ -42,53 +42,33 @@ def z_score(value: float, others: list[float]) -> float:
     return (value - middle) / max(spread, _LEAST_SPREAD * abs(middle), 1e-12)
 
 
-class Watch(L.Callback):
-    """Warns of spikes and plateaus; with `watch.action=stop` ends the run after `watch.patience` spikes in a row."""
+class Series:
+    """The rows of one objective in one phase, as far back as the window reaches."""
 
-    def __init__(self, run: Run, recorder: Recorder) -> None:
+    def __init__(self, run: Run) -> None:
         self.run = run
-        self.recorder = recorder
-        self._phase = ""
-        self._points: list[Point] = []
-        self._spikes: list[Point] = []
+        self.spikes: list[Point] = []
         """The last rows, as far back as each was a spike."""
+        self._points: list[Point] = []
         self._next_plateau = 0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take up what was recorded before."""
-        if trainer.is_global_zero:
-            for row in self.recorder.metrics.read():
-                self._take(row["phase"], _point(row))
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Look at a new row."""
-        module, row = cast(Pretraining, pl_module), self.recorder.last
-        if self.run.watch.action == "off" or not trainer.is_global_zero or row.get("step") != module.step:
-            return
-        warning = self._take(row["phase"], _point(row))
-        if warning:
-            log.warning("step %d: %s", module.step, warning)
-        if self.run.watch.action == "stop" and len(self._spikes) >= self.run.watch.patience:
-            module.instability = self._advice(module)
-
-    def _take(self, phase: str, point: Point) -> str:
+    def take(self, point: Point) -> str:
         """Compare a row with those before and put it to them; what is wrong with it, or nothing."""
-        warning = self._judged(point) if phase == self._phase and len(self._points) >= _ENOUGH else ""
-        self._add(phase, point)
+        warning = self._judged(point) if len(self._points) >= _ENOUGH else ""
+        oldest = point.tokens_seen - self.run.watch.window_tokens
+        self._points = [other for other in [*self._points, point] if other.tokens_seen >= oldest]
         return warning
 
     def _judged(self, point: Point) -> str:
         loss = z_score(point.loss, [other.loss for other in self._points])
         gradient = z_score(point.log_grad_norm, [other.log_grad_norm for other in self._points])
         if not all(math.isfinite(value) for value in point[1:]) or max(loss, gradient) > self.run.watch.z:
-            self._spikes.append(point)
+            self.spikes.append(point)
             return (
                 f"spike: loss {point.loss:.3f} ({loss:.1f} deviations above its median), "
                 f"log gradient norm {point.log_grad_norm:.2f} ({gradient:.1f})"
             )
-        self._spikes = []
+        self.spikes = []
         return self._plateau(point)
 
     def _plateau(self, point: Point) -> str:
@@ -104,8 +84,46 @@ class Watch(L.Callback):
         self._next_plateau = point.tokens_seen + int(self.run.watch.window_tokens)
         return f"plateau: the median loss of the last {reach // 2:,} tokens is {newer:.4f}, {older:.4f} before"
 
-    def _advice(self, module: Pretraining) -> str:
-        first = self._spikes[0].tokens_seen
+
+class Watch(L.Callback):
+    """Warns of spikes and plateaus; with `watch.action=stop` ends the run after `watch.patience` spikes in a row."""
+
+    def __init__(self, run: Run, recorder: Recorder) -> None:
+        self.run = run
+        self.recorder = recorder
+        self._phase = ""
+        self._series: dict[str, Series] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take up what was recorded before."""
+        if trainer.is_global_zero:
+            for row in self.recorder.metrics.read():
+                self._of(row).take(_point(row))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at new rows."""
+        module = cast(Pretraining, pl_module)
+        if self.run.watch.action == "off" or not trainer.is_global_zero:
+            return
+        for row in self.recorder.last:
+            if row["step"] != module.step:
+                continue
+            series = self._of(row)
+            warning = series.take(_point(row))
+            if warning:
+                log.warning("step %d: %s", module.step, warning)
+            if self.run.watch.action == "stop" and len(series.spikes) >= self.run.watch.patience:
+                module.instability = self._advice(module, series.spikes[0].tokens_seen)
+
+    def _of(self, row: dict[str, Any]) -> Series:
+        """The rows that a row belongs to."""
+        if row["phase"] != self._phase:
+            self._phase, self._series = row["phase"], {}
+        return self._series.setdefault(row["objective"], Series(self.run))
+
+    def _advice(self, module: Pretraining, first: int) -> str:
         folder = Path(self.run.run_dir) / FOLDER
         good = [path for path in folder.glob("*.ckpt") if tokens_seen(path) < first]
         if not good:
@@ -115,13 +133,6 @@ class Watch(L.Callback):
             f"unstable since {first:,} tokens; go back to {last} with: python -m modernenc.resume {last} --rollback "
             f"and optim.lr=... or --skip-tokens {module.tokens_seen - int(tokens_seen(last))}"
         )
-
-    def _add(self, phase: str, point: Point) -> None:
-        if phase != self._phase:
-            self._phase, self._points, self._spikes = phase, [], []
-        self._points.append(point)
-        oldest = point.tokens_seen - self.run.watch.window_tokens
-        self._points = [other for other in self._points if other.tokens_seen >= oldest]
 
 
 def _point(row: dict[str, Any]) -> Point:

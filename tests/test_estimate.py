@@ -17,14 +17,14 @@ from modernenc.config import Run
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.data.loader import DataState, Steps
-from modernenc.model import build_objective, recompute
+from modernenc.model import build_objectives, recompute
 
 
 @pytest.mark.parametrize("name", ["demo", "demo_mega"])
 @pytest.mark.parametrize("length", [200, 700])
 def test_flops_are_those_that_torch_counts(name, length):
     run = composed([f"+recipe={name}", "trainer.precision=32-true", "data.root=nowhere"])
-    objective = build_objective(run)
+    objective = build_objectives(run).masked_lm
     ends = torch.tensor([0, length, 2 * length], dtype=torch.int32)
     with FlopCounterMode(display=False) as counter:
         objective.backbone(torch.zeros(2 * length, dtype=torch.long), ends, length)
@@ -74,7 +74,7 @@ def test_a_plan_is_printed_for_programs_drawn_and_compared(tmp_path):
 
 def peak(run: Run, corpus: Corpus) -> int:
     """Bytes that torch holds at the most in an optimizer step, the second one."""
-    objective = build_objective(run)
+    objective = build_objectives(run)
     recompute(objective.backbone, run.trainer.recompute_every)
     optimizers = optim.build(objective, run.optim)
     steps = iter(Steps(run, Curriculum(run.phases), corpus, 0, 1, DataState()))

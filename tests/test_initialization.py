@@ -16,7 +16,7 @@ from modernenc.data.blocks import Corpus
 from modernenc.export import export
 from modernenc.initialization import initialise, layer_map, made_of, tiled, transferred
 from modernenc.metrics import Table
-from modernenc.model import build_objective, load_objective, weights_of
+from modernenc.model import build_objectives, load_masked_lm, weights_of
 
 BASE_TO_LARGE = [0, 1, 2, 2, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12, 13, 13, 14, 15, 16, 16, 17, 18, 19, 20, 20, 21]
 """As ModernBERT's own code has it."""
@@ -36,14 +36,14 @@ def trained(request, small_run, tmp_path) -> tuple[str, Path]:
 
 def filled(run) -> dict[str, torch.Tensor]:
     """The weights that a run begins with."""
-    objective = build_objective(run)
+    objective = build_objectives(run).masked_lm
     initialise(objective, run, Corpus.of(run.data).tokenizer_file)
     return {name: value.detach().clone() for name, value in weights_of(objective).items()}
 
 
 def test_a_run_begins_with_the_weights_of_another_ones_checkpoint(trained, small_run):
     recipe, folder = trained
-    objective, _ = load_objective(small_run(recipe=recipe), folder / FINAL)
+    objective = load_masked_lm(small_run(recipe=recipe), folder / FINAL)
     run = small_run(f"init.source={folder / FINAL}", recipe=recipe)
     assert all(torch.equal(value, weights_of(objective)[name]) for name, value in filled(run).items())
     last = float(Table(folder / "metrics.csv").read()[-1]["loss"])
@@ -55,7 +55,7 @@ def test_an_exported_model_comes_back_as_it_was(trained, small_run, tmp_path):
     recipe, folder = trained
     export([folder], tmp_path / "exported")
     run = small_run(f"init.source={tmp_path / 'exported'}", recipe=recipe)
-    objective, _ = load_objective(run, folder / FINAL)
+    objective = load_masked_lm(run, folder / FINAL)
     assert all(torch.equal(value, weights_of(objective)[name]) for name, value in filled(run).items())
     kind = type(objective.backbone)
     assert isinstance(kind, type) and issubclass(kind, ModernBERT | Mega)
@@ -102,7 +102,7 @@ def test_a_tensor_is_repeated_around_its_centre():
 
 def test_a_wider_and_deeper_backbone_holds_the_smaller_one(small_run, tmp_path):
     folder = train(small_run(f"run_dir={tmp_path / 'source'}"))
-    source, _ = load_objective(small_run(), folder / FINAL)
+    source = load_masked_lm(small_run(), folder / FINAL)
     run = small_run(*WIDER, f"init.source={folder / FINAL}", "init.layers=by_kind")
     large, small = filled(run), weights_of(source)
     assert torch.equal(
@@ -141,7 +141,7 @@ def test_under_another_tokenizer_a_token_is_what_it_is_written_with(corpus_root,
     folder = train(small_run(f"run_dir={tmp_path / 'source'}"))
     tokenizer = corpus_root / "tokenizer.json"
     run = small_run(f"init.source={folder / FINAL}", f"init.tokenizer={tokenizer}")
-    source, _ = load_objective(run, folder / FINAL)
+    source = load_masked_lm(run, folder / FINAL)
     same = filled(run)  # from a tokenizer to itself nothing changes
     assert all(torch.allclose(value, weights_of(source)[name]) for name, value in same.items())
 

@@ -120,4 +120,4 @@ def test_checkpoints_are_every_4000_steps_as_published(recipe):
     level = next(
         level for level in Curriculum(run.phases).levels if level.batch_rows == max(p.batch_rows for p in run.phases.values())
     )
-    assert run.checkpoint.every_tokens == 4_000 * level.step_tokens
+    assert run.checkpoint.every_tokens == 4_000 * level.batch_rows * level.seq_len

@@ -15,7 +15,7 @@ from modernenc.curriculum import Curriculum
 from modernenc.fit import fit, start
 from modernenc.lineage import read as read_lineage
 from modernenc.metrics import Table
-from modernenc.model import build_objective, load_objective, recompute
+from modernenc.model import build_objectives, load_masked_lm, recompute
 from modernenc.resume import resume
 
 
@@ -115,7 +115,7 @@ def test_activations_made_again_change_nothing(small_run, tmp_path, recipe):
 def test_activations_made_again_are_not_kept(small_run, recipe):
     def kept(every: int) -> int:
         """Bytes that a forward pass keeps for the backward pass, weights left out."""
-        objective = build_objective(small_run(*DROPOUT[recipe], recipe=recipe))
+        objective = build_objectives(small_run(*DROPOUT[recipe], recipe=recipe)).masked_lm
         recompute(objective.backbone, every)
         own = {weight.data_ptr() for weight in objective.parameters()}
         held: dict[int, int] = {}
@@ -178,7 +178,7 @@ def test_the_backbone_is_loaded_as_its_phase_left_it(small_run):
     run = small_run()
     folder = train(run)
     thetas = {
-        phase: getattr(load_objective(run, folder / "checkpoints" / f"end-of-{phase}.ckpt")[0].backbone, "global_rope_theta")
+        phase: getattr(load_masked_lm(run, folder / "checkpoints" / f"end-of-{phase}.ckpt").backbone, "global_rope_theta")
         for phase in run.phases
     }
     assert thetas == {"stable": 10_000, "extend": 160_000, "decay": 160_000}
@@ -198,8 +198,8 @@ def test_resuming_with_other_data_is_refused(small_run):
 def test_the_peak_that_decay_is_relative_to_follows_the_phase(small_run):
     run = small_run("optim=stable_adamw", "optim.lr=1e-3", "phases.extend.lr=4e-4", "phases.decay.lr=2e-4")
     curriculum = Curriculum(run.phases)
-    objective = build_objective(run)
-    optimizers = optim.stable_adamw(objective, objective.backbone, 1e-3, 1e-5, [0.9, 0.98], 1e-6)
+    objective = build_objectives(run).masked_lm
+    optimizers = optim.stable_adamw(list(objective.parameters()), [], 1e-3, 1e-5, [0.9, 0.98], 1e-6)
     for phase, peak in (("stable", 1e-3), ("extend", 4e-4), ("decay", 2e-4)):
         optim.apply(optimizers, curriculum.at(curriculum.start_of(phase)), run.optim["lr"])
         decaying, others = optimizers[0].param_groups
@@ -212,9 +212,9 @@ def test_the_peak_that_decay_is_relative_to_follows_the_phase(small_run):
 
 def test_muon_takes_the_matrices_and_adamw_the_rest(small_run):
     run = small_run()
-    objective = build_objective(run)
+    objective = build_objectives(run).masked_lm
     arguments = {key: value for key, value in run.optim.items() if key != "_target_"}
-    muon, adamw = optim.muon(objective, objective.backbone, **arguments)
+    muon, adamw = optim.muon(list(objective.parameters()), objective.backbone.matrices(), **arguments)
     chosen = {id(parameter) for group in muon.param_groups for parameter in group["params"]}
     rest = {id(parameter) for group in adamw.param_groups for parameter in group["params"]}
     assert chosen == {id(parameter) for parameter in objective.backbone.matrices()}

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .initial import normal_
 from .shapes import Bool, Float, Int
 
 BLOCK = 64
@@ -88,13 +89,13 @@ class MultiDimensionDampedEMA(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Memories of a few tokens, with gains of alternating sign."""
-        nn.init.normal_(self.damping_factor, std=0.2)
-        nn.init.normal_(self.decay_factor, std=0.2)
-        nn.init.normal_(self.ema_expansion_matrix, std=0.02)
+        normal_(self.damping_factor, 0.2)
+        normal_(self.decay_factor, 0.2)
+        normal_(self.ema_expansion_matrix, 0.02)
         self.ema_expansion_matrix[:, ::2] += 1
         self.ema_expansion_matrix[:, 1::2] -= 1
-        nn.init.normal_(self.kernel_projection_matrix)
-        nn.init.normal_(self.residual_weight)
+        normal_(self.kernel_projection_matrix, 1.0)
+        normal_(self.residual_weight, 1.0)
 
     def forward(self, x: Float[Tensor, "tokens hidden"], documents: Documents) -> Float[Tensor, "tokens hidden"]:
         """Output in fp32 at least, whatever the input's precision: powers of decays next to 1 need it."""

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from .buckets import Buckets
 from .dropout import Dropout
 from .ema import Documents, MultiDimensionDampedEMA
+from .initial import normal_
 from .shapes import Float, Int
-
-INIT_STD = 0.02
 
 
 class GatedAttention(nn.Module):
@@ -47,7 +46,7 @@ class GatedAttention(nn.Module):
         self.qk_weight = nn.Parameter(torch.empty(2, shared_representation_size))
         self.qk_bias = nn.Parameter(torch.zeros(2, shared_representation_size))
         self.rel_pos_bias = rel_pos_bias
-        nn.init.normal_(self.qk_weight, std=INIT_STD)
+        normal_(self.qk_weight)
 
     def forward(
         self,
@@ -117,7 +116,7 @@ class SimpleBias(nn.Module):
         # Only the first 2 x chunk_size - 1 are ever used; transformers has as many as there are positions, and so has each
         # checkpoint that was trained there.
         self.rel_pos_bias = nn.Parameter(torch.empty(2 * max_position - 1))
-        nn.init.normal_(self.rel_pos_bias, std=INIT_STD)
+        normal_(self.rel_pos_bias)
 
     def forward(self, length: int) -> Float[Tensor, "length length"]:
         reach = self.rel_pos_bias[self.chunk_size - length : self.chunk_size + length - 1]
@@ -132,8 +131,8 @@ class RotaryBias(nn.Module):
         self.alpha = nn.Parameter(torch.empty(1, width))
         self.b_param = nn.Parameter(torch.empty(1, width))
         self.register_buffer("_float_tensor", torch.zeros(1))  # weights in transformers' form have one
-        nn.init.normal_(self.alpha, std=INIT_STD)
-        nn.init.normal_(self.b_param, std=INIT_STD)
+        normal_(self.alpha)
+        normal_(self.b_param)
 
     def forward(self, length: int) -> Float[Tensor, "length length"]:
         half = self.alpha.shape[1] // 2

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .buckets import Buckets
 from .dropout import Dropout
 from .ema import BLOCK, PATHS, Documents, MultiDimensionDampedEMA
-from .gated_attention import BIASES, INIT_STD, GatedAttention, at, chunk_edges
+from .gated_attention import BIASES, GatedAttention, at, chunk_edges
+from .initial import normal_
 from .shapes import Float, Int
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ class Embeddings(nn.Module):
         super().__init__()
         # Unfilled first: nn.Embedding's own normal_, on the meta device, would import torch's compiler.
         self.word_embeddings = nn.Embedding.from_pretrained(torch.empty(vocab_size, hidden_size), freeze=False)
-        nn.init.normal_(self.word_embeddings.weight, std=INIT_STD)
+        normal_(self.word_embeddings.weight)
 
 
 class Block(nn.Module):
@@ -277,5 +278,5 @@ class PredictionHead(nn.Module):
 
 
 def _init_linear(linear: nn.Linear) -> None:
-    nn.init.normal_(linear.weight, std=INIT_STD)
+    normal_(linear.weight)
     nn.init.zeros_(linear.bias)

@@ -31,7 +31,8 @@ from transformers.modeling_outputs import (
 from .buckets import Buckets
 from .dropout import Dropout
 from .ema import Documents
-from .gated_attention import INIT_STD, chunk_edges
+from .gated_attention import chunk_edges
+from .initial import INIT_STD
 from .mega import Mega
 from .shapes import Float, Int
 

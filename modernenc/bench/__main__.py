@@ -56,10 +56,10 @@ def measure(config: Run, batches: list["MicroBatch"], pad: int) -> dict[str, lis
     from transformers import AutoConfig, AutoModelForMaskedLM
 
     from modernenc.export import hugging_face_names
-    from modernenc.model import build_objective
+    from modernenc.model import build_objectives
 
     device = torch.device("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu")
-    ours = build_objective(config).to(device)
+    ours = build_objectives(config).masked_lm.to(device)
     config_of_ours = ours.backbone.hugging_face_model().config
     settings = AutoConfig.for_model(**config_of_ours.to_dict())  # transformers' own class of that type
     theirs = AutoModelForMaskedLM.from_config(settings)

@@ -53,7 +53,7 @@ def first_batch(folder: Path, rank: int, share: float) -> tuple[float, int]:
     run = the_run(folder)
     started = time.perf_counter()
     corpus = Corpus.of(run.data)
-    curriculum = Curriculum(run.phases)
+    curriculum = Curriculum.of(run)
     state = midway(run, curriculum, share) if share else DataState()
     steps = iter(Steps(run, curriculum, corpus, rank, RANKS, state))
     assert next(steps).targets
@@ -78,7 +78,7 @@ def midway(run: Run, curriculum: Any, share: float) -> Any:
     """A state as a checkpoint has it, without the checksums, at a step boundary: lanes draw about evenly."""
     from modernenc.data.loader import DataState, PhaseAccount
 
-    step_tokens = curriculum.levels[0].step_tokens
+    step_tokens = curriculum.at(0).step_tokens
     tokens = int(curriculum.total_tokens * share) // step_tokens * step_tokens
     blocks = tokens // BLOCK_TOKENS // LANES
     lane = {"window": tokens // LANES // (512 * 1024), "row": 0, "blocks": {"web/slice-000": blocks},

@@ -59,25 +59,23 @@ def bare(config: Run, steps: int = STEPS, warmup: int = WARMUP) -> float:
     from modernenc.checks import check_run
     from modernenc.data.loader import DataState, StepLoader, Steps
     from modernenc.fit import keep_freed_memory
-    from modernenc.model import build_objective
+    from modernenc.model import build_objectives
 
     keep_freed_memory()
     curriculum, corpus = check_run(config)
     loader = StepLoader(Steps(config, curriculum, corpus, 0, 1, DataState()), config.data.workers, pin_memory=False)
     device = torch.device("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu")
-    objective = build_objective(config).to(device)
-    optimizers = optim.build(objective, config.optim)
+    objectives = build_objectives(config).to(device)
+    optimizers = optim.build(objectives, config.optim)
     started = 0.0
     for number, step in enumerate(islice(loader, steps)):
         if number == warmup:
             started = time.perf_counter()
         for micro_batch in step.micro_batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=config.trainer.precision == "bf16-mixed"):
-                loss, _ = objective(micro_batch.to(device))
+                loss, _ = objectives(micro_batch.to(device))
             (loss / step.targets).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        optim.step(optimizers)
     return (time.perf_counter() - started) / (steps - warmup)
 
 

@@ -110,7 +110,7 @@ def _losses(config: Run, names: list[str]) -> dict[str, Loss]:
 
     from modernenc.data.masking import MicroBatch
     from modernenc.export import hugging_face_names
-    from modernenc.model import build_objective, recompute
+    from modernenc.model import build_objectives, recompute
 
     phase = list(config.phases.values())[-1]
     config.backbone["max_position"] = max(config.backbone["max_position"], phase.seq_len)
@@ -120,7 +120,7 @@ def _losses(config: Run, names: list[str]) -> dict[str, Loss]:
     labels = torch.full_like(row, -100).index_copy(0, places, row[places])
     losses: dict[str, Loss] = {}
     for name in names:
-        ours: Any = build_objective(config)
+        ours: Any = build_objectives(config).masked_lm
         if name != THEIRS:
             recompute(ours.backbone, 1 if name == AGAIN else 0)
             losses[name] = Loss(ours, config.trainer.precision, lambda ours=ours: ours(batch)[0] / len(places))

@@ -1,6 +1,6 @@
 """One loader item = one optimizer step: its micro-batches and the state of the data after it.
 
-1. The curriculum says which rows the step takes: row g of a phase comes from lane g mod L.
+1. The curriculum says which rows the step takes: row g of a phase comes from lane g mod L. Of a task it says which items.
 2. Rank r of W serves the lanes l with l mod W = r, in order, and masks its rows by (seed, phase, row).
 3. Rows are grouped into micro-batches; the lanes' state after the step travels with them.
 """
@@ -10,13 +10,15 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset
 
 from modernenc.config import Run
-from modernenc.curriculum import Curriculum, Point
+from modernenc.curriculum import CHOICES, MASKED_LM, Curriculum, Point, reads_text
+from modernenc.data import choices
 from modernenc.data.blocks import Corpus
 from modernenc.data.lanes import Lane, LaneState, Mix, Row
 from modernenc.data.masking import Masker, MicroBatch, collate
@@ -32,15 +34,15 @@ class PhaseAccount:
     """Where the tokens of one phase went, so far."""
 
     drawn: dict[str, int] = field(default_factory=dict)
-    """Text tokens drawn from each slice into windows."""
+    """Text tokens drawn from each slice into windows, or for a task."""
     served: dict[str, int] = field(default_factory=dict)
-    """Text tokens of each slice that reached a step; the rest of `drawn` lies unserved in open windows."""
+    """Text tokens of each slice or task that reached a step; the rest of `drawn` lies unserved in open windows."""
     skipped: int = 0
     """Text tokens of rows that a rollback passed by."""
     special: int = 0
     padding: int = 0
     cuts: int = 0
-    """Document ends that are not ends: cuts to the row length and at block ends."""
+    """Document ends that are not ends, cuts to the row length and at block ends; and choices too long for a row."""
 
     def serve(self, row: Row, seq_len: int) -> None:
         """Count one row."""
@@ -50,6 +52,15 @@ class PhaseAccount:
             text += len(chunk.tokens)
         self.special += SPECIALS * len(row)
         self.padding += seq_len - text - SPECIALS * len(row)
+
+    def serve_choice(self, task: str, choice: choices.Choice, seq_len: int) -> None:
+        """Count one ending of an item."""
+        text = len(choice.context) + len(choice.ending)
+        for counts in (self.drawn, self.served):
+            counts[task] = counts.get(task, 0) + text
+        self.special += choices.SPECIALS
+        self.padding += seq_len - text - choices.SPECIALS
+        self.cuts += choice.cut
 
     def add(self, other: "PhaseAccount") -> None:
         """Count what another rank counted."""
@@ -113,6 +124,7 @@ class Steps(IterableDataset[Step]):
         self.world_size = world_size
         self.state = state
         self.mixes = open_mixes(run, corpus)
+        self.tasks = {name: choices.Choices(name, task, corpus, run.seed) for name, task in run.tasks.items()}
 
     def __iter__(self) -> Iterator[Step]:
         """Make steps, one optimizer step each."""
@@ -121,9 +133,12 @@ class Steps(IterableDataset[Step]):
             state.accounts = {phase: PhaseAccount() for phase in state.accounts}
         lanes = self._restored(state)
         for point in self.curriculum.steps(state.tokens_seen):
-            lanes = self._in_phase(point.phase, state, lanes)
-            account = state.accounts[point.phase]
-            micro_batches = self._micro_batches(point, lanes, account)
+            account = state.accounts.setdefault(point.phase, PhaseAccount())
+            if point.objective == MASKED_LM:
+                lanes = self._in_phase(point.phase, state, lanes)
+                micro_batches = self._micro_batches(point, lanes, account)
+            else:
+                micro_batches = self._task_batches(point, account)
             state.tokens_seen += point.step_tokens
             state.lanes = {number: lane.state() for number, lane in lanes.items()}
             yield Step(
@@ -142,8 +157,10 @@ class Steps(IterableDataset[Step]):
         assert self.world_size == 1
         state = DataState.from_dict(self.state.to_dict())
         point = self.curriculum.at(state.tokens_seen)
+        if not reads_text(self.run.phases[point.phase]):
+            raise ValueError(f"--skip-tokens {tokens}: phases.{point.phase}, where the checkpoint is, reads no text")
         lanes = self._in_phase(point.phase, state, self._restored(state))
-        account = state.accounts[point.phase]
+        account = state.accounts.setdefault(point.phase, PhaseAccount())
         for row in range(point.first_row, point.first_row - (-tokens // point.seq_len)):
             lane = lanes[row % self.run.data.lanes]
             account.skipped += sum(len(chunk.tokens) for chunk in lane.next_row())
@@ -164,7 +181,6 @@ class Steps(IterableDataset[Step]):
         if phase == state.phase:
             return lanes
         state.phase = phase
-        state.accounts[phase] = PhaseAccount()
         return self._enter(phase, lanes)
 
     def _micro_batches(self, point: Point, lanes: dict[int, Lane], account: PhaseAccount) -> list[MicroBatch]:
@@ -186,6 +202,24 @@ class Steps(IterableDataset[Step]):
         # Ranks run the same number of them, even where some have a row less: collectives in a forward pass must pair up.
         idle = -(-most_rows(point, self.run.data.lanes, self.world_size) // size) - len(micro_batches)
         return micro_batches + [collate([masker.empty_row()], first_row=0)] * idle
+
+    def _task_batches(self, point: Point, account: PhaseAccount) -> list[MicroBatch]:
+        task, source = self.run.tasks[point.objective], self.tasks[point.objective]
+        numbers = [
+            number for number in range(point.first_item, point.first_item + task.batch_items)
+            if number % self.world_size == self.rank
+        ]  # fmt: skip
+        drawn = [source.drawn(number) for number in numbers]
+        items = [source.encoded(item) for item in drawn]
+        for choice in (choice for item in items for choice in item):
+            account.serve_choice(point.objective, choice, task.seq_len)
+        size = max(1, self.run.trainer.micro_batch_tokens // (CHOICES * task.seq_len))
+        starts = range(0, -(-task.batch_items // self.world_size), size)  # as many as any rank has
+        labels = [item.label for item in drawn]
+        return [
+            source.collate(items[at : at + size], labels[at : at + size], numbers[at] if at < len(numbers) else 0)
+            for at in starts
+        ]
 
     def _enter(self, phase: str, before: dict[int, Lane]) -> dict[int, Lane]:
         """Lanes at the start of a phase: passes over the slices go on, open windows of the phase before are left."""
@@ -223,8 +257,14 @@ def _count_draws(account: PhaseAccount, lane: Lane) -> None:
 
 
 def open_mixes(run: Run, corpus: Corpus) -> dict[str, Mix]:
-    """The mix of each phase, opened; FileNotFoundError or ValueError names a shard that is absent or cut short."""
-    return {name: Mix(corpus, phase.mix, run.data.lanes, run.seed) for name, phase in run.phases.items()}
+    """The mix of each phase that reads text, opened; FileNotFoundError or ValueError names a shard that is not whole."""
+    return {name: Mix(corpus, phase.mix, run.data.lanes, run.seed) for name, phase in run.phases.items() if reads_text(phase)}
+
+
+def fingerprint(run: Run, corpus: Corpus) -> str:
+    """Hash of all that the run reads: it changes with any token, and with the file of any task."""
+    files = [choices.fingerprint(Path(task.train)) for task in run.tasks.values()]
+    return "-".join([corpus.fingerprint(phase.mix for phase in run.phases.values()), *files])
 
 
 def merge(states: list[DataState]) -> DataState:

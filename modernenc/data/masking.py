@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Int, Integer
 from torch import Tensor
 
+from modernenc.curriculum import MASKED_LM
 from modernenc.data.blocks import Roles
 from modernenc.data.lanes import Row
 from modernenc.data.packing import SPECIALS
@@ -23,10 +24,14 @@ class MicroBatch:
     cu_seqlens: Int[Tensor, " docs_plus_1"]
     """Start of each document, and the number of tokens; int32."""
     max_seqlen: int
-    target_positions: Int[Tensor, " targets"]
+    target_positions: Int[Tensor, " positions"]
+    """Where hidden states are asked for: at each predicted token; for a task, at the first token of each choice."""
     targets: Int[Tensor, " targets"]
+    """What they should tell: the token of each position, or the right choice of each item."""
     first_row: int
     """Number of the first row in its phase: with the step, the seed of dropout."""
+    objective: str = MASKED_LM
+    """What the rows are for."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device."""

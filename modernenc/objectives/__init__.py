@@ -1,1 +1,27 @@
-"""Objectives: `(batch) -> loss sum and counts`. Each holds the backbone, which phases share, and its own head."""
+"""Objectives: `(batch) -> loss sum, scores`. They share the backbone from phase to phase; each has its own head."""
+
+from collections.abc import Iterable
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from modernenc.curriculum import MASKED_LM
+from modernenc.data.masking import MicroBatch
+from modernenc.objectives.masked_lm import MaskedLM
+from modernenc.objectives.multiple_choice import MultipleChoice
+
+
+class Objectives(nn.Module):
+    """Masked LM, and a head for each task."""
+
+    def __init__(self, masked_lm: MaskedLM, tasks: Iterable[str]) -> None:
+        super().__init__()
+        self.backbone = masked_lm.backbone
+        self.masked_lm = masked_lm
+        self.tasks = nn.ModuleDict({name: MultipleChoice(self.backbone) for name in tasks})
+
+    def forward(self, batch: MicroBatch) -> tuple[Float[Tensor, ""], Float[Tensor, "targets scores"]]:
+        """The loss of the batch's objective, summed over what it predicts, in nats; and the scores it came from."""
+        if batch.objective == MASKED_LM:
+            return self.masked_lm(batch)
+        return self.tasks[batch.objective](self.backbone, batch)

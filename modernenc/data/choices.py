@@ -1,0 +1,127 @@
+"""Multiple choice in the layout of SWAG: Zellers et al. 2018, arXiv:1808.05326. Files -> items -> micro-batches.
+
+1. Item n of a run is that at place n mod N of a seeded permutation for pass n div N: pure, so there is no state to save.
+2. A choice is a document of its own, [cls] context [sep] ending [sep]; an item is four in a row.
+3. Rank r of W takes the items n with n mod W = r.
+"""
+
+import csv
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+
+from modernenc.config import Task
+from modernenc.curriculum import CHOICES
+from modernenc.data.blocks import Corpus
+from modernenc.data.lanes import seed_of
+from modernenc.data.masking import MicroBatch
+
+COLUMNS = ("sent1", "sent2", *(f"ending{number}" for number in range(CHOICES)), "label")
+"""What is read of a file; sent2 is how each ending begins."""
+SPECIALS = 3
+"""Tokens added to a choice."""
+
+
+class Item(NamedTuple):
+    """One question."""
+
+    context: str
+    endings: tuple[str, ...]
+    label: int
+
+
+class Choice(NamedTuple):
+    """A context with one of the endings, as tokens."""
+
+    context: list[int]
+    ending: list[int]
+    cut: bool
+    """Whether it was longer than a row."""
+
+
+def read(path: Path, key: str) -> list[Item]:
+    """The items of a file; FileNotFoundError or ValueError names the line that is not one. `key` is the setting of `path`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{key}={path} does not exist; expected a CSV file with the columns {', '.join(COLUMNS)}")
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        lacking = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+        if lacking:
+            raise ValueError(f"{key}={path}: no column {lacking[0]}; expected {', '.join(COLUMNS)}, as SWAG has them")
+        items = [_item(row, f"{key}={path}, line {reader.line_num}") for row in reader]
+    if not items:
+        raise ValueError(f"{key}={path} has no items")
+    return items
+
+
+def fingerprint(path: Path) -> str:
+    """Hash of a file."""
+    return xxhash.xxh3_64_hexdigest(path.read_bytes())
+
+
+class Choices:
+    """The items of a task's file, in the order of training or of the file."""
+
+    def __init__(self, name: str, task: Task, corpus: Corpus, seed: int, validation: bool = False) -> None:
+        self.name = name
+        self.seq_len = task.seq_len
+        self.roles = corpus.roles
+        path, key = (task.validation, "validation") if validation else (task.train, "train")
+        self.items = read(Path(path), f"tasks.{name}.{key}")
+        if validation:
+            self.items = self.items[: task.validation_items]
+        from data_prep.encode import load
+
+        self._tokenizer = load(corpus.tokenizer_file)
+        self._order = lru_cache(2)(
+            lambda turn: np.random.default_rng([seed, seed_of(name), turn]).permutation(len(self.items)).tolist()
+        )
+
+    def drawn(self, number: int) -> Item:
+        """Item `number` of a run."""
+        turn, place = divmod(number, len(self.items))
+        return self.items[self._order(turn)[place]]
+
+    def encoded(self, item: Item) -> list[Choice]:
+        """Each ending after its context, of which the beginning is cut where both are too long for a row."""
+        context, *endings = (
+            encoding.ids for encoding in self._tokenizer.encode_batch([item.context, *item.endings], add_special_tokens=False)
+        )
+        longest = self.seq_len - SPECIALS
+        choices = []
+        for ending in endings:
+            kept = ending[: max(longest - len(context), longest // 2)]
+            room = longest - len(kept)
+            shown = context[-room:] if room else []
+            choices.append(Choice(shown, kept, len(context) + len(ending) > longest))
+        return choices
+
+    def collate(self, items: list[list[Choice]], labels: list[int], first: int) -> MicroBatch:
+        """Lay the choices of items end to end; what is predicted is an item's label, from the first tokens of its choices."""
+        cls, sep = self.roles.cls, self.roles.sep
+        choices = [choice for item in items for choice in item]
+        documents = [[cls, *choice.context, sep, *choice.ending, sep] for choice in choices] or [[cls, sep]]
+        ends = np.cumsum([0, *(len(document) for document in documents)])
+        return MicroBatch(
+            input_ids=torch.tensor([token for document in documents for token in document]),
+            cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
+            max_seqlen=max(len(document) for document in documents),
+            target_positions=torch.from_numpy(ends[: len(choices)]),
+            targets=torch.tensor(labels, dtype=torch.int64),
+            first_row=first * CHOICES,
+            objective=self.name,
+        )
+
+
+def _item(row: dict[str, str | None], place: str) -> Item:
+    missing = [name for name in COLUMNS if row[name] is None]
+    if missing:
+        raise ValueError(f"{place}: nothing for {missing[0]}; expected as many fields as there are columns")
+    if row["label"] not in [str(number) for number in range(CHOICES)]:
+        raise ValueError(f"{place}: label={row['label']}; expected 0 to {CHOICES - 1}")
+    endings = [f"{row['sent2']} {row[f'ending{number}']}".strip() for number in range(CHOICES)]
+    return Item(str(row["sent1"]), tuple(endings), int(row["label"]))

@@ -1,0 +1,24 @@
+"""Multiple choice: each ending, read after its context, has a score from its first token; the right one should win."""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from modernenc.backbones import Backbone
+from modernenc.curriculum import CHOICES
+from modernenc.data.masking import MicroBatch
+
+
+class MultipleChoice(nn.Module):
+    """A prediction head of its own and a score, on a backbone that it is given."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.head = backbone.prediction_head()
+        self.score = nn.Linear(backbone.hidden_size, 1)
+
+    def forward(self, backbone: Backbone, batch: MicroBatch) -> tuple[Float[Tensor, ""], Float[Tensor, "targets choices"]]:
+        """Cross-entropy of the right endings, summed, in nats; and the scores it came from."""
+        hidden = backbone(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.target_positions)
+        scores = self.score(self.head(hidden)).view(-1, CHOICES)
+        return F.cross_entropy(scores.float(), batch.targets, reduction="sum"), scores
