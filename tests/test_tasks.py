@@ -39,7 +39,7 @@ def items(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("items")
     words = ["import", "return", "class", "list", "tuple", "string", "value", "name", "graph", "node", "edge", "weight"]
     rng = np.random.default_rng(3)
-    for name, number in (("train", 37), ("validation", 24)):
+    for name, number in (("train", 37), ("many", 400), ("validation", 24)):
         with (folder / f"{name}.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["", *COLUMNS])
@@ -186,8 +186,13 @@ def test_a_choice_is_a_document_and_its_beginning_is_cut(mixed_run, items):
     assert whole[-len(long[0].context) :] == long[0].context
 
 
-def test_every_objective_learns_and_is_validated(mixed_run):
-    run = mixed_run("phases.extend.tokens=120_000", "phases.extend.lr=3e-3", "phases.extend.warmup_tokens=6000")
+def test_every_objective_learns_and_is_validated(mixed_run, items):
+    run = mixed_run(
+        f"tasks.next.train={items / 'many.csv'}",
+        "phases.extend.tokens=120_000",
+        "phases.extend.lr=3e-3",
+        "phases.extend.warmup_tokens=6000",
+    )
     folder = train(run)
     rows = Table(folder / "metrics.csv").read()
     assert {(row["phase"], row["objective"]) for row in rows} == {

@@ -88,9 +88,9 @@ class Choices:
 
     def encoded(self, item: Item) -> list[Choice]:
         """Each ending after its context, of which the beginning is cut where both are too long for a row."""
-        context, *endings = (
-            encoding.ids for encoding in self._tokenizer.encode_batch([item.context, *item.endings], add_special_tokens=False)
-        )
+        # One by one: a batch is encoded by threads, which a loader process does not have after the fork.
+        texts = (item.context, *item.endings)
+        context, *endings = (self._tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
         longest = self.seq_len - SPECIALS
         choices = []
         for ending in endings:
