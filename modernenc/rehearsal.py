@@ -23,6 +23,8 @@ ROWS = 12
 """Rows of the largest batch."""
 STEPS, STEPS_AT_LEAST = 60, 6
 """Optimizer steps of the whole, shared by tokens, and how many each phase has besides."""
+BETWEEN, WINDOWS = 16, 4
+"""Checkpoints between boundaries, and windows in which the watch looks for a plateau."""
 ITEMS, _STRETCH = 32, 12
 """Items of a task, and tokens of each part of them."""
 _HEAD = 32
@@ -54,7 +56,9 @@ def cut_down(run: Run) -> Run:
     trainer = run.trainer
     trainer.accelerator, trainer.devices, trainer.num_nodes, trainer.strategy = "auto", 1, 1, "auto"
     trainer.micro_batch_tokens = 4_096
-    run.checkpoint.every_tokens = run.checkpoint.every_minutes = 0
+    small = sum(phase.tokens for phase in run.phases.values())
+    run.checkpoint.every_tokens, run.checkpoint.every_minutes = small // BETWEEN, 0
+    run.watch.window_tokens = small // WINDOWS
     run.validation.every_tokens, run.validation.tokens_per_source = 0, 4_096
     run.logger.every_steps = 1
     run.run_dir = _rehearsed(run.run_dir)

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 from conftest import composed
 
-from modernenc.checkpoints import read
-from modernenc.config import CONF_DIR, RECIPES_DIR
+from modernenc.checkpoints import read, tokens_seen
+from modernenc.config import CONF_DIR, RECIPES_DIR, load
 from modernenc.curriculum import Curriculum
+from modernenc.lineage import read as read_lineage
 from modernenc.metrics import Table
 from modernenc.rehearsal import cut_down
+from modernenc.resume import rollback
 from modernenc.train import main
 
 RECIPES = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml") if not path.stem.startswith("demo"))
@@ -27,8 +29,8 @@ def rehearsed(recipe: str, corpus: Path, run_dir: Path, *overrides: str) -> Path
 def test_a_recipe_crosses_every_boundary_in_small(recipe, corpus_root, tmp_path):
     started = time.monotonic()
     folder = rehearsed(recipe, corpus_root, tmp_path / "run")
-    run = composed([f"+recipe={recipe}", f"rehearse={corpus_root}"])
-    curriculum = Curriculum(cut_down(run).phases)
+    run = load(folder)
+    curriculum = Curriculum.of(run)
     for phase in run.phases:
         assert read(folder / "checkpoints" / f"end-of-{phase}.ckpt")["state"]["tokens_seen"] == curriculum.end_of(phase)
     rows = Table(folder / "metrics.csv").read()
@@ -37,10 +39,30 @@ def test_a_recipe_crosses_every_boundary_in_small(recipe, corpus_root, tmp_path)
     print(f"{recipe}: {curriculum.total_steps} steps in {time.monotonic() - started:.0f} s")
 
 
+@pytest.mark.slow
+def test_large_leaves_its_plateau_as_its_authors_did(corpus_root, tmp_path, caplog):
+    """With a learning rate that surely brings nothing, in small too."""
+    folder = rehearsed("large", corpus_root, tmp_path / "run", "phases.high.lr=3", "checkpoint.keep_last=99")
+    assert "plateau: the median loss of the last" in caplog.text
+    curriculum = Curriculum.of(load(folder))
+    between = sorted((folder / "checkpoints").glob("step-*.ckpt"), key=tokens_seen)
+    checkpoint = [path for path in between if tokens_seen(path) < curriculum.end_of("high")][-1]
+    rollback(checkpoint, ["phases.high.lr=5e-5", "phases.high.weight_decay=1e-6"], 0)
+    at = tokens_seen(checkpoint)
+    rows = [row for row in Table(folder / "metrics.csv").read() if row["phase"] == "high"]
+    before = [float(row["lr"]) for row in rows if int(row["tokens_seen"]) <= at]
+    after = [(float(row["lr"]), float(row["weight_decay"])) for row in rows if int(row["tokens_seen"]) > at]
+    assert max(before) == 3 and after and set(after) == {(5e-5, 1e-6)}
+    (event,) = [entry for entry in read_lineage(folder) if entry["event"] == "rollback"]
+    assert event["changed"] == ["phases.high.lr=5e-5", "phases.high.weight_decay=1e-6"]
+    assert read(folder / "checkpoints" / "end-of-decay.ckpt")["state"]["tokens_seen"] == curriculum.total_tokens
+    assert (folder / "abandoned" / "1" / "checkpoints" / "end-of-decay.ckpt").exists()
+
+
 @pytest.mark.parametrize("recipe", [*RECIPES, *(f"ettin ettin={size}" for size in SIZES)])
 def test_what_shrinks_keeps_the_form_of_the_curriculum(recipe, corpus_root):
     run = composed([*f"+recipe={recipe}".split(), f"rehearse={corpus_root}"])
-    real, small = Curriculum(run.phases), Curriculum(cut_down(run).phases)
+    real, small = Curriculum.of(run), Curriculum.of(cut_down(run))
     assert list(real.phases) == list(small.phases)
     for name, phase in real.phases.items():
         assert len(small.levels_of(name)) == len(real.levels_of(name))
