@@ -90,7 +90,7 @@ def fork(run: Run, corpus: Corpus, content: dict[str, Any], skip_tokens: int = 0
         **state,
         "data": data,
         "boundary": position in {curriculum.end_of(phase) for phase in run.phases},
-        "corpus": fingerprint(run, corpus),
+        **fingerprint(run, corpus),
     }
     weights = content["weights"] if old["tasks"].keys() == new["tasks"].keys() else _with_heads(run, content["weights"])
     return {"weights": weights, "optimizers": content["optimizers"], "run": new, "state": state}

@@ -213,7 +213,7 @@ class Pretraining(L.LightningModule):
             },
             "ranks": self.trainer.world_size,
             "data": data,
-            "corpus": self.fingerprint,
+            **self.fingerprint,
             "threads": torch.get_num_threads(),
         }
         run = OmegaConf.to_container(OmegaConf.structured(self.run))
@@ -234,11 +234,17 @@ class Pretraining(L.LightningModule):
 
     def _take_up(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state"]
-        if state["corpus"] != self.fingerprint:
+        if state["corpus"] != self.fingerprint["corpus"]:
             raise ValueError(
-                f"data.root={self.run.data.root}: not the data that the checkpoint was trained with (tokenizer, sources, "
-                "shards or the files of tasks differ); restore them, or start another run"
+                f"data.root={self.run.data.root}: not the data that the checkpoint was trained with (tokenizer, sources or "
+                "shards differ); restore them, or start another run"
             )
+        for name, hashed in state["tasks"].items():
+            if name in self.run.tasks and hashed != self.fingerprint["tasks"][name]:
+                raise ValueError(
+                    f"tasks.{name}.train={self.run.tasks[name].train}: not the items that the checkpoint was trained with; "
+                    "restore the file, or start another run"
+                )
         self._ranks_before = ranks.described(state["ranks"], state["threads"])
         load_weights(self.objectives, checkpoint["weights"])
         self._optimizer_states = checkpoint["optimizers"]

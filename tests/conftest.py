@@ -1,5 +1,6 @@
 """What several tests need: a small corpus, a small run, the checks of shapes."""
 
+import csv
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import pytest
 import torch
 from beartype import BeartypeConf, beartype
@@ -23,6 +25,7 @@ _hook = install_import_hook(_SHAPED, "conftest.checked")
 _hook.__enter__()
 
 from modernenc.config import CONF_DIR, Run, register  # noqa: E402
+from modernenc.data.choices import COLUMNS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -107,6 +110,23 @@ def corpus_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def items(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Questions that can be learnt: the right ending repeats the context's last word."""
+    folder = tmp_path_factory.mktemp("items")
+    words = ["import", "return", "class", "list", "tuple", "string", "value", "name", "graph", "node", "edge", "weight"]
+    rng = np.random.default_rng(3)
+    for name, number in (("train", 37), ("many", 400), ("validation", 24)):
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["", *COLUMNS])
+            for row in range(number):
+                four = rng.choice(words, 4, replace=False).tolist()
+                label = int(rng.integers(4))
+                writer.writerow([row, f"the {four[label]}", "is, again,", *four, label])
+    return folder
+
+
 @pytest.fixture
 def small_run(corpus_root: Path, tmp_path: Path) -> Callable[..., Run]:
     """The small run with some settings changed."""
@@ -135,6 +155,15 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     yield make
     for disk in mounted:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def task(items: Path) -> list[str]:
+    """Settings of a task `next` on these items."""
+    return [
+        "+task@tasks.next=multiple_choice", f"tasks.next.train={items / 'train.csv'}",
+        f"tasks.next.validation={items / 'validation.csv'}", "tasks.next.validation_items=20", "tasks.next.seq_len=32",
+        "tasks.next.batch_items=5", "tasks.next.lr_factor=0.5",
+    ]  # fmt: skip
 
 
 def command(module: str, *arguments: str, cwd: Path = ROOT, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:

@@ -261,10 +261,10 @@ def open_mixes(run: Run, corpus: Corpus) -> dict[str, Mix]:
     return {name: Mix(corpus, phase.mix, run.data.lanes, run.seed) for name, phase in run.phases.items() if reads_text(phase)}
 
 
-def fingerprint(run: Run, corpus: Corpus) -> str:
-    """Hash of all that the run reads: it changes with any token, and with the file of any task."""
-    files = [choices.fingerprint(Path(task.train)) for task in run.tasks.values()]
-    return "-".join([corpus.fingerprint(phase.mix for phase in run.phases.values()), *files])
+def fingerprint(run: Run, corpus: Corpus) -> dict[str, Any]:
+    """Hashes of all that the run reads: they change with any token, and with the file of any task."""
+    tasks = {name: choices.fingerprint(Path(task.train)) for name, task in run.tasks.items()}
+    return {"corpus": corpus.fingerprint(phase.mix for phase in run.phases.values()), "tasks": tasks}
 
 
 def merge(states: list[DataState]) -> DataState:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from modernenc.backbones import Backbone
 from modernenc.data.masking import MicroBatch
+from modernenc.objectives.rounding import rounded
 
 
 class MaskedLM(nn.Module):
@@ -21,7 +22,9 @@ class MaskedLM(nn.Module):
 
     def forward(self, batch: MicroBatch) -> tuple[Float[Tensor, ""], Float[Tensor, "targets vocab"]]:
         """Cross-entropy of the predicted tokens, summed, in nats; and the logits it came from."""
-        logits = self.logits(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.target_positions)
+        asked = rounded(batch)
+        logits = self.logits(asked.input_ids, asked.cu_seqlens, asked.max_seqlen, asked.target_positions)
+        logits = logits[: len(batch.targets)]
         return F.cross_entropy(logits.float(), batch.targets, reduction="sum"), logits
 
     def logits(

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from modernenc.backbones import Backbone
 from modernenc.curriculum import CHOICES
 from modernenc.data.masking import MicroBatch
+from modernenc.objectives.rounding import rounded
 
 
 class MultipleChoice(nn.Module):
@@ -19,6 +20,7 @@ class MultipleChoice(nn.Module):
 
     def forward(self, backbone: Backbone, batch: MicroBatch) -> tuple[Float[Tensor, ""], Float[Tensor, "targets choices"]]:
         """Cross-entropy of the right endings, summed, in nats; and the scores it came from."""
-        hidden = backbone(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.target_positions)
-        scores = self.score(self.head(hidden)).view(-1, CHOICES)
+        asked = rounded(batch)
+        hidden = backbone(asked.input_ids, asked.cu_seqlens, asked.max_seqlen, asked.target_positions)
+        scores = self.score(self.head(hidden))[: CHOICES * len(batch.targets)].view(-1, CHOICES)
         return F.cross_entropy(scores.float(), batch.targets, reduction="sum"), scores
