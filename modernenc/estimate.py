@@ -126,7 +126,8 @@ def measure(run: Run) -> dict[str, float]:
         short = deepcopy(run)
         short.trainer.devices = short.trainer.num_nodes = 1
         only(short, name, WARMUP + STEPS)
-        speeds[name] = phase.batch_rows * phase.seq_len / bare(short, WARMUP + STEPS, WARMUP)
+        step_tokens = sum(tokens_of_cycle(phase, run.tasks).values()) / sum(objectives_of(phase).values())
+        speeds[name] = step_tokens / bare(short, WARMUP + STEPS, WARMUP)
     return speeds
 
 

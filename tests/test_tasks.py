@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import SMALL, command, composed, task
 
+from modernenc import estimate
 from modernenc.checkpoints import read, tokens_seen
 from modernenc.compare import compare
 from modernenc.config import Phase, Run, Task
@@ -21,6 +22,8 @@ from modernenc.data.loader import DataState, Steps, merge
 from modernenc.export import export
 from modernenc.metrics import Table
 from modernenc.model import build_objectives, weights_of
+from modernenc.plan import figures as figures_of
+from modernenc.plan import text as plan_text
 from modernenc.resume import resume
 from modernenc.train import main
 
@@ -241,6 +244,20 @@ def test_a_branch_may_bring_a_task_or_leave_it_out(mixed_run, small_run, tmp_pat
     back = small_run(f"run_dir={tmp_path / 'back'}")
     back.branch_from = str(brought / "checkpoints" / "branch.ckpt")
     assert same(train(back) / FINAL, plain / FINAL)
+
+
+def test_each_phase_is_planned_and_measured(mixed_run, items):
+    run = mixed_run()
+    corpus, curriculum = Corpus.of(run.data), Curriculum.of(run)
+    planned = figures_of(run, curriculum, corpus, estimate.measure(run))
+    assert list(planned["phases"]) == list(run.phases)
+    assert all(
+        phase["hours"] > 0 and phase["flops"] > 0 and phase["memory"]["total"] > 0 for phase in planned["phases"].values()
+    )
+    assert sum(phase["steps"] for phase in planned["phases"].values()) == curriculum.total_steps
+    steps = curriculum.steps_by_objective("extend")["next"]
+    assert planned["phases"]["extend"]["tokens"] == steps * 5 * 4 * 32
+    assert f"{5 * steps} items ({5 * steps / 37:.2f} passes)" in " ".join(plan_text(run, curriculum).split())
 
 
 def test_export_and_compare_take_masked_lm_alone(mixed_run, tmp_path):

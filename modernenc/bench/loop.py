@@ -17,6 +17,7 @@ from rich.table import Table
 
 from modernenc.cli import run as run_cli
 from modernenc.config import Run, register
+from modernenc.curriculum import objectives_of, tokens_of_cycle
 
 ROUNDS, STEPS, WARMUP, SAVE_EVERY = 3, 100, 5, 10
 SHARE_OF = 50
@@ -47,7 +48,9 @@ def only(config: Run, name: str, steps: int) -> None:
     """Leave of a run so many full steps of one phase."""
     phase = config.phases[name]
     phase.ramp.tokens, phase.warmup_tokens = 0, 0
-    phase.tokens = phase.batch_rows * phase.seq_len * steps
+    config.tasks = {task: settings for task, settings in config.tasks.items() if task in objectives_of(phase)}
+    cycle = tokens_of_cycle(phase, config.tasks)
+    phase.tokens = -(-sum(cycle.values()) * steps // sum(objectives_of(phase).values()))
     config.phases = {name: phase}
 
 
