@@ -310,11 +310,12 @@ def test_a_mistake_is_one_line(mistake, mixed_run):
         (",".join(COLUMNS) + "\na,b,c,d,e,f,4\n", "line 2: label=4; expected 0 to 3"),
         (",".join(COLUMNS) + "\na,b,c,d,e,f,1\na,b,c\n", "line 3: nothing for ending1"),
         (",".join(COLUMNS) + "\n", "has no items"),
+        (",".join(COLUMNS) + "\na,b,\xe9,d,e,f,1\n", "no CSV file in UTF-8"),
     ],
 )
 def test_a_file_that_is_not_in_the_layout_is_refused(text, said, tmp_path):
     path = tmp_path / "items.csv"
-    path.write_text(text)
+    path.write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=said):
         read_items(path, "tasks.next.train")
 

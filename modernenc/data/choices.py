@@ -49,10 +49,14 @@ def read(path: Path, key: str) -> list[Item]:
         raise FileNotFoundError(f"{key}={path} does not exist; expected a CSV file with the columns {', '.join(COLUMNS)}")
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        lacking = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-        if lacking:
-            raise ValueError(f"{key}={path}: no column {lacking[0]}; expected {', '.join(COLUMNS)}, as SWAG has them")
-        items = [_item(row, f"{key}={path}, line {reader.line_num}") for row in reader]
+        try:
+            rows = [(reader.line_num, row) for row in reader]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{key}={path} is no CSV file in UTF-8: {error}") from error
+    lacking = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+    if lacking:
+        raise ValueError(f"{key}={path}: no column {lacking[0]}; expected {', '.join(COLUMNS)}, as SWAG has them")
+    items = [_item(row, f"{key}={path}, line {line}") for line, row in rows]
     if not items:
         raise ValueError(f"{key}={path} has no items")
     return items
