@@ -72,24 +72,24 @@ class Level:
     @property
     def end_tokens(self) -> int:
         """Tokens seen when the level is over."""
-        return self.first_tokens + self.tokens_of(self.steps)
+        return self.first_tokens + self.tokens_in(self.steps)
 
     @property
     def last_step_tokens(self) -> int:
         """Row capacity of its last step."""
         return self.sizes[(self.steps - 1) % len(self.sizes)]
 
-    def tokens_of(self, steps: int) -> int:
+    def tokens_in(self, steps: int) -> int:
         """Row capacity of its first so many steps."""
         cycles, rest = divmod(steps, len(self.sizes))
         return cycles * sum(self.sizes) + sum(self.sizes[:rest])
 
-    def steps_of(self, tokens: int) -> int:
+    def steps_in(self, tokens: int) -> int:
         """Whole steps in its first so many tokens: the inverse."""
         cycles, rest = divmod(tokens, sum(self.sizes))
         return cycles * len(self.sizes) + bisect_right(list(accumulate(self.sizes)), rest)
 
-    def steps_for(self, objective: str, steps: int) -> int:
+    def steps_training(self, objective: str, steps: int) -> int:
         """How many of its first so many steps train an objective."""
         cycles, rest = divmod(steps, len(self.cycle))
         return cycles * self.cycle.count(objective) + self.cycle[:rest].count(objective)
@@ -176,7 +176,7 @@ class Curriculum:
         index = bisect_right(self.levels, tokens_seen, key=lambda level: level.first_tokens) - 1
         level = self.levels[index]
         phase = self.phases[level.phase]
-        step = level.steps_of(tokens_seen - level.first_tokens)
+        step = level.steps_in(tokens_seen - level.first_tokens)
         objective = level.cycle[step % len(level.cycle)]
         task = self.tasks.get(objective)
         peak_lr = phase.lr * (task.lr_factor if task else 1)
@@ -186,8 +186,8 @@ class Curriculum:
             phase=level.phase,
             objective=objective,
             step_tokens=level.sizes[step % len(level.sizes)],
-            first_row=self._rows_before(level) + level.steps_for(MASKED_LM, step) * level.batch_rows,
-            first_item=(level.before[objective] + level.steps_for(objective, step)) * task.batch_items if task else 0,
+            first_row=self._rows_before(level) + level.steps_training(MASKED_LM, step) * level.batch_rows,
+            first_item=(level.before[objective] + level.steps_training(objective, step)) * task.batch_items if task else 0,
             lr=peak_lr * _lr_factor(phase, tokens_seen - self.start_of(level.phase)),
             peak_lr=peak_lr,
             weight_decay=phase.weight_decay,
@@ -207,17 +207,19 @@ class Curriculum:
     def steps_by_objective(self, phase: str) -> dict[str, int]:
         """How many steps of a phase train what."""
         levels = self.levels_of(phase)
-        return {name: sum(level.steps_for(name, level.steps) for level in levels) for name in dict.fromkeys(levels[0].cycle)}
+        return {
+            name: sum(level.steps_training(name, level.steps) for level in levels) for name in dict.fromkeys(levels[0].cycle)
+        }
 
     def text_of(self, phase: str) -> int:
         """Row capacity of a phase's steps of masked LM."""
         levels = self.levels_of(phase)
-        return sum(level.steps_for(MASKED_LM, level.steps) * level.batch_rows * level.seq_len for level in levels)
+        return sum(level.steps_training(MASKED_LM, level.steps) * level.batch_rows * level.seq_len for level in levels)
 
     def _rows_before(self, level: Level) -> int:
         """Rows of text of its phase before a level."""
         earlier = (other for other in self.levels_of(level.phase) if other.first_step < level.first_step)
-        return sum(other.steps_for(MASKED_LM, other.steps) * other.batch_rows for other in earlier)
+        return sum(other.steps_training(MASKED_LM, other.steps) * other.batch_rows for other in earlier)
 
 
 def objectives_of(phase: Phase) -> dict[str, int]:
@@ -234,6 +236,11 @@ def tokens_of_cycle(phase: Phase, tasks: dict[str, Task]) -> dict[str, int]:
     """Row capacity that each objective has of a cycle of full steps."""
     sizes = {name: task.batch_items * CHOICES * task.seq_len for name, task in tasks.items()}
     return {name: steps * sizes.get(name, phase.batch_rows * phase.seq_len) for name, steps in objectives_of(phase).items()}
+
+
+def items_at_once(task: Task, micro_batch_tokens: int) -> int:
+    """Items of one forward pass, whose choices have so much row capacity; at least one."""
+    return max(1, micro_batch_tokens // (CHOICES * task.seq_len))
 
 
 def cycle_of(phase: Phase) -> list[str]:
@@ -269,12 +276,12 @@ def _levels(phases: dict[str, Phase], tasks: dict[str, Task]) -> Iterator[Level]
             endless = Level(name, batch_rows, phase.seq_len, tuple(cycle), tuple(sizes), 0, step, tokens, Counter(before))
             # The clock may already be past this level's budget: a level of the ramp then has no step at all.
             left = math.ceil(start + budget) - tokens
-            steps = endless.steps_of(left - 1) + 1 if left > 0 else 0
+            steps = endless.steps_in(left - 1) + 1 if left > 0 else 0
             if steps:
                 yield replace(endless, steps=steps)
-            before.update({objective: endless.steps_for(objective, steps) for objective in set(cycle)})
+            before.update({objective: endless.steps_training(objective, steps) for objective in set(cycle)})
             step += steps
-            tokens += endless.tokens_of(steps)
+            tokens += endless.tokens_in(steps)
             cycle = cycle[steps % len(cycle) :] + cycle[: steps % len(cycle)]
 
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from modernenc.config import Phase, Run
-from modernenc.curriculum import CHOICES, MASKED_LM, Curriculum, objectives_of, reads_text, tokens_of_cycle
+from modernenc.curriculum import CHOICES, MASKED_LM, Curriculum, items_at_once, objectives_of, reads_text, tokens_of_cycle
 from modernenc.data.blocks import Corpus
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def memory(run: Run, phase: Phase, corpus: Corpus | None) -> Memory:
         rows = max(1, run.trainer.micro_batch_tokens // phase.seq_len)
         tokens = min(rows, -(-phase.batch_rows // ranks)) * phase.seq_len
     for task in (run.tasks[name] for name in objectives_of(phase) if name != MASKED_LM):
-        items = max(1, run.trainer.micro_batch_tokens // (CHOICES * task.seq_len))
+        items = items_at_once(task, run.trainer.micro_batch_tokens)
         tokens = max(tokens, min(items, -(-task.batch_items // ranks)) * CHOICES * task.seq_len)
     mask_ratio = phase.mask_ratio if reads_text(phase) else 0
     activations = _activations(run, mask_ratio, tokens, document_length(phase, corpus))

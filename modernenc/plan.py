@@ -49,7 +49,7 @@ def show(config: Run, asked: argparse.Namespace) -> None:
     if corpus:
         check_run(config)
     if asked.png:
-        from modernenc.report import draw_curriculum
+        from modernenc.plots import draw_curriculum
 
         draw_curriculum(config, curriculum).savefig(asked.png, dpi=110)
     if asked.against:
@@ -179,7 +179,7 @@ def _phases(run: Run, curriculum: Curriculum) -> Table:
     row("row length", lambda _, phase: f"{phase.seq_len:,}")
     row("rows x steps", lambda name, _: "\n".join(
         f"{level.batch_rows:,} x {steps:,}" for level in curriculum.levels_of(name)
-        if (steps := level.steps_for(MASKED_LM, level.steps))) or "-")  # fmt: skip
+        if (steps := level.steps_training(MASKED_LM, level.steps))) or "-")  # fmt: skip
     row("tokens a step", lambda _, phase: f"{phase.batch_rows * phase.seq_len:,}" if reads_text(phase) else "-")
     for task, settings in run.tasks.items():
         steps = {name: curriculum.steps_by_objective(name).get(task, 0) for name in run.phases}

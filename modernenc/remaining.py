@@ -47,7 +47,7 @@ def show(path: Path, overrides: list[str]) -> None:
     for name in run.phases:
         levels = [level for level in curriculum.levels_of(name) if level.end_tokens > position]
         tokens = sum(level.end_tokens - max(position, level.first_tokens) for level in levels)
-        steps = sum(level.steps - level.steps_of(max(position - level.first_tokens, 0)) for level in levels)
+        steps = sum(level.steps - level.steps_in(max(position - level.first_tokens, 0)) for level in levels)
         hours = tokens / speeds[name] / 3600 if name in speeds else 0
         table.add_row(name, f"{tokens:,}", f"{steps:,}", f"{speeds[name]:,.0f}" if name in speeds else "-", f"{hours:,.3g}")
         tokens_left, steps_left, hours_left = tokens_left + tokens, steps_left + steps, hours_left + hours

@@ -4,22 +4,29 @@ import argparse
 import base64
 import html
 import io
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from modernenc.cli import one_line_errors
 from modernenc.config import CONFIG, Run, load
-from modernenc.curriculum import CHOICES, MASKED_LM, Curriculum, reads_text
+from modernenc.curriculum import CHOICES, MASKED_LM, Curriculum
 from modernenc.data.blocks import VALIDATION, Corpus
 from modernenc.lineage import read as read_lineage
 from modernenc.metrics import ALL, Table
+from modernenc.plots import (
+    draw_curriculum,
+    draw_lineage,
+    draw_loss,
+    draw_task,
+    draw_throughput,
+    is_setting,
+    unigram,
+    unigrams,
+)
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_PHASE_COLOURS = ("#dbe9f6", "#e5f2dd", "#fbe6d4", "#ece1f0", "#f7f3cf", "#d9f0ef")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: 1em 0 } img { max-width: 100% }
@@ -56,11 +63,11 @@ def write(run: Run) -> Path:
     sections = [
         f"<h1>{html.escape(run.recipe)}</h1>",
         _facts(run, curriculum, training, validation),
-        "<h2>Loss</h2>", _image(_draw_loss(run, curriculum, training, validation)),
+        "<h2>Loss</h2>", _image(draw_loss(run, curriculum, training, validation)),
         "<h2>Validation</h2>", _validation_table(run, validation),
         *(_task(run, curriculum, task, metrics, scores) for task in run.tasks),
         "<h2>Curriculum</h2>", _image(picture),
-        "<h2>Throughput</h2>", _image(_draw_throughput(curriculum, metrics)),
+        "<h2>Throughput</h2>", _image(draw_throughput(curriculum, metrics)),
         "<h2>Tokens</h2>", _account(run_dir),
         "<h2>Fill-mask on held-out text</h2>", _samples(run, run_dir),
         "<h2>Lineage</h2>", _lineage(run_dir, curriculum, training),
@@ -70,105 +77,6 @@ def write(run: Run) -> Path:
     path = run_dir / "report.html"
     path.write_text(page + "\n".join(sections))
     return path
-
-
-def draw_curriculum(run: Run, curriculum: Curriculum) -> "Figure":
-    """Learning rate, batch, length, mask ratio and what phases set of the backbone, over tokens seen."""
-    from matplotlib import pyplot
-
-    tokens = sorted(
-        {curriculum.total_tokens * step // 1000 for step in range(1000)}
-        | {edge for level in curriculum.levels for edge in (level.first_tokens, level.end_tokens - 1)}
-    )
-    points = [curriculum.at(position) for position in tokens]
-    points = [point for point in points if point.objective == MASKED_LM or not reads_text(run.phases[point.phase])]
-    shares = {phase: curriculum.steps_by_objective(phase) for phase in run.phases}
-    curves = {
-        "learning rate": [point.lr for point in points],
-        "rows a step": [point.batch_rows for point in points],
-        "row length": [point.seq_len for point in points],
-        "mask ratio": [point.mask_ratio for point in points],
-        **{
-            key: [point.backbone.get(key, run.backbone.get(key)) for point in points]
-            for key in sorted({key for point in points for key in point.backbone})
-        },
-        **{
-            f"share of {task}": [shares[point.phase].get(task, 0) / sum(shares[point.phase].values()) for point in points]
-            for task in run.tasks
-        },
-    }
-    figure, axes = pyplot.subplots(len(curves), 1, figsize=(9, 1.6 * len(curves)), sharex=True, constrained_layout=True)
-    scale, unit = _token_scale(curriculum.total_tokens)
-    for axis, (name, values) in zip(axes, curves.items(), strict=True):
-        axis.plot([point.tokens_seen / scale for point in points], values, color="#1f4e79")
-        axis.set_ylabel(name)
-        axis.set_ylim(bottom=0)
-        _shade(axis, curriculum, scale)
-    axes[-1].set_xlabel(f"tokens seen ({unit})")
-    return figure
-
-
-def _draw_loss(run: Run, curriculum: Curriculum, training: list[dict[str, str]], validation: list[dict[str, str]]) -> "Figure":
-    from matplotlib import pyplot
-
-    scale, unit = _token_scale(curriculum.total_tokens)
-    figure, axis = pyplot.subplots(figsize=(9, 4), constrained_layout=True)
-    positions = [int(row["tokens_seen"]) / scale for row in training]
-    for number, given_up in enumerate(_given_up(Path(run.run_dir))):
-        axis.plot([int(row["tokens_seen"]) / scale for row in given_up], [float(row["loss"]) for row in given_up], ":",
-                  color="#c0504d", linewidth=1, label=None if number else "given up by a rollback")  # fmt: skip
-    axis.plot(positions, [float(row["loss"]) for row in training], color="#9db8d2", linewidth=1, label="training")
-    first = min((int(row["seq_len"]) for row in validation), default=0)
-    lengths = sorted({int(row["seq_len"]) for row in validation})
-    for length, colour in zip(lengths, ("#1f4e79", "#b3541e", "#3a7d44"), strict=False):
-        rows = [row for row in validation if _is(row, ALL, length, 0.15)]
-        label = f"validation, rows of {length}, 15 %"
-        style = "o-" if length == first else "s--"
-        axis.plot([int(row["tokens_seen"]) / scale for row in rows], [float(row["loss"]) for row in rows], style,
-                  color=colour, markersize=4, label=label)  # fmt: skip
-    if validation:
-        axis.axhline(_unigram(run, validation), color="#888", linestyle=":", label="unigram frequencies")
-    axis.set_xlabel(f"tokens seen ({unit})")
-    axis.set_ylabel("nats per predicted token")
-    _shade(axis, curriculum, scale)
-    axis.legend(frameon=False)
-    return figure
-
-
-def _unigrams(run: Run) -> dict[str, float]:
-    """Nats per held-out token of each source, for one who knows the frequencies of tokens and nothing else."""
-    sources = Corpus.of(run.data).sources
-    return {source: entry[VALIDATION]["unigram_nats"] for source, entry in sources.items()}
-
-
-def _unigram(run: Run, validation: list[dict[str, str]]) -> float:
-    """The same over all sources, each with the weight that it has in validation."""
-    last = [row for row in validation if row["step"] == validation[-1]["step"]]
-    targets = {row["source"]: int(row["targets"]) for row in last if row["source"] != ALL}
-    unigrams = _unigrams(run)
-    return sum(unigrams[source] * count for source, count in targets.items()) / sum(targets.values())
-
-
-def _draw_throughput(curriculum: Curriculum, training: list[dict[str, str]]) -> "Figure":
-    from matplotlib import pyplot
-
-    scale, unit = _token_scale(curriculum.total_tokens)
-    figure, axis = pyplot.subplots(figsize=(9, 2.4), constrained_layout=True)
-    axis.plot([int(row["tokens_seen"]) / scale for row in training], [float(row["tokens_per_s"]) for row in training],
-              color="#1f4e79", linewidth=1)  # fmt: skip
-    axis.set_xlabel(f"tokens seen ({unit})")
-    axis.set_ylabel("real tokens/s")
-    axis.set_ylim(bottom=0)
-    _shade(axis, curriculum, scale)
-    return figure
-
-
-def _shade(axis: "Axes", curriculum: Curriculum, scale: float) -> None:
-    for number, phase in enumerate(curriculum.phases):
-        start, end = curriculum.start_of(phase) / scale, curriculum.end_of(phase) / scale
-        axis.axvspan(start, end, color=_PHASE_COLOURS[number % len(_PHASE_COLOURS)], zorder=0)
-        axis.annotate(phase, ((start + end) / 2, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8)
-    axis.margins(x=0)
 
 
 def _facts(run: Run, curriculum: Curriculum, training: list[dict[str, str]], validation: list[dict[str, str]]) -> str:
@@ -181,7 +89,7 @@ def _facts(run: Run, curriculum: Curriculum, training: list[dict[str, str]], val
         ("training loss", f"{float(last['loss']):.3f} nats"),
     ]
     first = next(iter(run.phases.values())).seq_len
-    finals = [row for row in validation if _is(row, ALL, first, 0.15)]
+    finals = [row for row in validation if is_setting(row, ALL, first, 0.15)]
     if finals:
         cells.append((f"validation loss, rows of {first}, 15 %", f"{float(finals[-1]['loss']):.3f} nats"))
     head = "".join(f"<td>{name}<br><b>{value}</b></td>" for name, value in cells)
@@ -192,7 +100,7 @@ def _validation_table(run: Run, validation: list[dict[str, str]]) -> str:
     """Loss per source at the last step of each phase, beside the unigram baseline."""
     if not validation:
         return "<p>No validation yet.</p>"
-    unigrams = {**_unigrams(run), ALL: _unigram(run, validation)}
+    baseline = {**unigrams(run), ALL: unigram(run, validation)}
     settings = sorted({(int(row["seq_len"]), float(row["mask_ratio"])) for row in validation})
     tables = []
     for seq_len, ratio in settings:
@@ -204,7 +112,7 @@ def _validation_table(run: Run, validation: list[dict[str, str]]) -> str:
             at_end = {row["phase"]: row for row in rows if row["source"] == source and ends[row["phase"]] == row["step"]}
             values = "".join(f"<td>{float(row['loss']):.3f}</td>" for row in at_end.values())
             accuracy = f"<td>{float(list(at_end.values())[-1]['accuracy']):.1%}</td>"
-            lines.append(f"<tr><td>{html.escape(source)}</td><td>{unigrams[source]:.3f}</td>{values}{accuracy}</tr>")
+            lines.append(f"<tr><td>{html.escape(source)}</td><td>{baseline[source]:.3f}</td>{values}{accuracy}</tr>")
         title = f"<h3>Rows of {seq_len}, {ratio:.0%} predicted (nats per token)</h3>"
         header = f"<tr><th>source</th><th>unigram</th>{head}<th>accuracy now</th></tr>"
         tables.append(f"{title}<table>{header}{''.join(lines)}</table>")
@@ -213,25 +121,10 @@ def _validation_table(run: Run, validation: list[dict[str, str]]) -> str:
 
 def _task(run: Run, curriculum: Curriculum, task: str, metrics: list[dict[str, str]], scores: list[dict[str, str]]) -> str:
     """Accuracy on a task's held-out items, as a curve and at the end of each phase."""
-    from matplotlib import pyplot
-
-    scale, unit = _token_scale(curriculum.total_tokens)
     validated = [row for row in scores if row["source"] == task]
-    trained = [row for row in metrics if row["objective"] == task]
     if not validated:
         return ""
-    figure, (loss, accuracy) = pyplot.subplots(2, 1, figsize=(9, 4), sharex=True, constrained_layout=True)
-    loss.plot([int(row["tokens_seen"]) / scale for row in trained], [float(row["loss"]) for row in trained],
-              ".", color="#9db8d2", markersize=3, label="training")  # fmt: skip
-    for axis, key in ((loss, "loss"), (accuracy, "accuracy")):
-        axis.plot([int(row["tokens_seen"]) / scale for row in validated], [float(row[key]) for row in validated], "o-",
-                  color="#1f4e79", markersize=4, label="held-out items")  # fmt: skip
-        axis.axhline(math.log(CHOICES) if axis is loss else 1 / CHOICES, color="#888", linestyle=":", label="chance")
-        _shade(axis, curriculum, scale)
-    loss.set_ylabel("nats per item")
-    accuracy.set_ylabel("accuracy")
-    accuracy.set_xlabel(f"tokens seen ({unit})")
-    loss.legend(frameon=False)
+    figure = draw_task(curriculum, [row for row in metrics if row["objective"] == task], validated)
     ends = {row["phase"]: row for row in validated}
     head = "".join(f"<th>end of {html.escape(phase)}</th>" for phase in ends)
     cells = "".join(f"<td>{float(row['accuracy']):.1%}</td>" for row in ends.values())
@@ -272,19 +165,6 @@ def _account(run_dir: Path) -> str:
     return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
 
 
-def _given_up(run_dir: Path) -> list[list[dict[str, str]]]:
-    """What rollbacks gave up, from where they went back to."""
-    rollbacks = [entry for entry in read_lineage(run_dir) if entry["event"] == "rollback"]
-    return [
-        [
-            row
-            for row in Table(run_dir / entry["abandoned"] / "metrics.csv").read()
-            if int(row["tokens_seen"]) > entry["tokens_seen"] and row["objective"] == MASKED_LM
-        ]
-        for entry in rollbacks
-    ]
-
-
 def _lineage(run_dir: Path, curriculum: Curriculum, training: list[dict[str, str]]) -> str:
     """Where the run came from, as a table; with a picture when it is not one line."""
     entries = read_lineage(run_dir)
@@ -306,41 +186,7 @@ def _lineage(run_dir: Path, curriculum: Curriculum, training: list[dict[str, str
     head = "".join(f"<th>{name}</th>" for name in ("time", "event", "checkpoint", "at token", "ranks", ""))
     table = f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
     forks = {"rollback", "branch", "branched"} & {entry["event"] for entry in entries}
-    return (_image(_draw_lineage(run_dir, curriculum, training, entries)) if forks else "") + table
-
-
-def _draw_lineage(
-    run_dir: Path, curriculum: Curriculum, training: list[dict[str, str]], entries: list[dict[str, Any]]
-) -> "Figure":
-    """The run as a line over tokens, what it gave up and what branched off as lines below, the earliest nearest."""
-    from matplotlib import pyplot
-
-    scale, unit = _token_scale(curriculum.total_tokens)
-    reached = int(training[-1]["tokens_seen"]) if training else 0
-    begin = next((entry["tokens_seen"] for entry in entries if entry["event"] == "branch"), 0)
-    sides = []
-    rollbacks = (entry for entry in entries if entry["event"] == "rollback")
-    for entry, rows in zip(rollbacks, _given_up(run_dir), strict=True):
-        start = entry["tokens_seen"]
-        end = int(rows[-1]["tokens_seen"]) if rows else start
-        sides.append((start, end, f"given up: {entry['abandoned']}", "#c0504d"))
-    for entry in entries:
-        if entry["event"] == "branched":
-            rows = Table(Path(entry["into"]) / "metrics.csv").read()
-            end = int(rows[-1]["tokens_seen"] or 0) if rows else entry["tokens_seen"]
-            sides.append((entry["tokens_seen"], end, f"branch: {Path(entry['into']).name}", "#3a7d44"))
-    figure, axis = pyplot.subplots(figsize=(9, 0.9 + 0.4 * len(sides)), constrained_layout=True)
-    if begin:
-        axis.plot([0, begin / scale], [0, 0], color="#3a7d44", linestyle=":")
-    axis.plot([begin / scale, reached / scale], [0, 0], color="#1f4e79", linewidth=2)
-    for depth, (start, end, name, colour) in enumerate(sides, 1):
-        axis.plot([start / scale, start / scale, end / scale], [0, -depth, -depth], color=colour, linewidth=1.5)
-        axis.annotate(name, (end / scale, -depth), xytext=(4, -3), textcoords="offset points", fontsize=8, color=colour)
-    axis.set_ylim(-len(sides) - 0.6, 0.6)
-    axis.set_yticks([])
-    axis.set_xlabel(f"tokens seen ({unit})")
-    _shade(axis, curriculum, scale)
-    return figure
+    return (_image(draw_lineage(run_dir, curriculum, training, entries)) if forks else "") + table
 
 
 def _samples(run: Run, run_dir: Path) -> str:
@@ -381,14 +227,6 @@ def _samples(run: Run, run_dir: Path) -> str:
         parts.append(f"<h3>{html.escape(source)}</h3><p>{''.join(pieces)}</p>")
     note = "<p>Marked words are the model's first guess: yellow is right, red is wrong; hover for more.</p>"
     return note + "".join(parts)
-
-
-def _is(row: dict[str, str], source: str, seq_len: int, ratio: float) -> bool:
-    return row["source"] == source and int(row["seq_len"]) == seq_len and float(row["mask_ratio"]) == ratio
-
-
-def _token_scale(total: int) -> tuple[float, str]:
-    return (1e9, "billions") if total > 3e9 else (1e6, "millions")
 
 
 def _image(figure: "Figure") -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from modernenc.config import Run
-from modernenc.curriculum import CHOICES, Curriculum, objectives_of
+from modernenc.curriculum import Curriculum, items_at_once, objectives_of
 from modernenc.data.blocks import VALIDATION, Corpus
 from modernenc.data.choices import Choices
 from modernenc.data.lanes import Chunk, Row, seed_of
@@ -84,7 +84,7 @@ class Validator:
         task = self.run.tasks[name]
         if name not in self._items:
             source = Choices(name, task, self.corpus, self.run.seed, validation=True)
-            size = max(1, self.run.trainer.micro_batch_tokens // (CHOICES * task.seq_len))
+            size = items_at_once(task, self.run.trainer.micro_batch_tokens)
             self._items[name] = [
                 source.collate([source.encoded(item) for item in items], [item.label for item in items], at)
                 for at in range(0, len(source.items), size)

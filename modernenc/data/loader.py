@@ -17,7 +17,7 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset
 
 from modernenc.config import Run
-from modernenc.curriculum import CHOICES, MASKED_LM, Curriculum, Point, reads_text
+from modernenc.curriculum import MASKED_LM, Curriculum, Point, items_at_once, reads_text
 from modernenc.data import choices
 from modernenc.data.blocks import Corpus
 from modernenc.data.lanes import Lane, LaneState, Mix, Row
@@ -213,7 +213,7 @@ class Steps(IterableDataset[Step]):
         items = [source.encoded(item) for item in drawn]
         for choice in (choice for item in items for choice in item):
             account.serve_choice(point.objective, choice, task.seq_len)
-        size = max(1, self.run.trainer.micro_batch_tokens // (CHOICES * task.seq_len))
+        size = items_at_once(task, self.run.trainer.micro_batch_tokens)
         starts = range(0, -(-task.batch_items // self.world_size), size)  # as many as any rank has
         labels = [item.label for item in drawn]
         return [
