@@ -124,8 +124,7 @@ def _sums(model: Objectives | MaskedLM, batches: Iterable[MicroBatch]) -> torch.
     sums = torch.zeros(3, dtype=torch.float64)
     for batch in batches:
         batch = batch.to(device)
-        loss, scores = model(batch)
-        correct = (scores.argmax(-1) == batch.targets).sum()
+        loss, correct = model(batch)
         sums += torch.tensor([loss.item(), correct.item(), len(batch.targets)], dtype=torch.float64)
     return sums
 

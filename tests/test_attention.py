@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modernenc.backbones.attention import PATHS, QKV, Layout, path_for
+from modernenc.backbones.attention import PATHS, Layout, path_for
+from modernenc.backbones.rotary import Rotation, positions_of, rotate, rotation
 
 LENGTHS = [1, 2, 15, 16, 17, 31, 63, 64, 65, 127, 128, 129, 200, 511, 513, 600]
 
@@ -12,16 +13,19 @@ LENGTHS = [1, 2, 15, 16, 17, 31, 63, 64, 65, 127, 128, 129, 200, 511, 513, 600]
 def inputs(dtype=torch.float32, device="cpu", lengths=LENGTHS):
     generator = torch.Generator().manual_seed(0)
     total = sum(lengths)
-    qkv = [torch.randn(total, 2, 32, generator=generator).to(device, dtype).requires_grad_() for _ in range(3)]
+    qkv = torch.randn(total, 3, 2, 32, generator=generator).to(device, dtype).requires_grad_()
     ends = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
-    return QKV(*qkv), Layout(ends, max(lengths), total)
+    turn = rotation(10_000, 32, positions_of(ends, total), max(lengths))
+    return qkv, turn, Layout(ends, max(lengths), total)
 
 
-def plain(qkv: QKV, layout: Layout, window: int | None) -> torch.Tensor:
+def plain(qkv: torch.Tensor, turn: Rotation, layout: Layout, window: int | None) -> torch.Tensor:
     """Softmax attention, one document at a time, in the precision of the input."""
     outs = []
     for start, end in zip(layout.cu_seqlens[:-1].tolist(), layout.cu_seqlens[1:].tolist(), strict=True):
-        q, k, v = (x[start:end].transpose(0, 1) for x in qkv)
+        here = Rotation(turn.cos[start:end], turn.sin[start:end])
+        q, k, v = qkv[start:end].unbind(1)
+        q, k, v = (x.transpose(0, 1) for x in (rotate(q, here), rotate(k, here), v))
         scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
         place = torch.arange(end - start, device=q.device)
         if window is not None:
@@ -30,22 +34,21 @@ def plain(qkv: QKV, layout: Layout, window: int | None) -> torch.Tensor:
     return torch.cat(outs)
 
 
-def gradients(out: torch.Tensor, qkv: QKV) -> list[torch.Tensor]:
+def gradient(out: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    return list(torch.autograd.grad((out * weight).sum(), list(qkv)))
+    return torch.autograd.grad((out * weight).sum(), qkv)[0]
 
 
 @pytest.mark.parametrize("window", [None, 1, 16, 64, 1000])
 def test_blocks_equal_plain_attention_forward_and_backward(window):
-    qkv, layout = inputs(torch.float64)
-    ours, expected = PATHS["blocks"](qkv, layout, window), plain(qkv, layout, window)
+    qkv, turn, layout = inputs(torch.float64)
+    ours, expected = PATHS["blocks"](qkv, turn, layout, window), plain(qkv, turn, layout, window)
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
-    for one, other in zip(gradients(ours, qkv), gradients(expected, qkv), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradient(ours, qkv), gradient(expected, qkv), rtol=1e-9, atol=1e-9)
 
 
 def test_a_window_costs_no_length_by_length_memory():
-    qkv, layout = inputs(lengths=[8192])
+    qkv, turn, layout = inputs(lengths=[8192])
     largest = 0
 
     class Watch(TorchDispatchMode):
@@ -57,7 +60,7 @@ def test_a_window_costs_no_length_by_length_memory():
             return out
 
     with Watch():
-        gradients(PATHS["blocks"](qkv, layout, 64), qkv)
+        gradient(PATHS["blocks"](qkv, turn, layout, 64), qkv)
     assert largest <= 8192 * 2 * 256  # tokens x heads x the keys of a block
 
 
@@ -73,9 +76,8 @@ def test_the_path_is_chosen_by_device_and_precision():
 def test_kernels_equal_plain_attention_on_cuda(path, window):
     if path == "flash":
         pytest.importorskip("flash_attn")
-    qkv, layout = inputs(torch.bfloat16, "cuda")
-    exact = QKV(*(x.detach().double().requires_grad_() for x in qkv))
-    ours, expected = PATHS[path](qkv, layout, window), plain(exact, layout, window)
+    qkv, turn, layout = inputs(torch.bfloat16, "cuda")
+    exact = qkv.detach().double().requires_grad_()
+    ours, expected = PATHS[path](qkv, turn, layout, window), plain(exact, turn, layout, window)
     torch.testing.assert_close(ours.double(), expected, rtol=2e-2, atol=2e-2)
-    for one, other in zip(gradients(ours, qkv), gradients(expected, exact), strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=5e-2, atol=5e-2)
+    torch.testing.assert_close(gradient(ours, qkv).double(), gradient(expected, exact), rtol=5e-2, atol=5e-2)

@@ -9,15 +9,15 @@ Which one is used depends on device and precision alone, and `path_for` names it
 """
 
 import importlib.util
-from functools import cached_property
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from modernenc.backbones.buckets import EXPLICIT_UP_TO, Buckets
+from modernenc.backbones.block_attention import Arrangement, Blocks, block_attention
+from modernenc.backbones.buckets import Buckets
+from modernenc.backbones.rotary import Rotation, rotate
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -29,43 +29,39 @@ class Layout:
         self.cu_seqlens = cu_seqlens
         self.max_seqlen = max_seqlen
         self.tokens = tokens
-        self._windows: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._arrangements: dict[tuple[int | None, torch.dtype], Arrangement] = {}
 
-    @cached_property
-    def documents(self) -> Int[Tensor, " tokens"]:
-        """Number of each token's document."""
+    def arrangement(self, window: int | None, dtype: torch.dtype) -> Arrangement:
+        """Blocks of the tokens as they are for a window, of documents by length without one."""
+        if (window, dtype) not in self._arrangements:
+            made = self._by_document(dtype) if window is None else self._by_window(window, dtype)
+            self._arrangements[window, dtype] = made
+        return self._arrangements[window, dtype]
+
+    def _by_document(self, dtype: torch.dtype) -> Arrangement:
+        buckets = Buckets(self.cu_seqlens)
+        blocks, start = [], 0
+        for valid, full in zip(buckets.valid, buckets.full, strict=True):
+            count, length = valid.shape
+            blocks.append(Blocks(start, count, length, length, None if full else _bias(valid[:, None], dtype)))
+            start += count * length
+        if buckets.in_place:
+            return Arrangement(blocks, start, 0, None, None)
+        return Arrangement(blocks, start, 0, buckets.index, buckets.inverse)
+
+    def _by_window(self, window: int, dtype: torch.dtype) -> Arrangement:
+        """Queries in blocks of 2 x window; keys from one window before their block to one after."""
         lengths = self.cu_seqlens.diff()
         numbers = torch.arange(len(lengths), device=lengths.device)
-        return torch.repeat_interleave(numbers, lengths, output_size=self.tokens)
-
-    def window_bias(self, window: int, dtype: torch.dtype) -> Float[Tensor, "blocks 1 queries keys"]:
-        """0 where a query may see a key, the lowest number where not.
-
-        Queries come in blocks of 2 x window, keys from one window before their block to one after.
-        """
-        if (window, dtype) not in self._windows:
-            block = 2 * window
-            padded = F.pad(self.documents, (0, -self.tokens % block), value=-1)
-            keys = _with_neighbours(padded.view(-1, block, 1), window, fill=-2).view(-1, 1, 1, 2 * block)
-            queries = padded.view(-1, 1, block, 1)
-            device = padded.device
-            distance = torch.arange(block, device=device)[:, None] + window - torch.arange(2 * block, device=device)
-            seen = (queries == keys) & (distance.abs() <= window)
-            self._windows[window, dtype] = _bias(seen, dtype)
-        return self._windows[window, dtype]
-
-    @cached_property
-    def buckets(self) -> "Buckets":
-        """Documents grouped by length."""
-        return Buckets(self.cu_seqlens)
-
-
-class QKV(NamedTuple):
-    """Queries, keys and values of all tokens."""
-
-    q: Float[Tensor, "tokens heads head_dim"]
-    k: Float[Tensor, "tokens heads head_dim"]
-    v: Float[Tensor, "tokens heads head_dim"]
+        documents = torch.repeat_interleave(numbers, lengths, output_size=self.tokens)
+        block = 2 * window
+        documents = F.pad(documents, (0, -self.tokens % block), value=-1)
+        count = len(documents) // block
+        keys = F.pad(documents, (window, window), value=-2).unfold(0, 2 * block, block)[:, None, :]
+        queries = documents.view(count, block, 1)
+        distance = torch.arange(block, device=lengths.device)[:, None] + window - torch.arange(2 * block, device=lengths.device)
+        seen = (queries == keys) & (distance.abs() <= window)
+        return Arrangement([Blocks(0, count, block, 2 * block, _bias(seen, dtype))], count * block, window, None, None)
 
 
 def path_for(device: torch.device, dtype: torch.dtype) -> str:
@@ -75,77 +71,49 @@ def path_for(device: torch.device, dtype: torch.dtype) -> str:
     return "flash" if importlib.util.find_spec("flash_attn") else "varlen"
 
 
-def attention(qkv: QKV, layout: Layout, window: int | None) -> Float[Tensor, "tokens heads head_dim"]:
-    """Softmax attention of each token over its document, or over `window` tokens to each side and itself."""
-    return PATHS[path_for(qkv.q.device, qkv.q.dtype)](qkv, layout, window)
+def attention(
+    qkv: Float[Tensor, "tokens 3 heads head_dim"], rotation: Rotation, layout: Layout, window: int | None
+) -> Float[Tensor, "tokens heads head_dim"]:
+    """Softmax attention of each token, by its rotated query, over its document, or over `window` tokens to each side and itself."""
+    return PATHS[path_for(qkv.device, qkv.dtype)](qkv, rotation, layout, window)
 
 
-def flash(qkv: QKV, layout: Layout, window: int | None) -> Float[Tensor, "tokens heads head_dim"]:
+def flash(
+    qkv: Float[Tensor, "tokens 3 heads head_dim"], rotation: Rotation, layout: Layout, window: int | None
+) -> Float[Tensor, "tokens heads head_dim"]:
     """The flash-attn kernel."""
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
+    q, k, v = qkv.unbind(1)
     ends, longest = layout.cu_seqlens, layout.max_seqlen
     sides = (-1, -1) if window is None else (window, window)
     strict = torch.are_deterministic_algorithms_enabled()  # torch's own kernels ask by themselves
-    return flash_attn_varlen_func(*qkv, ends, ends, longest, longest, window_size=sides, deterministic=strict)
+    q, k = rotate(q, rotation), rotate(k, rotation)
+    return flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, window_size=sides, deterministic=strict)
 
 
-def varlen(qkv: QKV, layout: Layout, window: int | None) -> Float[Tensor, "tokens heads head_dim"]:
+def varlen(
+    qkv: Float[Tensor, "tokens 3 heads head_dim"], rotation: Rotation, layout: Layout, window: int | None
+) -> Float[Tensor, "tokens heads head_dim"]:
     """The kernel that torch brings."""
     from torch.nn.attention.varlen import varlen_attn
 
+    q, k, v = qkv.unbind(1)
     ends, longest = layout.cu_seqlens, layout.max_seqlen
     sides = (-1, -1) if window is None else (window, window)
-    out = varlen_attn(*qkv, ends, ends, longest, longest, window_size=sides)
+    out = varlen_attn(rotate(q, rotation), rotate(k, rotation), v, ends, ends, longest, longest, window_size=sides)
     assert isinstance(out, Tensor)
     return out
 
 
-def blocks(qkv: QKV, layout: Layout, window: int | None) -> Float[Tensor, "tokens heads head_dim"]:
+def blocks(
+    qkv: Float[Tensor, "tokens 3 heads head_dim"], rotation: Rotation, layout: Layout, window: int | None
+) -> Float[Tensor, "tokens heads head_dim"]:
     """The path for any device."""
-    # Autocast would take softmax to fp32 and back, for three times the cost.
-    with torch.autocast(qkv.q.device.type, enabled=False):
-        return _global(qkv, layout) if window is None else _local(qkv, layout, window)
+    return block_attention(qkv, rotation, layout.arrangement(window, qkv.dtype))
 
 
 PATHS = {"flash": flash, "varlen": varlen, "blocks": blocks}
-
-
-def _local(qkv: QKV, layout: Layout, window: int) -> Tensor:
-    block = 2 * window
-    fill = -layout.tokens % block
-    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, fill)).unflatten(0, (-1, block)) for x in qkv)  # (blocks, 2w, heads, head_dim)
-    q = q.transpose(1, 2)
-    k, v = (_with_neighbours(x, window, fill=0).transpose(1, 2) for x in (k, v))  # (blocks, heads, 4w, head_dim)
-    out = _softmax_attention(q, k, v, layout.window_bias(window, q.dtype))
-    return out.transpose(1, 2).flatten(0, 1)[: layout.tokens]
-
-
-def _global(qkv: QKV, layout: Layout) -> Tensor:
-    buckets = layout.buckets
-    outs = []
-    for part, valid in zip(buckets.gather(torch.stack(qkv, dim=1)), buckets.valid, strict=True):
-        q, k, v = part.permute(2, 0, 3, 1, 4)  # each (docs, heads, length, head_dim)
-        bias = _bias(valid[:, None, None, :], q.dtype)
-        if q.shape[2] <= EXPLICIT_UP_TO:
-            out = _softmax_attention(q, k, v, bias)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bool(valid.all()) else bias)
-        outs.append(out.transpose(1, 2))
-    return buckets.scatter(outs)
-
-
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + bias
-    return scores.softmax(-1) @ v
-
-
-def _with_neighbours(x: Tensor, window: int, fill: int) -> Tensor:
-    """Each block with the last `window` entries of the block before and the first of the block after, along dim 1."""
-    edge = x.new_full((1, window, *x.shape[2:]), fill)
-    before = torch.cat((edge, x[:-1, -window:]))
-    after = torch.cat((x[1:, :window], edge))
-    return torch.cat((before, x, after), dim=1)
 
 
 def _bias(seen: Bool[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."]:

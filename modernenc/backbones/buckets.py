@@ -8,9 +8,8 @@ from torch import Tensor
 
 from .shapes import Bool, Float, Int
 
-EXPLICIT_UP_TO = 512
-# Up to this document length plain matrix products beat CPU SDPA, whose backward is slow on small blocks; beyond it their
-# length x length scores would not be worth the memory. And up to it a document is padded, to have more of one length.
+FEW_LENGTHS_UP_TO = 512
+MULTIPLE = 64
 
 
 class Buckets:
@@ -91,8 +90,8 @@ class _Scatter(torch.autograd.Function):
 
 
 def _bucket_length(length: int) -> int:
-    """The next of 16, 24, 32, 48, 64, ...; a long document keeps its own length, since padding it would cost the most."""
-    if length > EXPLICIT_UP_TO:
-        return length
+    """The next of 16, 24, 32, 48, 64, ..., 512; then of multiples of 64, since padding a long document costs the most."""
+    if length > FEW_LENGTHS_UP_TO:
+        return length + -length % MULTIPLE
     power = max(16, 1 << (length - 1).bit_length())
     return power * 3 // 4 if length <= power * 3 // 4 and power > 16 else power

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from modernenc.backbones.attention import QKV, Layout, attention, path_for
+from modernenc.backbones.attention import Layout, attention, path_for
 from modernenc.backbones.dropout import Dropout
-from modernenc.backbones.rotary import Rotation, positions_of, rotate, rotation
+from modernenc.backbones.rotary import Rotation, positions_of, rotation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -266,8 +266,8 @@ class Attention(nn.Module):
         rotation: Rotation,
         positions: Int[Tensor, " some"] | None = None,
     ) -> Float[Tensor, "_ hidden"]:
-        q, k, v = self.Wqkv(hidden).unflatten(-1, (3, self.heads, -1)).unbind(1)  # each (tokens, heads, head_dim)
-        out = attention(QKV(rotate(q, rotation), rotate(k, rotation), v), layout, self.window).flatten(1)
+        qkv = self.Wqkv(hidden).unflatten(-1, (3, self.heads, -1))
+        out = attention(qkv, rotation, layout, self.window).flatten(1)
         return self.out_drop(self.Wo(out if positions is None else out.index_select(0, positions)))
 
 

@@ -1,8 +1,8 @@
-"""Objectives: `(batch) -> loss sum, scores`. They share the backbone from phase to phase; each has its own head."""
+"""Objectives: `(batch) -> loss sum, right answers`. They share the backbone from phase to phase; each has its own head."""
 
 from collections.abc import Iterable
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from modernenc.curriculum import MASKED_LM
@@ -20,8 +20,8 @@ class Objectives(nn.Module):
         self.masked_lm = masked_lm
         self.tasks = nn.ModuleDict({name: MultipleChoice(self.backbone) for name in tasks})
 
-    def forward(self, batch: MicroBatch) -> tuple[Float[Tensor, ""], Float[Tensor, "targets scores"]]:
-        """The loss of the batch's objective, summed over what it predicts, in nats; and the scores it came from."""
+    def forward(self, batch: MicroBatch) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+        """The loss of the batch's objective, summed over what it predicts, in nats; and how much of that is right."""
         if batch.objective == MASKED_LM:
             return self.masked_lm(batch)
         return self.tasks[batch.objective](self.backbone, batch)

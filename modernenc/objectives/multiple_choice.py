@@ -1,7 +1,7 @@
 """Multiple choice: each ending, read after its context, has a score from its first token; the right one should win."""
 
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from modernenc.backbones import Backbone
@@ -18,9 +18,9 @@ class MultipleChoice(nn.Module):
         self.head = backbone.prediction_head()
         self.score = nn.Linear(backbone.hidden_size, 1)
 
-    def forward(self, backbone: Backbone, batch: MicroBatch) -> tuple[Float[Tensor, ""], Float[Tensor, "targets choices"]]:
-        """Cross-entropy of the right endings, summed, in nats; and the scores it came from."""
+    def forward(self, backbone: Backbone, batch: MicroBatch) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+        """Cross-entropy of the right endings, summed, in nats; and how many of them have the highest score."""
         asked = rounded(batch)
         hidden = backbone(asked.input_ids, asked.cu_seqlens, asked.max_seqlen, asked.target_positions)
         scores = self.score(self.head(hidden))[: CHOICES * len(batch.targets)].view(-1, CHOICES)
-        return F.cross_entropy(scores.float(), batch.targets, reduction="sum"), scores
+        return F.cross_entropy(scores.float(), batch.targets, reduction="sum"), (scores.argmax(1) == batch.targets).sum()

@@ -1,0 +1,174 @@
+"""Rotary attention by plain matrix products, for any device and precision, with a backward pass of its own.
+
+Tokens are laid out head by head, queries and keys rotated on the way, in blocks of one shape: those of a window, or documents of
+similar length. Each block is a product, a softmax and a product, on so few scores at a time that they stay in a processor's
+cache. The backward pass makes the scores again, so that nothing of length x length is kept.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from modernenc.backbones.rotary import Rotation
+
+SCORES = 1 << 21
+"""Scores that are worked on at a time, about."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks side by side, each of so many queries; where there are more keys, they begin before the queries and end after them."""
+
+    start: int
+    """Place of the first query."""
+    count: int
+    queries: int
+    keys: int
+    bias: Float[Tensor, "count _ keys"] | None
+    """0 where a query may see a key, the lowest number where not; None where all are seen."""
+
+    def of_queries(self, x: Float[Tensor, "heads places head_dim"]) -> Float[Tensor, "heads count queries head_dim"]:
+        """A view of the blocks' queries."""
+        return x[:, self.start : self.start + self.count * self.queries].unflatten(1, (self.count, self.queries))
+
+    def of_keys(self, x: Float[Tensor, "heads places head_dim"]) -> Float[Tensor, "heads count keys head_dim"]:
+        """A view of the blocks' keys, those of neighbours overlapping; `x` has a margin for the first and the last."""
+        end = self.start + (self.count - 1) * self.queries + self.keys
+        return x[:, self.start : end].unfold(1, self.keys, self.queries).transpose(2, 3)
+
+    def add(self, x: Float[Tensor, "heads places head_dim"], part: Float[Tensor, "heads some keys head_dim"], first: int) -> None:
+        """Add to `x` what belongs to the keys of some blocks, the `first` and those after it."""
+        for number, piece in enumerate(part.split(self.queries, dim=2)):
+            start = self.start + (first + number) * self.queries
+            x[:, start : start + part.shape[1] * self.queries] += piece.flatten(1, 2)
+
+    def parts(self, heads: int) -> Iterator[tuple[slice, slice, list[slice]]]:
+        """Heads, blocks, and ranges of queries, to be worked on one after the other."""
+        scores = self.queries * self.keys
+        together, few = max(1, SCORES // (heads * scores)), max(1, min(heads, SCORES // scores))
+        rows = max(64, SCORES // self.keys // 64 * 64)
+        ranges = [slice(first, first + rows) for first in range(0, self.queries, rows)]
+        for block in range(0, self.count, together):
+            for head in range(0, heads, few):
+                yield slice(head, head + few), slice(block, block + together), ranges
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How tokens are laid out in blocks."""
+
+    blocks: list[Blocks]
+    places: int
+    margin: int
+    """Places that keys have before and after those."""
+    index: Int[Tensor, " laid"] | None
+    """Token at each of the first places; None where all are in order."""
+    inverse: Int[Tensor, " tokens"] | None
+    """Place of each token."""
+
+
+def block_attention(
+    qkv: Float[Tensor, "tokens 3 heads head_dim"], rotation: Rotation, arrangement: Arrangement
+) -> Float[Tensor, "tokens heads head_dim"]:
+    """Softmax attention with rotated queries and keys, within blocks."""
+    out = _BlockAttention.apply(qkv, rotation.cos, rotation.sin, arrangement)
+    assert isinstance(out, Tensor)
+    return out
+
+
+class _BlockAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, arrangement: Arrangement) -> Tensor:
+        index, inverse = arrangement.index, arrangement.inverse
+        # Autocast would take softmax to fp32 and back, for three times the cost.
+        with torch.autocast(qkv.device.type, enabled=False):
+            laid, cos, sin = (x if index is None else x.index_select(0, index) for x in (qkv, cos, sin))
+            _, _, heads, head_dim = laid.shape
+            q = laid.new_zeros(heads, arrangement.places, head_dim)
+            k, v = laid.new_zeros(2, heads, arrangement.places + 2 * arrangement.margin, head_dim)
+            inner = slice(arrangement.margin, arrangement.margin + len(laid))
+            sources = laid.permute(1, 2, 0, 3)
+            _rotate(sources[0], _scaled(cos, sin, laid), q[:, : len(laid)])
+            _rotate(sources[1], (cos.to(laid.dtype), sin.to(laid.dtype)), k[:, inner])
+            v[:, inner] = sources[2]
+            out = laid.new_empty(arrangement.places, heads, head_dim)
+            for blocks in arrangement.blocks:
+                queries, keys, values = blocks.of_queries(q), blocks.of_keys(k), blocks.of_keys(v)
+                outs = blocks.of_queries(out.transpose(0, 1))
+                for h, n, ranges in blocks.parts(heads):
+                    mine, theirs = keys[h, n].flatten(0, 1), values[h, n].flatten(0, 1)
+                    for r in ranges:
+                        some = queries[h, n, r]
+                        made = _shares(some.flatten(0, 1), mine, blocks.bias, n, r) @ theirs
+                        outs[h, n, r] = made.view(some.shape)
+            ctx.save_for_backward(q, k, v, cos, sin)
+            ctx.arrangement = arrangement
+            return out[: len(qkv)] if inverse is None else out.index_select(0, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        q, k, v, cos, sin = ctx.saved_tensors
+        arrangement: Arrangement = ctx.arrangement
+        index, inverse, count = arrangement.index, arrangement.inverse, len(cos)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        with torch.autocast(q.device.type, enabled=False):
+            grad = q.new_zeros(arrangement.places, len(q), q.shape[2])
+            if inverse is None:
+                grad[:count] = grads[0]
+            else:
+                grad.index_copy_(0, inverse, grads[0])
+            dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+            for blocks in arrangement.blocks:
+                queries, keys, values = blocks.of_queries(q), blocks.of_keys(k), blocks.of_keys(v)
+                outs, dqueries = blocks.of_queries(grad.transpose(0, 1)), blocks.of_queries(dq)
+                for h, n, ranges in blocks.parts(len(q)):
+                    mine, theirs = keys[h, n].flatten(0, 1), values[h, n].flatten(0, 1)
+                    sums: list[Tensor] = []
+                    for r in ranges:
+                        some, out = queries[h, n, r].flatten(0, 1), outs[h, n, r].flatten(0, 1)
+                        shares = _shares(some, mine, blocks.bias, n, r)
+                        dscores = torch.ops.aten._softmax_backward_data(
+                            out @ theirs.transpose(1, 2), shares, -1, shares.dtype
+                        )
+                        dqueries[h, n, r] = (dscores @ mine).view(queries[h, n, r].shape)
+                        made = dscores.transpose(1, 2) @ some, shares.transpose(1, 2) @ out
+                        if len(ranges) > 1:  # sums of many in bf16 would lose too much
+                            made = [part.to(wide) for part in made]
+                        sums = [before.add_(now) for before, now in zip(sums, made, strict=True)] if sums else list(made)
+                    for x, part in zip((dk, dv), sums, strict=True):
+                        blocks.add(x[h], part.view(keys[h, n].shape), n.start)
+            inner = slice(arrangement.margin, arrangement.margin + count)
+            dqkv = q.new_empty(count, 3, len(q), q.shape[2])
+            targets = dqkv.permute(1, 2, 0, 3)
+            turn, scaled = (cos.to(q.dtype), sin.to(q.dtype)), _scaled(cos, sin, q)
+            _rotate(dq[:, :count], (scaled[0], -scaled[1]), targets[0])
+            _rotate(dk[:, inner], (turn[0], -turn[1]), targets[1])
+            targets[2].copy_(dv[:, inner])
+            return dqkv if inverse is None else dqkv.index_select(0, inverse), None, None, None
+
+
+def _shares(q: Tensor, k: Tensor, bias: Tensor | None, n: slice, r: slice) -> Tensor:
+    """What each query takes from each key."""
+    scores = q @ k.transpose(1, 2)
+    if bias is not None:
+        some = bias[n] if bias.shape[1] == 1 else bias[n, r]
+        scores.unflatten(0, (-1, len(some))).add_(some)
+    return scores.softmax(-1)
+
+
+def _scaled(cos: Tensor, sin: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The rotation of queries, which scales scores along the way."""
+    wide, scale = torch.promote_types(like.dtype, cos.dtype), like.shape[-1] ** -0.5
+    return (cos.to(wide) * scale).to(like.dtype), (sin.to(wide) * scale).to(like.dtype)
+
+
+def _rotate(x: Tensor, turn: tuple[Tensor, Tensor], out: Tensor) -> None:
+    """Turn each pair (i, i + head_dim/2) by its token's angle, into `out`."""
+    cos, sin = turn
+    (a, b), (first, second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=second).addcmul_(a, sin)
