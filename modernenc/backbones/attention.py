@@ -50,20 +50,16 @@ class Layout:
         return Arrangement(blocks, start, 0, buckets.index, buckets.inverse)
 
     def _by_window(self, window: int, dtype: torch.dtype) -> Arrangement:
-        """Queries in blocks of 2 x window; keys from one window before their block to one after."""
-        lengths = self.cu_seqlens.diff()
-        numbers = torch.arange(len(lengths), device=lengths.device)
+        """Queries in blocks as long as the window; keys from one window before their block to one after."""
+        device, lengths = self.cu_seqlens.device, self.cu_seqlens.diff()
+        numbers = torch.arange(len(lengths), device=device)
         documents = torch.repeat_interleave(numbers, lengths, output_size=self.tokens)
-        block = 2 * window
-        documents = F.pad(documents, (0, -self.tokens % block), value=-1)
-        count = len(documents) // block
-        keys = F.pad(documents, (window, window), value=-2).unfold(0, 2 * block, block)[:, None, :]
-        queries = documents.view(count, block, 1)
-        distance = torch.arange(block, device=lengths.device)[:, None] + window - torch.arange(2 * block, device=lengths.device)
-        seen = (queries == keys) & (distance.abs() <= window)
-        return Arrangement([Blocks(0, count, block, 2 * block, _bias(seen, dtype))], count * block, window, None, None)
-
-
+        documents = F.pad(documents, (0, -self.tokens % window), value=-1)
+        keys = F.pad(documents, (window, window), value=-2).unfold(0, 3 * window, window)[:, None, :]
+        distance = torch.arange(window, device=device)[:, None] + window - torch.arange(3 * window, device=device)
+        seen = (documents.view(-1, window, 1) == keys) & (distance.abs() <= window)
+        blocks = Blocks(0, len(seen), window, 3 * window, _bias(seen, dtype))
+        return Arrangement([blocks], len(documents), window, None, None)
 def path_for(device: torch.device, dtype: torch.dtype) -> str:
     """The path that `attention` takes on this device in this precision."""
     if device.type != "cuda" or dtype not in _HALF:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from modernenc.backbones.rotary import Rotation
 
-SCORES = 1 << 21
+SCORES = 1 << 22
 """Scores that are worked on at a time, about."""
 
 
