@@ -194,6 +194,8 @@ def _shapes_of(backbone: str, tasks: tuple[str, ...]) -> "Objectives":
 
 def _activations(run: Run, mask_ratio: float, tokens: int, document: int) -> float:
     """Bytes kept for the backward pass of so many tokens, and what the loss needs at its beginning."""
+    from modernenc.objectives.linear_cross_entropy import ROWS
+
     kinds = _on_meta(run).backbone.layer_kinds()
     period = next(p for p in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % p] for i in range(len(kinds))))
     period = math.lcm(period, run.trainer.recompute_every or 1)
@@ -215,12 +217,12 @@ def _activations(run: Run, mask_ratio: float, tokens: int, document: int) -> flo
         return sample + (measured(2 * SAMPLE) - sample) * (tokens - SAMPLE) / SAMPLE
 
     vocabulary, half = run.backbone["vocab_size"], run.trainer.precision == "bf16-mixed"
-    # Per logit itself, its logarithm and its gradient, the latter two in fp32.
-    loss = tokens * mask_ratio * vocabulary * (10 if half else 12)
-    # A block that makes its activations again has them, and gradients of some, when most of the loss is done with.
-    backward = max(loss, 0.4 * loss + 1.35 * at_full_size(one_block)) if again else loss
-    decoder = 2 * vocabulary * run.backbone["hidden_size"] if half else 0  # once more in bf16
-    return at_full_size(kept) + backward + decoder
+    # A chunk of the logits; and the gradient of the decoder, which is made with them, as it is and as the product that it adds.
+    width, decoder = 2 if half else 4, vocabulary * run.backbone["hidden_size"]
+    loss = min(ROWS, tokens * mask_ratio) * vocabulary * width + decoder * width
+    # A block that makes its activations again has them, and gradients of some, when the logits are gone.
+    backward = max(loss, 1.35 * at_full_size(one_block)) if again else loss
+    return at_full_size(kept) + backward + 4 * decoder + (2 * decoder if half else 0)  # the decoder once more in bf16
 
 
 def _kept(run: Run, depth: int, tokens: int, document: int, recompute_every: int) -> float:

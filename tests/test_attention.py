@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from modernenc.backbones import block_attention
 from modernenc.backbones.attention import PATHS, Layout, path_for
 from modernenc.backbones.rotary import Rotation, positions_of, rotate, rotation
 
@@ -39,15 +40,19 @@ def gradient(out: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
     return torch.autograd.grad((out * weight).sum(), qkv)[0]
 
 
+@pytest.mark.parametrize("scores", [1, 300_000, block_attention.SCORES])
 @pytest.mark.parametrize("window", [None, 1, 16, 64, 1000])
-def test_blocks_equal_plain_attention_forward_and_backward(window):
+def test_blocks_equal_plain_attention_forward_and_backward(window, scores, monkeypatch):
+    monkeypatch.setattr(block_attention, "SCORES", scores)  # one block and 64 queries at a time; several; all
     qkv, turn, layout = inputs(torch.float64)
     ours, expected = PATHS["blocks"](qkv, turn, layout, window), plain(qkv, turn, layout, window)
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(gradient(ours, qkv), gradient(expected, qkv), rtol=1e-9, atol=1e-9)
 
 
-def test_a_window_costs_no_length_by_length_memory():
+@pytest.mark.parametrize("window", [None, 64])
+def test_nothing_costs_length_by_length_memory(window, monkeypatch):
+    monkeypatch.setattr(block_attention, "SCORES", 1 << 20)
     qkv, turn, layout = inputs(lengths=[8192])
     largest = 0
 
@@ -60,8 +65,8 @@ def test_a_window_costs_no_length_by_length_memory():
             return out
 
     with Watch():
-        gradient(PATHS["blocks"](qkv, turn, layout, 64), qkv)
-    assert largest <= 8192 * 2 * 256  # tokens x heads x the keys of a block
+        gradient(PATHS["blocks"](qkv, turn, layout, window), qkv)
+    assert largest <= max(1 << 20, 8192 * 192)  # the scores at a time, or the bias of windows: tokens x keys of a block
 
 
 def test_the_path_is_chosen_by_device_and_precision():

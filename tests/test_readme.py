@@ -13,7 +13,7 @@ COMMANDS = re.findall(
     r"^(?:\.venv/bin/)?(python -m .*?)(?:\s+#.*)?$", "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)), re.M
 )
 SHORT = {
-    "modernenc.bench": ["phases.decay.batch_rows=2"],
+    "modernenc.bench": ["repetitions=1", "step_tokens=2048", "micro_batch_tokens=2048"],
     "data_prep": ["sources.docstrings.limit_mb=2", "sources.reference.limit_mb=1", "sources.code.limit_mb=2"],
     "modernenc.train": [
         "phases.stable.tokens=60_000", "phases.stable.ramp.tokens=10_000", "phases.stable.warmup_tokens=10_000",

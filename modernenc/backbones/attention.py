@@ -60,6 +60,8 @@ class Layout:
         seen = (documents.view(-1, window, 1) == keys) & (distance.abs() <= window)
         blocks = Blocks(0, len(seen), window, 3 * window, _bias(seen, dtype))
         return Arrangement([blocks], len(documents), window, None, None)
+
+
 def path_for(device: torch.device, dtype: torch.dtype) -> str:
     """The path that `attention` takes on this device in this precision."""
     if device.type != "cuda" or dtype not in _HALF:
@@ -70,7 +72,7 @@ def path_for(device: torch.device, dtype: torch.dtype) -> str:
 def attention(
     qkv: Float[Tensor, "tokens 3 heads head_dim"], rotation: Rotation, layout: Layout, window: int | None
 ) -> Float[Tensor, "tokens heads head_dim"]:
-    """Softmax attention of each token, by its rotated query, over its document, or over `window` tokens to each side and itself."""
+    """Softmax attention with rotated queries and keys, over each document, or at most `window` tokens to each side."""
     return PATHS[path_for(qkv.device, qkv.dtype)](qkv, rotation, layout, window)
 
 

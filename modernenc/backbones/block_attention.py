@@ -1,7 +1,7 @@
 """Rotary attention by plain matrix products, for any device and precision, with a backward pass of its own.
 
-Tokens are laid out head by head, queries and keys rotated on the way, in blocks of one shape: those of a window, or documents of
-similar length. Each block is a product, a softmax and a product, on so few scores at a time that they stay in a processor's
+Tokens are laid out head by head, queries and keys rotated on the way, in blocks of one shape: those of a window, or documents
+of similar length. Each block is a product, a softmax and a product, on so few scores at a time that they stay in a processor's
 cache. The backward pass makes the scores again, so that nothing of length x length is kept.
 """
 
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from modernenc.backbones.rotary import Rotation
 
-SCORES = 1 << 22
+SCORES = 1 << 23
 """Scores that are worked on at a time, about."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks side by side, each of so many queries; where there are more keys, they begin before the queries and end after them."""
+    """Blocks side by side, each of so many queries; where keys are more, they begin before the queries and end after them."""
 
     start: int
     """Place of the first query."""
@@ -40,21 +40,24 @@ class Blocks:
         end = self.start + (self.count - 1) * self.queries + self.keys
         return x[:, self.start : end].unfold(1, self.keys, self.queries).transpose(2, 3)
 
-    def add(self, x: Float[Tensor, "heads places head_dim"], part: Float[Tensor, "heads some keys head_dim"], first: int) -> None:
+    def add(
+        self, x: Float[Tensor, "heads places head_dim"], part: Float[Tensor, "heads some keys head_dim"], first: int
+    ) -> None:
         """Add to `x` what belongs to the keys of some blocks, the `first` and those after it."""
         for number, piece in enumerate(part.split(self.queries, dim=2)):
             start = self.start + (first + number) * self.queries
             x[:, start : start + part.shape[1] * self.queries] += piece.flatten(1, 2)
 
-    def parts(self, heads: int) -> Iterator[tuple[slice, slice, list[slice]]]:
-        """Heads, blocks, and ranges of queries, to be worked on one after the other."""
-        scores = self.queries * self.keys
-        together, few = max(1, SCORES // (heads * scores)), max(1, min(heads, SCORES // scores))
-        rows = max(64, SCORES // self.keys // 64 * 64)
+    def parts(self, heads: int) -> Iterator[tuple[slice, list[slice]]]:
+        """Blocks, and ranges of their queries, to be worked on one after the other.
+
+        All heads together: oneDNN is five times slower at the product of one transposed matrix than at that of several.
+        """
+        together = max(1, SCORES // (heads * self.queries * self.keys))
+        rows = max(64, SCORES // (heads * self.keys) // 64 * 64)
         ranges = [slice(first, first + rows) for first in range(0, self.queries, rows)]
-        for block in range(0, self.count, together):
-            for head in range(0, heads, few):
-                yield slice(head, head + few), slice(block, block + together), ranges
+        for first in range(0, self.count, together):
+            yield slice(first, first + together), ranges
 
 
 @dataclass(frozen=True)
@@ -99,12 +102,12 @@ class _BlockAttention(torch.autograd.Function):
             for blocks in arrangement.blocks:
                 queries, keys, values = blocks.of_queries(q), blocks.of_keys(k), blocks.of_keys(v)
                 outs = blocks.of_queries(out.transpose(0, 1))
-                for h, n, ranges in blocks.parts(heads):
-                    mine, theirs = keys[h, n].flatten(0, 1), values[h, n].flatten(0, 1)
+                for n, ranges in blocks.parts(heads):
+                    mine, theirs = keys[:, n].flatten(0, 1).contiguous(), values[:, n].flatten(0, 1).contiguous()
                     for r in ranges:
-                        some = queries[h, n, r]
+                        some = queries[:, n, r]
                         made = _shares(some.flatten(0, 1), mine, blocks.bias, n, r) @ theirs
-                        outs[h, n, r] = made.view(some.shape)
+                        outs[:, n, r] = made.view(some.shape)
             ctx.save_for_backward(q, k, v, cos, sin)
             ctx.arrangement = arrangement
             return out[: len(qkv)] if inverse is None else out.index_select(0, inverse)
@@ -113,7 +116,7 @@ class _BlockAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         q, k, v, cos, sin = ctx.saved_tensors
         arrangement: Arrangement = ctx.arrangement
-        index, inverse, count = arrangement.index, arrangement.inverse, len(cos)
+        inverse, count = arrangement.inverse, len(cos)
         wide = torch.promote_types(q.dtype, torch.float32)
         with torch.autocast(q.device.type, enabled=False):
             grad = q.new_zeros(arrangement.places, len(q), q.shape[2])
@@ -125,22 +128,21 @@ class _BlockAttention(torch.autograd.Function):
             for blocks in arrangement.blocks:
                 queries, keys, values = blocks.of_queries(q), blocks.of_keys(k), blocks.of_keys(v)
                 outs, dqueries = blocks.of_queries(grad.transpose(0, 1)), blocks.of_queries(dq)
-                for h, n, ranges in blocks.parts(len(q)):
-                    mine, theirs = keys[h, n].flatten(0, 1), values[h, n].flatten(0, 1)
+                for n, ranges in blocks.parts(len(q)):
+                    mine, theirs = keys[:, n].flatten(0, 1).contiguous(), values[:, n].flatten(0, 1).contiguous()
                     sums: list[Tensor] = []
                     for r in ranges:
-                        some, out = queries[h, n, r].flatten(0, 1), outs[h, n, r].flatten(0, 1)
+                        some, out = queries[:, n, r].flatten(0, 1), outs[:, n, r].flatten(0, 1)
                         shares = _shares(some, mine, blocks.bias, n, r)
-                        dscores = torch.ops.aten._softmax_backward_data(
-                            out @ theirs.transpose(1, 2), shares, -1, shares.dtype
-                        )
-                        dqueries[h, n, r] = (dscores @ mine).view(queries[h, n, r].shape)
+                        dscores = torch.ops.aten._softmax_backward_data(out @ theirs.transpose(1, 2), shares, -1, shares.dtype)
+                        dqueries[:, n, r] = (dscores @ mine).view(queries[:, n, r].shape)
                         made = dscores.transpose(1, 2) @ some, shares.transpose(1, 2) @ out
-                        if len(ranges) > 1:  # sums of many in bf16 would lose too much
-                            made = [part.to(wide) for part in made]
-                        sums = [before.add_(now) for before, now in zip(sums, made, strict=True)] if sums else list(made)
+                        if not sums:  # sums of many in bf16 would lose too much
+                            sums = list(made) if len(ranges) == 1 else [part.to(wide) for part in made]
+                        else:
+                            sums = [before.add_(now) for before, now in zip(sums, made, strict=True)]
                     for x, part in zip((dk, dv), sums, strict=True):
-                        blocks.add(x[h], part.view(keys[h, n].shape), n.start)
+                        blocks.add(x, part.view(keys[:, n].shape), n.start)
             inner = slice(arrangement.margin, arrangement.margin + count)
             dqkv = q.new_empty(count, 3, len(q), q.shape[2])
             targets = dqkv.permute(1, 2, 0, 3)

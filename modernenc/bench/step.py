@@ -1,151 +1,252 @@
-"""Time and memory of a training step on one row, against transformers: `python -m modernenc.bench.step +recipe=NAME`.
+"""A training step beside transformers': forward, backward and AdamW, on the same documents.
 
-Forward and backward of a row as long as the recipe's last phase has them, with its mask ratio, all of it one document; ours
-with and without making activations again. Memory is measured in a process each, time in one process in turn. A model that
-needs more memory than is free is reported as such. Shorter or fewer: phases.NAME.seq_len=4096 backbone.num_hidden_layers=1.
+Ours takes them packed, without padding, with logits at the predicted tokens. `AutoModelForMaskedLM` (sdpa) takes them as its
+users give them: padded to the longest of a batch; and as rows of full length, one document after the other without regard to
+where each ends. Each has a process of its own, as a training script would.
 """
 
-import multiprocessing
-import resource
-import time
-from collections.abc import Callable
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modernenc.cli import run as run_cli
-from modernenc.config import Run, register
+from rich.console import Console
+from rich.table import Table
+
+from modernenc.bench.settings import Bench, the_run
+from modernenc.bench.turns import MatrixProducts, Result, Turn, Work, take_turns
+from modernenc.config import Run
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-OURS, AGAIN, THEIRS = "modernenc", "modernenc, recomputing", "transformers"
-REPETITIONS = 5
-
-
-def main(config: Run) -> None:
-    """Measure, and print a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    length = list(config.phases.values())[-1].seq_len
-    console = Console()
-    context = multiprocessing.get_context("spawn")
-    held: dict[str, tuple[float, float] | None] = {}
-    for name in (OURS, AGAIN, THEIRS):
-        with context.Pool(1) as pool:
-            held[name] = pool.apply(memory, (config, name))
-    seconds = timed(config, [name for name in held if held[name]])
-    layers = config.backbone["num_hidden_layers"]
-    title = f"a step on one row of {length:,} tokens, {layers} layers, {config.trainer.precision}"
-    table = Table(title=title, title_justify="left")
-    for column in ("", "tokens/s", "time / ours", "from", "to", "peak GB", "kept kB"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, figures in held.items():
-        if figures is None:
-            table.add_row(name, f"needs more than the {_free() / 1e9:.0f} GB that are free")
-            continue
-        ratios = sorted(one / own for one, own in zip(seconds[name], seconds[OURS], strict=True))
-        speed = length / sorted(seconds[name])[REPETITIONS // 2]
-        peak, kept = figures
-        row = [f"{ratio:.2f}" for ratio in (ratios[REPETITIONS // 2], ratios[0], ratios[-1])]
-        table.add_row(name, f"{speed:,.0f}", *row, f"{peak / 1e9:.2f}", f"{kept / 1e3 / length / layers:.0f}")
-    console.print(table)
-    console.print("peak: beside weights and libraries; kept: for the backward pass, per token and layer")
-
-
-def memory(config: Run, name: str) -> tuple[float, float] | None:
-    """Bytes at the peak of a step, weights and libraries left out, and those kept for the backward pass; None when too many."""
-    from modernenc.estimate import kept_bytes
-
-    loss = _losses(config, [name])[name]
-    resource.setrlimit(resource.RLIMIT_DATA, (_rss() + _free(), resource.RLIM_INFINITY))
-    before = _rss()
-    try:
-        with kept_bytes({id(weight) for weight in loss.weights}) as kept:
-            value = loss()
-        value.backward()
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
-            raise
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0 - before, float(sum(kept.values()))
-
-
-def timed(config: Run, names: list[str]) -> dict[str, list[float]]:
-    """Seconds of each repetition after the first, by model, taken in turn."""
-    from modernenc.fit import keep_freed_memory
-
-    keep_freed_memory()
-    losses = _losses(config, names)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for repetition in range(REPETITIONS + 1):
-        for name, loss in losses.items():
-            started = time.perf_counter()
-            loss().backward()
-            if repetition:
-                seconds[name].append(time.perf_counter() - started)
-            for weight in loss.weights:
-                weight.grad = None
-    return seconds
-
-
-class Loss:
-    """The mean loss of a model on the same row each time."""
-
-    def __init__(self, model: "nn.Module", precision: str, forward: Callable[[], "Tensor"]) -> None:
-        self.weights = list(model.parameters())
-        self.precision = precision
-        self.forward = forward
-
-    def __call__(self) -> "Tensor":
-        import torch
-
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16-mixed"):
-            return self.forward()
-
-
-def _losses(config: Run, names: list[str]) -> dict[str, Loss]:
     import torch
-    from transformers import AutoConfig, AutoModelForMaskedLM
 
     from modernenc.data.masking import MicroBatch
-    from modernenc.export import hugging_face_names
-    from modernenc.model import build_objectives, recompute
+    from modernenc.objectives.masked_lm import MaskedLM
 
-    phase = list(config.phases.values())[-1]
-    config.backbone["max_position"] = max(config.backbone["max_position"], phase.seq_len)
-    row = torch.randint(config.backbone["vocab_size"], (phase.seq_len,))
-    places = torch.randperm(phase.seq_len)[: int(phase.seq_len * phase.mask_ratio)].sort().values
-    batch = MicroBatch(row, torch.tensor([0, len(row)], dtype=torch.int32), len(row), places, row[places], 0)
-    labels = torch.full_like(row, -100).index_copy(0, places, row[places])
-    losses: dict[str, Loss] = {}
-    for name in names:
-        ours: Any = build_objectives(config).masked_lm
-        if name != THEIRS:
-            recompute(ours.backbone, 1 if name == AGAIN else 0)
-            losses[name] = Loss(ours, config.trainer.precision, lambda ours=ours: ours(batch)[0] / len(places))
-            continue
-        settings = AutoConfig.for_model(**ours.backbone.hugging_face_model().config.to_dict())
-        theirs = AutoModelForMaskedLM.from_config(settings).train()
-        theirs.load_state_dict(hugging_face_names(ours.state_dict(), ours.backbone.HUGGING_FACE_NAMES))
-        losses[name] = Loss(
-            theirs,
-            config.trainer.precision,
-            lambda theirs=theirs: theirs(input_ids=row[None], labels=labels[None]).loss,
-        )
-    return losses
+OURS, PADDED, ROWS = "modernenc", "HF padded", "HF full rows"
+LR = 1e-4
 
 
-def _rss() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+@dataclass
+class Case:
+    """A backbone at a length."""
+
+    backbone: str
+    length: int
+    ours: Result
+    others: list[Result]
+    peak: Result
+    """Matrix products of the same rounds."""
 
 
-def _free() -> int:
-    """Bytes of memory that a process may still take."""
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
+def measure(bench: Bench, folder: Path) -> None:
+    """Measure every case, and write a table, JSON and a plot."""
+    console, cases = Console(), []
+    for backbone in bench.backbones:
+        for length in bench.lengths:
+            run = the_run(bench, backbone, length)
+            contestants = [Ours(run), Theirs(PADDED, run), Theirs(ROWS, run), MatrixProducts(precision=bench.precision)]
+            ours, *others, peak = take_turns(contestants, bench.repetitions)
+            cases.append(Case(backbone, length, ours, others, peak))
+            table = table_of(cases)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "step.json").write_text(json.dumps([asdict(case) for case in cases], indent=1))
+            with (folder / "step.txt").open("w") as file:
+                Console(file=file, width=110).print(table)
+            draw(cases, folder / "step.png")
+    console.print(table_of(cases))
 
 
-if __name__ == "__main__":
-    register()
-    run_cli(Run, ("recipe",), "train", main)
+def table_of(cases: list[Case]) -> Table:
+    """A row for each contestant."""
+    table = Table(title="training step, real tokens a second (HF: Hugging Face transformers)", title_justify="left")
+    for column in ("backbone", "length", "", "tokens/s", "ours / it", "from", "to", "of peak", "GB"):
+        table.add_column(column, justify="left" if column in ("backbone", "") else "right", no_wrap=True)
+    for case in cases:
+        for result in (case.ours, *case.others):
+            start = (case.backbone, f"{case.length:,}", result.name)
+            if result.failure:
+                table.add_row(*start, result.failure)
+                continue
+            ratios = case.ours.times_faster(result) if not case.ours.failure else [0.0]
+            spread = [f"{ratio:.2f}" for ratio in (ratios[len(ratios) // 2], ratios[0], ratios[-1])]
+            share = result.flops / case.peak.flops
+            table.add_row(*start, f"{result.speed:,.0f}", *spread, f"{share:.0%}", f"{result.peak_bytes / 1e9:.1f}")
+        table.add_section()
+    return table
+
+
+def draw(cases: list[Case], path: Path) -> None:
+    """How many times faster, by case, with the spread."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(8, 0.9 + 0.75 * len(cases)), constrained_layout=True)
+    for offset, (name, colour) in zip((0.2, -0.2), ((PADDED, "#1f4e79"), (ROWS, "#c55a11")), strict=True):
+        for place, case in enumerate(reversed(cases)):
+            other = next(result for result in case.others if result.name == name)
+            if other.failure or case.ours.failure:
+                continue
+            ratios = case.ours.times_faster(other)
+            middle = ratios[len(ratios) // 2]
+            error = [[middle - ratios[0]], [ratios[-1] - middle]]
+            label = name if place == 0 else None
+            axis.barh(place + offset, middle, 0.36, xerr=error, color=colour, label=label, error_kw={"ecolor": "#666666"})
+            axis.text(ratios[-1] * 1.02, place + offset, f"{middle:.1f}", va="center", fontsize=8)
+    axis.set_yticks(range(len(cases)), [f"{case.backbone}, {case.length:,}" for case in reversed(cases)])
+    axis.axvline(1, color="#444444", linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_xlabel("times as many real tokens a second")
+    axis.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+@dataclass
+class Ours:
+    """This package's step, the loop left out."""
+
+    run: Run
+    name: str = OURS
+
+    def start(self) -> Turn:
+        """The model, its optimizer and the batches of every turn."""
+        import torch
+
+        from modernenc import optim
+        from modernenc.fit import keep_freed_memory
+        from modernenc.model import build_objectives
+
+        keep_freed_memory()
+        device, steps = _device(), _steps(self.run)
+        objectives = build_objectives(self.run).to(device)
+        optimizers = optim.build(objectives, {**self.run.optim, "lr": LR})
+
+        def turn(number: int) -> Work:
+            step = steps[number]
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.run.trainer.precision == "bf16-mixed"):
+                for batch in step:
+                    loss, _ = objectives(batch.to(device))
+                    (loss / sum(len(batch.targets) for batch in step)).backward()
+            optim.step(optimizers)
+            return work(objectives.masked_lm, step, self.run)
+
+        return turn
+
+
+@dataclass
+class Theirs:
+    """transformers' model under the loop that its documentation shows."""
+
+    name: str
+    run: Run
+
+    def start(self) -> Turn:
+        """The same weights, and the same documents in batches of its own."""
+        import torch
+        from transformers import AutoConfig, AutoModelForMaskedLM
+
+        from modernenc.export import hugging_face_names
+        from modernenc.model import build_objectives
+
+        device, steps = _device(), _steps(self.run)
+        ours = build_objectives(self.run).masked_lm
+        settings = ours.backbone.hugging_face_model().config
+        model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(**settings.to_dict()))  # transformers' own class
+        model.load_state_dict(hugging_face_names(ours.state_dict(), ours.backbone.HUGGING_FACE_NAMES))
+        model.to(device).train()
+        optimizer = torch.optim.AdamW(model.parameters(), LR, fused=True)
+        chunk = self.run.backbone.get("chunk_size", 1)
+
+        def turn(number: int) -> Work:
+            step = steps[number]
+            if self.name == PADDED:
+                batches = list(padded(step, self.run, chunk))
+            else:
+                batches, step = list(full_rows(step, self.run)), [_as_rows(batch, self.run) for batch in step]
+            for batch in batches:
+                with torch.autocast(device.type, torch.bfloat16, enabled=self.run.trainer.precision == "bf16-mixed"):
+                    loss = model(**{key: value.to(device) for key, value in batch.items()}).loss
+                (loss / len(batches)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return work(ours, step, self.run)
+
+        return turn
+
+
+def work(model: "MaskedLM", step: list["MicroBatch"], run: Run) -> Work:
+    """Tokens of a step, and the products that they need: forward, and twice as many backward."""
+    head = sum(parameter.numel() for parameter in model.head.parameters() if parameter.ndim == 2)
+    tokens, flops = 0, 0.0
+    for batch in step:
+        tokens += len(batch.input_ids)
+        flops += 6.0 * len(batch.targets) * (head + model.decoder.weight.numel())
+        flops += sum(3 * length * model.backbone.flops(length) for length in batch.cu_seqlens.diff().tolist())
+    return Work(tokens, flops)
+
+
+def padded(step: list["MicroBatch"], run: Run, chunk: int) -> Iterator[dict[str, "torch.Tensor"]]:
+    """So many documents at a time as there would be rows, padded to the longest; to whole chunks, which transformers wants."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    at_once = max(1, run.trainer.micro_batch_tokens // run.phases["decay"].seq_len)
+    documents = [document for batch in step for document in _documents(batch)]
+    for first in range(0, len(documents), at_once):
+        some = documents[first : first + at_once]
+        columns = zip(*((ids, torch.ones_like(ids), labels) for ids, labels in some), strict=True)
+        rows = [pad_sequence(list(column), True, fill) for column, fill in zip(columns, (0, 0, -100), strict=True)]
+        more = -rows[0].shape[1] % chunk if rows[0].shape[1] > chunk else 0
+        rows = [torch.nn.functional.pad(row, (0, more), value=fill) for row, fill in zip(rows, (0, 0, -100), strict=True)]
+        yield dict(zip(("input_ids", "attention_mask", "labels"), rows, strict=True))
+
+
+def full_rows(step: list["MicroBatch"], run: Run) -> Iterator[dict[str, "torch.Tensor"]]:
+    """Rows of full length; what is left at the end of a micro-batch is dropped."""
+    length = run.phases["decay"].seq_len
+    for batch in step:
+        labels = _labels(batch)
+        whole = len(labels) // length * length or len(labels)
+        yield {name: x[:whole].view(-1, min(length, whole)) for name, x in (("input_ids", batch.input_ids), ("labels", labels))}
+
+
+def _as_rows(batch: "MicroBatch", run: Run) -> "MicroBatch":
+    """The micro-batch as if each row were a document."""
+    import torch
+
+    length = run.phases["decay"].seq_len
+    whole = len(batch.input_ids) // length * length or len(batch.input_ids)
+    ends = torch.arange(0, whole + 1, min(length, whole))
+    kept = batch.target_positions < whole
+    return replace(batch, input_ids=batch.input_ids[:whole], cu_seqlens=ends, targets=batch.targets[kept])
+
+
+def _documents(batch: "MicroBatch") -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
+    lengths = batch.cu_seqlens.diff().tolist()
+    return zip(batch.input_ids.split(lengths), _labels(batch).split(lengths), strict=True)
+
+
+def _labels(batch: "MicroBatch") -> "torch.Tensor":
+    import torch
+
+    return torch.full_like(batch.input_ids, -100).index_copy(0, batch.target_positions, batch.targets)
+
+
+def _steps(run: Run) -> list[list["MicroBatch"]]:
+    """The micro-batches of every turn."""
+    from modernenc.curriculum import Curriculum
+    from modernenc.data.blocks import Corpus
+    from modernenc.data.loader import DataState, Steps
+
+    steps = Steps(run, Curriculum.of(run), Corpus.of(run.data), 0, 1, DataState())
+    return [step.micro_batches for step in steps]
+
+
+def _device() -> Any:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -18,7 +18,7 @@ def linear_cross_entropy(
     bias: Float[Tensor, " vocab"],
     targets: Int[Tensor, " targets"],
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-    """The loss summed over the targets, in nats, and how many of them have the highest logit; both of the first rows of `hidden`.
+    """Of the first rows of `hidden`: the loss summed over the targets, in nats, and how many of these have the highest logit.
 
     Products are in the precision of autocast, the loss and the sums over chunks in fp32 at least. Gradients are made along with
     the loss, so `backward` may run once only.
@@ -52,7 +52,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        assert ctx.grads is not None, "the gradients were handed out already"
+        if ctx.grads is None:
+            raise RuntimeError("the gradients of linear_cross_entropy were handed out already")
         hidden, weight, bias = (made.mul_(grads[0]) for made in ctx.grads)
         ctx.grads = None
         return hidden, weight, bias, None

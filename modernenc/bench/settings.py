@@ -1,0 +1,68 @@
+"""What a benchmark is asked to measure, and the runs that follow from it."""
+
+from dataclasses import dataclass
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, open_dict
+
+from modernenc.cli import hydra_options, typed
+from modernenc.config import Run, register
+
+
+@dataclass
+class Bench:
+    """Settings of `python -m modernenc.bench`, by `conf/bench.yaml`."""
+
+    parts: list[str] = MISSING
+    """What to measure, one after the other: step, growth."""
+    root: str = MISSING
+    """Folder of block shards that `python -m data_prep` wrote, whose documents are read in shares of their tokens."""
+    out: str = MISSING
+    """Folder for tables, JSON and plots."""
+    backbones: list[str] = MISSING
+    """Names in `conf/backbone`."""
+    lengths: list[int] = MISSING
+    """Tokens of a row: what documents are cut to."""
+    num_hidden_layers: int = MISSING
+    """Layers in place of a backbone's own; 0 leaves it as it is."""
+    step_tokens: int = MISSING
+    """Tokens of an optimizer step, about; a row at least."""
+    micro_batch_tokens: int = MISSING
+    """Tokens that are trained on at a time, padding included; a row at least."""
+    mask_ratio: float = MISSING
+    """Share of the tokens that is predicted."""
+    precision: str = MISSING
+    """As trainer.precision."""
+    repetitions: int = MISSING
+    """Steps that are measured of each, after one to warm up."""
+
+
+def register_bench() -> None:
+    """Make the schemas known to Hydra."""
+    register()
+    ConfigStore.instance().store(name="bench_schema", node=Bench)
+
+
+def the_run(bench: Bench, backbone: str, length: int) -> Run:
+    """A run of one phase on the benchmark's documents; ValueError for what there is not."""
+    if backbone not in hydra_options("backbone"):
+        raise ValueError(f"backbones={backbone}: there is none; there are {', '.join(sorted(hydra_options('backbone')))}")
+    from modernenc.data.blocks import Corpus
+
+    cfg = hydra.compose("train", ["+recipe=demo", f"backbone={backbone}", "optim=adamw"])
+    with open_dict(cfg):
+        cfg["recipe"], cfg["run_dir"] = "bench", ""
+    run = typed(cfg, Run, ())
+    run.data.root, run.data.lanes, run.data.workers = bench.root, 1, 0
+    run.trainer.precision = bench.precision
+    run.trainer.micro_batch_tokens = max(length, bench.micro_batch_tokens)
+    run.backbone["max_position"] = max(length, run.backbone["max_position"])
+    run.backbone["num_hidden_layers"] = bench.num_hidden_layers or run.backbone["num_hidden_layers"]
+    phase = run.phases["decay"]
+    phase.seq_len, phase.batch_rows, phase.mask_ratio = length, max(1, bench.step_tokens // length), bench.mask_ratio
+    phase.tokens = (bench.repetitions + 1) * phase.batch_rows * length
+    sources = Corpus.of(run.data).manifest["sources"]
+    phase.mix = {name: sum(part["tokens"] for part in source["slices"].values()) for name, source in sources.items()}
+    run.phases = {"decay": phase}
+    return run
