@@ -36,26 +36,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weights, shift = weight.to(hidden.dtype), bias.to(hidden.dtype)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss, correct = hidden.new_zeros((), dtype=wide), targets.new_zeros(())
-        grads = torch.empty_like(hidden), torch.zeros_like(weight), torch.zeros_like(bias)
+        hidden_grad, bias_grad = torch.empty_like(hidden), torch.zeros_like(bias)
+        weight_grad: Tensor | None = None
         logits = hidden.new_empty(min(ROWS, len(hidden)), len(weight))
         for start in range(0, len(hidden), ROWS):
             rows, wanted = hidden[start : start + ROWS], targets[start : start + ROWS]
             torch.addmm(shift, rows, weights.t(), out=logits[: len(rows)])
-            losses, hits = _to_gradients(logits[: len(rows)], wanted, grads[2])
+            losses, hits = _to_gradients(logits[: len(rows)], wanted, bias_grad)
             loss, correct = loss + losses, correct + hits
             if any(ctx.needs_input_grad):
-                torch.mm(logits[: len(rows)], weights, out=grads[0][start : start + ROWS])
-                grads[1].add_(logits[: len(rows)].t() @ rows)
-        ctx.grads = grads
+                torch.mm(logits[: len(rows)], weights, out=hidden_grad[start : start + ROWS])
+                share = logits[: len(rows)].t() @ rows
+                weight_grad = share.to(weight.dtype) if weight_grad is None else weight_grad.add_(share)
+        if any(ctx.needs_input_grad):
+            ctx.grads = hidden_grad, torch.zeros_like(weight) if weight_grad is None else weight_grad, bias_grad
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        if ctx.grads is None:
+        if not hasattr(ctx, "grads"):
             raise RuntimeError("the gradients of linear_cross_entropy were handed out already")
         hidden, weight, bias = (made.mul_(grads[0]) for made in ctx.grads)
-        ctx.grads = None
+        del ctx.grads
         return hidden, weight, bias, None
 
 
