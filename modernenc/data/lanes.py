@@ -7,7 +7,7 @@
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -181,7 +181,7 @@ class Lane:
 
     def state(self) -> dict:
         """The lane's state as plain values."""
-        return asdict(self._state)
+        return {**vars(self._state), "blocks": dict(self._state.blocks), "tokens": dict(self._state.tokens)}
 
     def blocks_drawn(self) -> dict[str, int]:
         """Blocks drawn of each slice since the run started, the open window's included: where the next phase goes on."""

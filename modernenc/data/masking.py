@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int, Integer
+import xxhash
+from jaxtyping import Int, Integer
 from torch import Tensor
 
 from modernenc.curriculum import MASKED_LM
@@ -14,6 +15,8 @@ from modernenc.data.packing import SPECIALS
 
 MASK_SHARE, RANDOM_SHARE = 0.8, 0.1
 """Of the predicted tokens: replaced by the mask token, by a random one; the rest stay. Devlin et al. 2018, section 3.1."""
+_LOW = np.uint64(2**32 - 1)
+_MASKED, _REPLACED = np.uint64(MASK_SHARE * 2**32), np.uint64((MASK_SHARE + RANDOM_SHARE) * 2**32)
 
 
 @dataclass
@@ -59,37 +62,50 @@ class Masker:
     def __init__(self, roles: Roles, ordinary_ids: Integer[np.ndarray, " ids"], ratio: float) -> None:
         self.roles = roles
         self.ordinary_ids = ordinary_ids
-        self.ratio = ratio
+        self._threshold = np.uint64(ratio * 2.0**64)
+        self._random = np.random.Philox(key=0)
+        self._fresh = self._random.state
 
     def mask(self, row: Row, seed: tuple[int, ...]) -> MaskedRow:
         """Wrap the chunks of a row in cls and sep, and mask it."""
-        input_ids, text = self._wrap(row)
-        rng = np.random.default_rng(seed)
-        draw, kind = rng.random((2, len(input_ids)))
-        positions = np.flatnonzero((draw < self.ratio) & text)
+        input_ids, lengths, ends = self._wrap(row)
+        words = self._words(seed, len(input_ids))
+        chosen = words < self._threshold
+        chosen[ends - 1] = False
+        chosen[0] = False
+        chosen[ends[:-1]] = False
+        positions = chosen.nonzero()[0]
         targets = input_ids[positions]
-        masked = kind[positions] < MASK_SHARE
-        random = (kind[positions] >= MASK_SHARE) & (kind[positions] < MASK_SHARE + RANDOM_SHARE)
-        replacement = np.where(masked, self.roles.mask, targets)
-        replacement[random] = self.ordinary_ids[rng.integers(len(self.ordinary_ids), size=int(random.sum()))]
-        input_ids[positions] = replacement
-        return MaskedRow(input_ids, [len(chunk.tokens) + 2 for chunk in row], positions, targets)
+        # The low bits say what is put there; they know nothing of the high ones, which chose the position.
+        kind = words[positions] & _LOW
+        input_ids[positions[kind < _MASKED]] = self.roles.mask
+        random = ((kind >= _MASKED) & (kind < _REPLACED)).nonzero()[0]
+        drawn = (kind[random] - _MASKED) * np.uint64(len(self.ordinary_ids)) // (_REPLACED - _MASKED)
+        input_ids[positions[random]] = self.ordinary_ids[drawn]
+        return MaskedRow(input_ids, lengths, positions, targets)
 
     def empty_row(self) -> MaskedRow:
         """A row of an empty document, with nothing to predict."""
         nothing = np.empty(0, dtype=np.int64)
         return MaskedRow(np.array([self.roles.cls, self.roles.sep]), [SPECIALS], nothing, nothing)
 
-    def _wrap(self, row: Row) -> tuple[Integer[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]]:
-        """Token ids of the row, and which of them are text."""
-        cls, sep = np.array([self.roles.cls]), np.array([self.roles.sep])
-        input_ids = np.concatenate([part for chunk in row for part in (cls, chunk.tokens, sep)]).astype(np.int64)
-        ends = np.cumsum([len(chunk.tokens) + 2 for chunk in row])
-        text = np.ones(len(input_ids), dtype=bool)
-        text[ends - 1] = False
-        text[0] = False
-        text[ends[:-1]] = False
-        return input_ids, text
+    def _words(self, seed: tuple[int, ...], count: int) -> Integer[np.ndarray, " count"]:
+        """Random words of 64 bits: the counter-based generator of Salmon et al. 2011, its key a hash of the seed."""
+        key = xxhash.xxh3_128_digest(np.asarray(seed, np.int64).tobytes())
+        self._fresh["state"]["key"] = np.frombuffer(key, np.uint64)
+        self._random.state = self._fresh  # in a third of the time that a new generator takes
+        return self._random.random_raw(count)
+
+    def _wrap(self, row: Row) -> tuple[Integer[np.ndarray, " tokens"], list[int], Integer[np.ndarray, " chunks"]]:
+        """Token ids of the row, and the length and end of each chunk, its special tokens included."""
+        lengths = [len(chunk.tokens) + SPECIALS for chunk in row]
+        ends = np.array(lengths).cumsum()
+        input_ids = np.empty(ends[-1], np.int64)
+        for chunk, length, end in zip(row, lengths, ends.tolist(), strict=True):
+            input_ids[end - length] = self.roles.cls
+            input_ids[end - length + 1 : end - 1] = chunk.tokens
+            input_ids[end - 1] = self.roles.sep
+        return input_ids, lengths, ends
 
 
 def collate(rows: list[MaskedRow], first_row: int) -> MicroBatch:
