@@ -19,6 +19,7 @@ from conftest import ROOT, SMALL, command
         "modernenc.compare",
         "modernenc.remaining",
         "modernenc.report",
+        "modernenc.bench",
         "modernenc.launch",
         "data_prep",
         "data_prep.verify",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -29,7 +30,7 @@ OURS = "modernenc"
 
 def measure(bench: Bench, folder: Path) -> None:
     """Measure at every length, and write a table and JSON."""
-    table = Table(title="tokens a second on one core, in millions, medians", title_justify="left")
+    table = Table(title="tokens a second on one core, in millions, medians", title_justify="left", box=SIMPLE_HEAD)
     for column in ("length", "", "M tokens/s", "ours / it", "from", "to"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     written = []
@@ -47,7 +48,7 @@ def measure(bench: Bench, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "data.json").write_text(json.dumps(written, indent=1))
     with (folder / "data.txt").open("w") as file:
-        Console(file=file, width=110).print(table)
+        Console(file=file, width=80).print(table)
     Console().print(table)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -45,16 +46,20 @@ def measure(bench: Bench, folder: Path) -> None:
 
     keep_freed_memory()
     curves = [curve for backbone in bench.backbones for curve in _curves(bench, backbone)]
-    table = Table(title=f"seconds for {bench.step_tokens:,} tokens, by the length of documents", title_justify="left")
+    table = Table(
+        title=f"seconds for {bench.step_tokens:,} tokens, by the length of documents", title_justify="left", box=SIMPLE_HEAD
+    )
     for column in ("", *(f"{length:,}" for length in LENGTHS)):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for curve in curves:
-        table.add_row(f"{curve.backbone}: {curve.part}", *(f"{seconds:.3f}" for seconds in curve.seconds))
-        table.add_row("  GB kept for the backward pass", *(f"{kept / 1e9:.2f}" for kept in curve.kept_bytes))
+        if curve.part == WHOLE:
+            table.add_row(curve.backbone)
+        table.add_row(f"  {curve.part}", *(f"{seconds:.3g}" for seconds in curve.seconds))
+        table.add_row("    GB kept", *(f"{kept / 1e9:.2f}" for kept in curve.kept_bytes))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "growth.json").write_text(json.dumps([asdict(curve) for curve in curves], indent=1))
     with (folder / "growth.txt").open("w") as file:
-        Console(file=file, width=110).print(table)
+        Console(file=file, width=80).print(table)
     Console().print(table)
     draw(curves, folder / "growth.png")
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -53,27 +54,28 @@ def measure(bench: Bench, folder: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "step.json").write_text(json.dumps([asdict(case) for case in cases], indent=1))
             with (folder / "step.txt").open("w") as file:
-                Console(file=file, width=110).print(table)
+                Console(file=file, width=80).print(table)
             draw(cases, folder / "step.png")
     console.print(table_of(cases))
 
 
 def table_of(cases: list[Case]) -> Table:
-    """A row for each contestant."""
-    table = Table(title="training step, real tokens a second (HF: Hugging Face transformers)", title_justify="left")
-    for column in ("backbone", "length", "", "tokens/s", "ours / it", "from", "to", "of peak", "GB"):
-        table.add_column(column, justify="left" if column in ("backbone", "") else "right", no_wrap=True)
+    """A row for each contestant, by case."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("real tokens a second", "", "ours / it", "from-to", "of peak", "GB"):
+        table.add_column(column, justify="left" if column.startswith("real") else "right", no_wrap=True)
     for case in cases:
+        table.add_row(f"{case.backbone} {case.length:,}")
         for result in (case.ours, *case.others):
-            start = (case.backbone, f"{case.length:,}", result.name)
-            if result.failure:
-                table.add_row(*start, result.failure)
+            name = f"  {result.name}"
+            if result.failure or case.ours.failure:
+                table.add_row(name, result.failure)
                 continue
-            ratios = case.ours.times_faster(result) if not case.ours.failure else [0.0]
-            spread = [f"{ratio:.2f}" for ratio in (ratios[len(ratios) // 2], ratios[0], ratios[-1])]
-            share = result.flops / case.peak.flops
-            table.add_row(*start, f"{result.speed:,.0f}", *spread, f"{share:.0%}", f"{result.peak_bytes / 1e9:.1f}")
-        table.add_section()
+            ratios = case.ours.times_faster(result)
+            share = f"{result.flops / case.peak.flops:.0%}"
+            spread = f"{ratios[0]:.2f}-{ratios[-1]:.2f}"
+            middle = f"{ratios[len(ratios) // 2]:.2f}"
+            table.add_row(name, f"{result.speed:,.0f}", middle, spread, share, f"{result.peak_bytes / 1e9:.1f}")
     return table
 
 
@@ -98,9 +100,10 @@ def draw(cases: list[Case], path: Path) -> None:
             axis.text(ratios[-1] * 1.02, place + offset, f"{middle:.1f}", va="center", fontsize=8)
     axis.set_yticks(range(len(cases)), [f"{case.backbone}, {case.length:,}" for case in reversed(cases)])
     axis.axvline(1, color="#444444", linewidth=0.8)
-    axis.set_xscale("log")
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_xlabel("times as many real tokens a second")
-    axis.legend(loc="lower right", fontsize=8)
+    axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -166,7 +169,8 @@ class Theirs:
             if self.name == PADDED:
                 batches = list(padded(step, self.run, chunk))
             else:
-                batches, step = list(full_rows(step, self.run)), [_as_rows(batch, self.run) for batch in step]
+                step = [joined(step, self.run)]
+                batches = list(full_rows(step[0], self.run))
             for batch in batches:
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.run.trainer.precision == "bf16-mixed"):
                     loss = model(**{key: value.to(device) for key, value in batch.items()}).loss
@@ -205,24 +209,26 @@ def padded(step: list["MicroBatch"], run: Run, chunk: int) -> Iterator[dict[str,
         yield dict(zip(("input_ids", "attention_mask", "labels"), rows, strict=True))
 
 
-def full_rows(step: list["MicroBatch"], run: Run) -> Iterator[dict[str, "torch.Tensor"]]:
-    """Rows of full length; what is left at the end of a micro-batch is dropped."""
-    length = run.phases["decay"].seq_len
-    for batch in step:
-        labels = _labels(batch)
-        whole = len(labels) // length * length or len(labels)
-        yield {name: x[:whole].view(-1, min(length, whole)) for name, x in (("input_ids", batch.input_ids), ("labels", labels))}
-
-
-def _as_rows(batch: "MicroBatch", run: Run) -> "MicroBatch":
-    """The micro-batch as if each row were a document."""
+def joined(step: list["MicroBatch"], run: Run) -> "MicroBatch":
+    """All documents one after the other as rows of full length; the last is filled up with the first tokens again."""
     import torch
 
     length = run.phases["decay"].seq_len
-    whole = len(batch.input_ids) // length * length or len(batch.input_ids)
-    ends = torch.arange(0, whole + 1, min(length, whole))
-    kept = batch.target_positions < whole
-    return replace(batch, input_ids=batch.input_ids[:whole], cu_seqlens=ends, targets=batch.targets[kept])
+    labels = torch.cat([_labels(batch) for batch in step])
+    ids = torch.cat([batch.input_ids for batch in step])
+    more = -len(ids) % length
+    ids, labels = torch.cat((ids, ids[:more])), torch.cat((labels, labels[:more]))
+    places = (labels >= 0).nonzero().flatten()
+    ends = torch.arange(0, len(ids) + 1, length)
+    return replace(step[0], input_ids=ids, cu_seqlens=ends, max_seqlen=length, target_positions=places, targets=labels[places])
+
+
+def full_rows(rows: "MicroBatch", run: Run) -> Iterator[dict[str, "torch.Tensor"]]:
+    """As many rows at a time as a micro-batch has."""
+    at_once = max(1, run.trainer.micro_batch_tokens // rows.max_seqlen)
+    columns = (x.view(-1, rows.max_seqlen).split(at_once) for x in (rows.input_ids, _labels(rows)))
+    for ids, labels in zip(*columns, strict=True):
+        yield {"input_ids": ids, "labels": labels}
 
 
 def _documents(batch: "MicroBatch") -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
