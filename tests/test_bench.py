@@ -67,7 +67,7 @@ def test_the_data_path_is_measured_beside_others(corpus_root, tmp_path):
     [
         ("parts=[speed]", "parts=speed: there is none; there are step, growth, data"),
         ("backbones=[bert]", "backbones=bert: there is none; there are mega_small_16k"),
-        ("root=nowhere", "data.root=nowhere: no manifest.json there"),
+        ("root=nowhere", "nowhere: no manifest.json there"),
     ],
 )
 def test_mistakes_are_told(corpus_root, tmp_path, setting, expected):
