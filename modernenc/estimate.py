@@ -50,7 +50,7 @@ class Memory:
     gradients: float
     optimizer: float
     activations: float
-    """Of a micro-batch, with the logits and their gradients."""
+    """Of a micro-batch, with a chunk of the logits and the gradient of the decoder that is made with them."""
 
     @property
     def total(self) -> float:

@@ -59,3 +59,9 @@ def test_gradients_are_handed_out_once():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="handed out already"):
         loss.backward()
+
+
+def test_of_equal_logits_the_first_is_the_prediction_as_in_argmax():
+    hidden, weight = torch.ones(3, 1), torch.ones(4, 1)
+    _, correct = linear_cross_entropy(hidden, weight, torch.zeros(4), torch.tensor([0, 1, 2]))
+    assert correct == 1

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from modernenc.backbones.rotary import Rotation
+from modernenc.backbones.rotary import Rotation, rotate_into
 
 SCORES = 1 << 23
 """Scores that are worked on at a time, about."""
@@ -91,22 +91,24 @@ class _BlockAttention(torch.autograd.Function):
         with torch.autocast(qkv.device.type, enabled=False):
             laid, cos, sin = (x if index is None else x.index_select(0, index) for x in (qkv, cos, sin))
             _, _, heads, head_dim = laid.shape
-            q = laid.new_zeros(heads, arrangement.places, head_dim)
-            k, v = laid.new_zeros(2, heads, arrangement.places + 2 * arrangement.margin, head_dim)
+            q = laid.new_empty(heads, arrangement.places, head_dim)
+            k, v = kv = laid.new_empty(2, heads, arrangement.places + 2 * arrangement.margin, head_dim)
             inner = slice(arrangement.margin, arrangement.margin + len(laid))
+            q[:, len(laid) :], kv[:, :, : inner.start], kv[:, :, inner.stop :] = 0, 0, 0
+            of_queries, of_keys = _rotations(cos, sin, laid)
             sources = laid.permute(1, 2, 0, 3)
-            _rotate(sources[0], _scaled(cos, sin, laid), q[:, : len(laid)])
-            _rotate(sources[1], (cos.to(laid.dtype), sin.to(laid.dtype)), k[:, inner])
+            rotate_into(q[:, : len(laid)], sources[0], of_queries)
+            rotate_into(k[:, inner], sources[1], of_keys)
             v[:, inner] = sources[2]
             out = laid.new_empty(arrangement.places, heads, head_dim)
             for blocks in arrangement.blocks:
                 queries, keys, values = blocks.of_queries(q), blocks.of_keys(k), blocks.of_keys(v)
                 outs = blocks.of_queries(out.transpose(0, 1))
                 for n, ranges in blocks.parts(heads):
-                    mine, theirs = keys[:, n].flatten(0, 1).contiguous(), values[:, n].flatten(0, 1).contiguous()
+                    some_keys, some_values = keys[:, n].flatten(0, 1).contiguous(), values[:, n].flatten(0, 1).contiguous()
                     for r in ranges:
                         some = queries[:, n, r]
-                        made = _shares(some.flatten(0, 1), mine, blocks.bias, n, r) @ theirs
+                        made = _shares(some.flatten(0, 1), some_keys, blocks.bias, n, r) @ some_values
                         outs[:, n, r] = made.view(some.shape)
             ctx.save_for_backward(q, k, v, cos, sin)
             ctx.arrangement = arrangement
@@ -129,13 +131,15 @@ class _BlockAttention(torch.autograd.Function):
                 queries, keys, values = blocks.of_queries(q), blocks.of_keys(k), blocks.of_keys(v)
                 outs, dqueries = blocks.of_queries(grad.transpose(0, 1)), blocks.of_queries(dq)
                 for n, ranges in blocks.parts(len(q)):
-                    mine, theirs = keys[:, n].flatten(0, 1).contiguous(), values[:, n].flatten(0, 1).contiguous()
+                    some_keys, some_values = keys[:, n].flatten(0, 1).contiguous(), values[:, n].flatten(0, 1).contiguous()
                     sums: list[Tensor] = []
                     for r in ranges:
                         some, out = queries[:, n, r].flatten(0, 1), outs[:, n, r].flatten(0, 1)
-                        shares = _shares(some, mine, blocks.bias, n, r)
-                        dscores = torch.ops.aten._softmax_backward_data(out @ theirs.transpose(1, 2), shares, -1, shares.dtype)
-                        dqueries[:, n, r] = (dscores @ mine).view(queries[:, n, r].shape)
+                        shares = _shares(some, some_keys, blocks.bias, n, r)
+                        dscores = torch.ops.aten._softmax_backward_data(
+                            out @ some_values.transpose(1, 2), shares, -1, shares.dtype
+                        )
+                        dqueries[:, n, r] = (dscores @ some_keys).view(queries[:, n, r].shape)
                         made = dscores.transpose(1, 2) @ some, shares.transpose(1, 2) @ out
                         if not sums:  # sums of many in bf16 would lose too much
                             sums = list(made) if len(ranges) == 1 else [part.to(wide) for part in made]
@@ -146,9 +150,9 @@ class _BlockAttention(torch.autograd.Function):
             inner = slice(arrangement.margin, arrangement.margin + count)
             dqkv = q.new_empty(count, 3, len(q), q.shape[2])
             targets = dqkv.permute(1, 2, 0, 3)
-            turn, scaled = (cos.to(q.dtype), sin.to(q.dtype)), _scaled(cos, sin, q)
-            _rotate(dq[:, :count], (scaled[0], -scaled[1]), targets[0])
-            _rotate(dk[:, inner], (turn[0], -turn[1]), targets[1])
+            of_queries, of_keys = _rotations(cos, sin, q)
+            rotate_into(targets[0], dq[:, :count], _back(of_queries))
+            rotate_into(targets[1], dk[:, inner], _back(of_keys))
             targets[2].copy_(dv[:, inner])
             return dqkv if inverse is None else dqkv.index_select(0, inverse), None, None, None
 
@@ -162,15 +166,12 @@ def _shares(q: Tensor, k: Tensor, bias: Tensor | None, n: slice, r: slice) -> Te
     return scores.softmax(-1)
 
 
-def _scaled(cos: Tensor, sin: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The rotation of queries, which scales scores along the way."""
+def _rotations(cos: Tensor, sin: Tensor, like: Tensor) -> tuple[Rotation, Rotation]:
+    """That of queries, which scales scores along the way, and that of keys."""
     wide, scale = torch.promote_types(like.dtype, cos.dtype), like.shape[-1] ** -0.5
-    return (cos.to(wide) * scale).to(like.dtype), (sin.to(wide) * scale).to(like.dtype)
+    scaled = Rotation((cos.to(wide) * scale).to(like.dtype), (sin.to(wide) * scale).to(like.dtype))
+    return scaled, Rotation(cos.to(like.dtype), sin.to(like.dtype))
 
 
-def _rotate(x: Tensor, turn: tuple[Tensor, Tensor], out: Tensor) -> None:
-    """Turn each pair (i, i + head_dim/2) by its token's angle, into `out`."""
-    cos, sin = turn
-    (a, b), (first, second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
-    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=second).addcmul_(a, sin)
+def _back(rotation: Rotation) -> Rotation:
+    return Rotation(rotation.cos, -rotation.sin)

@@ -10,6 +10,7 @@ from .shapes import Bool, Float, Int
 
 FEW_LENGTHS_UP_TO = 512
 MULTIPLE = 64
+"""What longer documents are padded to a multiple of: a matrix product of a new shape has to be compiled on a CPU."""
 
 
 class Buckets:

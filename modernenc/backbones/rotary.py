@@ -41,3 +41,10 @@ def rotate(x: Float[Tensor, "tokens heads head_dim"], rotation: Rotation) -> Flo
     cos, sin = (part.unsqueeze(1).to(x.dtype) for part in rotation)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def rotate_into(out: Float[Tensor, "... half_2"], x: Float[Tensor, "... half_2"], rotation: Rotation) -> None:
+    """The same, written into `out`, when no gradient is asked for; `rotation` has the shape and precision of the halves."""
+    (a, b), (first, second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    torch.mul(a, rotation.cos, out=first).addcmul_(b, rotation.sin, value=-1)
+    torch.mul(b, rotation.cos, out=second).addcmul_(a, rotation.sin)

@@ -5,7 +5,6 @@ a buffer of documents, each into the row where it leaves the least room, and mas
 nanoGPT reads, gives rows from random places, masked, without regard to documents. streaming's loader gives blocks as they are.
 """
 
-import json
 import shutil
 import tempfile
 from collections import deque
@@ -19,6 +18,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from modernenc.bench import output
 from modernenc.bench.settings import Bench, the_run
 from modernenc.bench.turns import Result, Turn, Work, take_turns
 from modernenc.config import Run
@@ -45,10 +45,7 @@ def measure(bench: Bench, folder: Path) -> None:
         for result in results:
             _add_row(table, length, result, results[0])
         table.add_section()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "data.json").write_text(json.dumps(written, indent=1))
-    with (folder / "data.txt").open("w") as file:
-        Console(file=file, width=80).print(table)
+    output.write(folder, "data", table, written)
     Console().print(table)
 
 

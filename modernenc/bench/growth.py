@@ -4,7 +4,6 @@ All tokens are in documents of one length. Besides the whole step there are the 
 attends to a window, MEGA's moving average, a block of MEGA; and the one that is not: a layer that attends to whole documents.
 """
 
-import json
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,6 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from modernenc.bench import output
 from modernenc.bench.settings import Bench, the_run
 
 if TYPE_CHECKING:
@@ -56,10 +56,7 @@ def measure(bench: Bench, folder: Path) -> None:
             table.add_row(curve.backbone)
         table.add_row(f"  {curve.part}", *(f"{seconds:.3g}" for seconds in curve.seconds))
         table.add_row("    GB kept", *(f"{kept / 1e9:.2f}" for kept in curve.kept_bytes))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "growth.json").write_text(json.dumps([asdict(curve) for curve in curves], indent=1))
-    with (folder / "growth.txt").open("w") as file:
-        Console(file=file, width=80).print(table)
+    output.write(folder, "growth", table, [asdict(curve) for curve in curves])
     Console().print(table)
     draw(curves, folder / "growth.png")
 

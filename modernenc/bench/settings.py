@@ -62,7 +62,7 @@ def the_run(bench: Bench, backbone: str, length: int) -> Run:
     phase = run.phases["decay"]
     phase.seq_len, phase.batch_rows, phase.mask_ratio = length, max(1, bench.step_tokens // length), bench.mask_ratio
     phase.tokens = (bench.repetitions + 1) * phase.batch_rows * length
-    sources = Corpus.of(run.data).manifest["sources"]
+    sources = Corpus.of(run.data).sources
     phase.mix = {name: sum(part["tokens"] for part in source["slices"].values()) for name, source in sources.items()}
     run.phases = {"decay": phase}
     return run

@@ -5,7 +5,6 @@ users give them: padded to the longest of a batch; and as rows of full length, o
 where each ends. Each has a process of its own, as a training script would.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from modernenc.bench import output
 from modernenc.bench.settings import Bench, the_run
 from modernenc.bench.turns import MatrixProducts, Result, Turn, Work, take_turns
 from modernenc.config import Run
@@ -31,12 +31,12 @@ LR = 1e-4
 
 @dataclass
 class Case:
-    """A backbone at a length."""
+    """A backbone at a length, beside one peer."""
 
     backbone: str
     length: int
     ours: Result
-    others: list[Result]
+    peer: Result
     peak: Result
     """Matrix products of the same rounds."""
 
@@ -47,14 +47,10 @@ def measure(bench: Bench, folder: Path) -> None:
     for backbone in bench.backbones:
         for length in bench.lengths:
             run = the_run(bench, backbone, length)
-            contestants = [Ours(run), Theirs(PADDED, run), Theirs(ROWS, run), MatrixProducts(precision=bench.precision)]
-            ours, *others, peak = take_turns(contestants, bench.repetitions)
-            cases.append(Case(backbone, length, ours, others, peak))
-            table = table_of(cases)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "step.json").write_text(json.dumps([asdict(case) for case in cases], indent=1))
-            with (folder / "step.txt").open("w") as file:
-                Console(file=file, width=80).print(table)
+            for peer in (Theirs(PADDED, run), Theirs(ROWS, run)):  # one at a time: two may need more memory than there is
+                contestants = [Ours(run), peer, MatrixProducts(precision=bench.precision)]
+                cases.append(Case(backbone, length, *take_turns(contestants, bench.repetitions)))
+            output.write(folder, "step", table_of(cases), [asdict(case) for case in cases])
             draw(cases, folder / "step.png")
     console.print(table_of(cases))
 
@@ -66,7 +62,7 @@ def table_of(cases: list[Case]) -> Table:
         table.add_column(column, justify="left" if column.startswith("real") else "right", no_wrap=True)
     for case in cases:
         table.add_row(f"{case.backbone} {case.length:,}")
-        for result in (case.ours, *case.others):
+        for result in (case.ours, case.peer):
             name = f"  {result.name}"
             if result.failure or case.ours.failure:
                 table.add_row(name, result.failure)
@@ -86,24 +82,22 @@ def draw(cases: list[Case], path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(8, 0.9 + 0.75 * len(cases)), constrained_layout=True)
-    for offset, (name, colour) in zip((0.2, -0.2), ((PADDED, "#1f4e79"), (ROWS, "#c55a11")), strict=True):
-        for place, case in enumerate(reversed(cases)):
-            other = next(result for result in case.others if result.name == name)
-            if other.failure or case.ours.failure:
-                continue
-            ratios = case.ours.times_faster(other)
-            middle = ratios[len(ratios) // 2]
-            error = [[middle - ratios[0]], [ratios[-1] - middle]]
-            label = name if place == 0 else None
-            axis.barh(place + offset, middle, 0.36, xerr=error, color=colour, label=label, error_kw={"ecolor": "#666666"})
-            axis.text(ratios[-1] * 1.02, place + offset, f"{middle:.1f}", va="center", fontsize=8)
-    axis.set_yticks(range(len(cases)), [f"{case.backbone}, {case.length:,}" for case in reversed(cases)])
+    figure, axis = pyplot.subplots(figsize=(8, 0.9 + 0.45 * len(cases)), constrained_layout=True)
+    for place, case in enumerate(reversed(cases)):
+        if case.ours.failure or case.peer.failure:
+            continue
+        ratios = case.ours.times_faster(case.peer)
+        middle = ratios[len(ratios) // 2]
+        error = [[middle - ratios[0]], [ratios[-1] - middle]]
+        colour = "#1f4e79" if case.peer.name == PADDED else "#c55a11"
+        axis.barh(place, middle, 0.7, xerr=error, color=colour, error_kw={"ecolor": "#666666"})
+        axis.text(ratios[-1] * 1.02, place, f"{middle:.1f}", va="center", fontsize=8)
+    labels = [f"{case.backbone} {case.length:,}, {case.peer.name}" for case in reversed(cases)]
+    axis.set_yticks(range(len(cases)), labels, fontsize=8)
     axis.axvline(1, color="#444444", linewidth=0.8)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_xlabel("times as many real tokens a second")
-    axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -135,7 +129,7 @@ class Ours:
                     loss, _ = objectives(batch.to(device))
                     (loss / sum(len(batch.targets) for batch in step)).backward()
             optim.step(optimizers)
-            return work(objectives.masked_lm, step, self.run)
+            return work(objectives.masked_lm, step)
 
         return turn
 
@@ -177,12 +171,12 @@ class Theirs:
                 (loss / len(batches)).backward()
             optimizer.step()
             optimizer.zero_grad()
-            return work(ours, step, self.run)
+            return work(ours, step)
 
         return turn
 
 
-def work(model: "MaskedLM", step: list["MicroBatch"], run: Run) -> Work:
+def work(model: "MaskedLM", step: list["MicroBatch"]) -> Work:
     """Tokens of a step, and the products that they need: forward, and twice as many backward."""
     head = sum(parameter.numel() for parameter in model.head.parameters() if parameter.ndim == 2)
     tokens, flops = 0, 0.0

@@ -18,7 +18,7 @@ def linear_cross_entropy(
     bias: Float[Tensor, " vocab"],
     targets: Int[Tensor, " targets"],
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-    """Of the first rows of `hidden`: the loss summed over the targets, in nats, and how many of these have the highest logit.
+    """Of the first rows of `hidden`: the loss summed over the targets, in nats, and how many of these are predicted.
 
     Products are in the precision of autocast, the loss and the sums over chunks in fp32 at least. Gradients are made along with
     the loss, so `backward` may run once only.
@@ -68,12 +68,12 @@ def _to_gradients(logits: Tensor, targets: Tensor, bias_grad: Tensor) -> tuple[T
     logits[len(targets) :] = 0
     at_once = max(1, CACHED // logits.shape[1])
     for rows, wanted in zip(logits[: len(targets)].split(at_once), targets[:, None].split(at_once), strict=True):
-        highest, right = rows.amax(1, keepdim=True), rows.gather(1, wanted)
+        (highest, best), right = rows.max(1, keepdim=True), rows.gather(1, wanted)
         shares = rows.softmax(1, dtype=bias_grad.dtype)
         # The highest share is never too small for a logarithm.
         losses = highest - shares.amax(1, keepdim=True).log() - right
         shares.scatter_(1, wanted, torch.expm1(-losses))
         bias_grad += shares.sum(0)
         rows.copy_(shares)
-        loss, correct = loss + losses.sum(), correct + (right == highest).sum()
+        loss, correct = loss + losses.sum(), correct + (best == wanted).sum()
     return loss, correct
