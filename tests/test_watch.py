@@ -46,7 +46,7 @@ def test_stop_ends_a_spiking_run_without_saving_and_says_what_to_go_back_to(smal
 
 
 def blow_up_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """From a step on, the learning rate is a hundred times what the curriculum says."""
+    """From a step on, the learning rate is ten thousand times what the curriculum says, which no model survives."""
     apply = optim.apply
     calls = []
 
@@ -57,6 +57,6 @@ def blow_up_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         if len(calls) > step:
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] *= 300
+                    group["lr"] *= 10_000
 
     monkeypatch.setattr(optim, "apply", hotter)
