@@ -11,7 +11,7 @@ setup: $(READY) ## Build .venv with everything that demo, check and test need
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable '.[dev,demo]'
+	$(BIN)/pip install --quiet --editable '.[dev,demo,bench]'
 	$(BIN)/pip check
 	@touch $(READY)
 

@@ -70,7 +70,7 @@ def export(paths: Sequence[Path], out: Path, average_by: str | None = None) -> f
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     model.save_pretrained(unfinished)
-    _tokenizer(corpus, run.backbone["max_position"]).save_pretrained(unfinished)
+    hugging_face_tokenizer(corpus, run.backbone["max_position"]).save_pretrained(unfinished)
     loaded = AutoModelForMaskedLM.from_pretrained(unfinished, trust_remote_code=True)  # where there is code, it is ours
     difference = compare(objective, loaded, corpus.vocab_size)
     if difference > TOLERANCE:
@@ -113,7 +113,7 @@ def compare(objective: Any, model: Any, vocab_size: int) -> float:
     return difference / max(1.0, largest)
 
 
-def _tokenizer(corpus: Any, max_position: int) -> Any:
+def hugging_face_tokenizer(corpus: Any, max_position: int) -> Any:
     """The corpus's tokenizer, which adds cls and sep."""
     from tokenizers import Tokenizer
     from tokenizers.processors import TemplateProcessing

@@ -18,6 +18,9 @@ from hydra.core.hydra_config import HydraConfig
 from jaxtyping import install_import_hook
 from omegaconf import OmegaConf, open_dict
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, and where a kernel is defined
+
 # Shapes and dtypes in signatures are checked here, and cost nothing in use. An int is a float, as PEP 484 has it.
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 _SHAPED = ["modernenc.backbones", "modernenc.objectives", "modernenc.data.packing", "modernenc.data.masking"]

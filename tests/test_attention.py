@@ -17,7 +17,7 @@ def inputs(dtype=torch.float32, device="cpu", lengths=LENGTHS):
     qkv = torch.randn(total, 3, 2, 32, generator=generator).to(device, dtype).requires_grad_()
     ends = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
     turn = rotation(10_000, 32, positions_of(ends, total), max(lengths))
-    return qkv, turn, Layout(ends, max(lengths), total)
+    return qkv, turn, Layout(ends, max(lengths), total, qkv.device)
 
 
 def plain(qkv: torch.Tensor, turn: Rotation, layout: Layout, window: int | None) -> torch.Tensor:

@@ -65,7 +65,7 @@ def test_the_data_path_is_measured_beside_others(corpus_root, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        ("parts=[speed]", "parts=speed: there is none; there are step, growth, data"),
+        ("parts=[speed]", "parts=speed: there is none; there are step, growth, inference, data, loop, time_to_loss"),
         ("backbones=[bert]", "backbones=bert: there is none; there are mega_small_16k"),
         ("root=nowhere", "nowhere: no manifest.json there"),
     ],

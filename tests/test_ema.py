@@ -18,7 +18,7 @@ def module(memory: str, path: str = "scan") -> MultiDimensionDampedEMA:
 
 
 def documents(*lengths: int) -> Documents:
-    return Documents(torch.tensor([0, *lengths]).cumsum(0).int())
+    return Documents(list(lengths), torch.device("cpu"))
 
 
 def outcome(ema: MultiDimensionDampedEMA, x: torch.Tensor, layout: Documents) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -197,6 +197,6 @@ def test_a_pooled_model_has_a_vector_per_sequence(model):
 
 
 def test_the_exported_code_is_the_code_that_trains(exported):
-    for part in ("mega", "gated_attention", "ema", "buckets", "dropout", "initial", "shapes", "modeling_mega"):
+    for part in ("mega", "gated_attention", "ema", "buckets", "dropout", "initial", "shapes", "transfer", "modeling_mega"):
         name = f"{part}.py"
         assert (exported / name).read_bytes() == (ROOT / "modernenc" / "backbones" / name).read_bytes()

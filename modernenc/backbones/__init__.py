@@ -39,7 +39,8 @@ class Backbone(Protocol):
     ) -> Float[Tensor, "_ hidden"]:
         """Hidden states of documents laid end to end, at all tokens or at `positions`.
 
-        ValueError when a document is longer than `max_position`.
+        `cu_seqlens` may lie on the CPU, as that of a batch does, so that nobody waits for a GPU to tell. ValueError when a
+        document is longer than `max_position`.
         """
         ...
 

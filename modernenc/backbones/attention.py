@@ -18,6 +18,7 @@ from torch import Tensor
 from modernenc.backbones.block_attention import Arrangement, Blocks, block_attention
 from modernenc.backbones.buckets import Buckets
 from modernenc.backbones.rotary import Rotation, rotate
+from modernenc.backbones.transfer import lengths_of, sent
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -25,10 +26,11 @@ _HALF = (torch.float16, torch.bfloat16)
 class Layout:
     """Where documents begin and end, and what the attention paths derive from it, once per batch."""
 
-    def __init__(self, cu_seqlens: Int[Tensor, " docs_plus_1"], max_seqlen: int, tokens: int) -> None:
-        self.cu_seqlens = cu_seqlens
+    def __init__(self, cu_seqlens: Int[Tensor, " docs_plus_1"], max_seqlen: int, tokens: int, device: torch.device) -> None:
+        self.cu_seqlens = cu_seqlens if cu_seqlens.device == device else sent(cu_seqlens.numpy(), device)
         self.max_seqlen = max_seqlen
         self.tokens = tokens
+        self._given = cu_seqlens
         self._arrangements: dict[tuple[int | None, torch.dtype], Arrangement] = {}
 
     def arrangement(self, window: int | None, dtype: torch.dtype) -> Arrangement:
@@ -39,7 +41,7 @@ class Layout:
         return self._arrangements[window, dtype]
 
     def _by_document(self, dtype: torch.dtype) -> Arrangement:
-        buckets = Buckets(self.cu_seqlens)
+        buckets = Buckets(lengths_of(self._given), self.cu_seqlens.device)
         blocks, start = [], 0
         for valid, full in zip(buckets.valid, buckets.full, strict=True):
             count, length = valid.shape

@@ -1,12 +1,14 @@
 """Documents of similar length side by side, so that what is quadratic in length is a few batched matrix products."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .shapes import Bool, Float, Int
+from .transfer import sent
 
 FEW_LENGTHS_UP_TO = 512
 MULTIPLE = 64
@@ -16,31 +18,32 @@ MULTIPLE = 64
 class Buckets:
     """Documents grouped by length, padded to the longest of their group."""
 
-    def __init__(self, cu_seqlens: Int[Tensor, " docs_plus_1"]) -> None:
-        starts, lengths = cu_seqlens[:-1].tolist(), cu_seqlens.diff().tolist()
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        counts = np.array(lengths)
+        starts = counts.cumsum() - counts
         members: dict[int, list[int]] = {}
         for document, length in enumerate(lengths):
             members.setdefault(_bucket_length(length), []).append(document)
-        device = cu_seqlens.device
         index, valid, self.shapes = [], [], []
+        self.full: list[bool] = []
+        """Whether a bucket has no padding."""
         for length in sorted(members):
-            first = torch.tensor([starts[d] for d in members[length]], device=device)[:, None]
-            count = torch.tensor([lengths[d] for d in members[length]], device=device)[:, None]
-            offset = torch.arange(length, device=device)
-            index.append((first + offset.minimum(count - 1)).flatten())
+            first, count = starts[members[length], None], counts[members[length], None]
+            offset = np.arange(length)
+            index.append((first + np.minimum(offset, count - 1)).ravel())
             valid.append(offset < count)
             self.shapes.append((len(members[length]), length))
-        self.valid: list[Bool[Tensor, "docs length"]] = valid
-        self.full = [all(lengths[d] == length for d in members[length]) for length in sorted(members)]
-        """Whether a bucket has no padding."""
+            self.full.append(bool(valid[-1].all()))
+        self.valid: list[Bool[Tensor, "docs length"]] = [sent(part, device) for part in valid]
         self.in_place = len(members) == 1 and self.full[0]
         """Whether all documents are of one length, so that nothing needs to move."""
-        self.index: Int[Tensor, " padded"] = torch.cat(index)
+        tokens = np.concatenate(index)
+        self.index: Int[Tensor, " padded"] = sent(tokens, device)
         """Token at each place of all buckets; a document's last token again where it is over."""
-        flat = torch.cat([v.flatten() for v in valid])
-        places = flat.nonzero().flatten()
-        self.inverse: Int[Tensor, " tokens"] = torch.empty_like(places)
-        self.inverse[self.index[places]] = places
+        places = np.concatenate([part.ravel() for part in valid]).nonzero()[0]
+        inverse = np.empty_like(places)
+        inverse[tokens[places]] = places
+        self.inverse: Int[Tensor, " tokens"] = sent(inverse, device)
 
     def gather(self, x: Float[Tensor, "_ ..."]) -> list[Float[Tensor, "_ _ ..."]]:
         """A tensor of all tokens, by bucket."""

@@ -10,15 +10,22 @@ output: a convolution with the kernel `k[l] = sum of gain q^l`. Three paths with
 
 import math
 from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .initial import normal_
 from .shapes import Bool, Float, Int
+from .transfer import sent
 
+KERNEL = f"{__package__}.carry"
+"""Carries states on a GPU, where there is Triton; an exported model goes without."""
+HAS_KERNEL = bool(find_spec("triton") and find_spec(KERNEL))
 BLOCK = 64
 """Tokens of a block: its Toeplitz matrices cost BLOCK multiplications per token and channel."""
 
@@ -34,10 +41,10 @@ class Kernel(NamedTuple):
 class Documents:
     """Documents laid end to end, and how they lie on whole blocks, with zeros after the end of each."""
 
-    def __init__(self, cu_seqlens: Int[Tensor, " docs_plus_1"]) -> None:
-        self.lengths: list[int] = cu_seqlens.diff().tolist()
-        self.device = cu_seqlens.device
-        self._blocks = [-(-length // BLOCK) for length in self.lengths]
+    def __init__(self, lengths: list[int], device: torch.device) -> None:
+        self.lengths = lengths
+        self.device = device
+        self._blocks = [-(-length // BLOCK) for length in lengths]
 
     @cached_property
     def blocks(self) -> int:
@@ -54,11 +61,10 @@ class Documents:
         """Where each token lies; None where documents fill their blocks, so that all lie where they are."""
         if all(length % BLOCK == 0 for length in self.lengths):
             return None
-        lengths = torch.tensor(self.lengths)
-        gaps = (-lengths % BLOCK).cumsum(0).roll(1)
+        lengths = np.array(self.lengths)
+        gaps = np.roll((-lengths % BLOCK).cumsum(), 1)
         gaps[0] = 0
-        places = torch.arange(sum(self.lengths)) + gaps.repeat_interleave(lengths)
-        return places.to(self.device)
+        return sent(np.arange(lengths.sum()) + gaps.repeat(lengths), self.device)
 
     def may_reach(self, step: int) -> Bool[Tensor, " blocks"]:
         """Whether a block and the one `step` before it are of one document; the first `step` are left out."""
@@ -67,7 +73,7 @@ class Documents:
     @cached_property
     def _number(self) -> Int[Tensor, " blocks"]:
         """Number of each block in its document."""
-        return torch.cat([torch.arange(count) for count in self._blocks]).to(self.device)
+        return sent(np.concatenate([np.arange(count) for count in self._blocks]), self.device)
 
 
 class MultiDimensionDampedEMA(nn.Module):
@@ -197,6 +203,8 @@ class _Carry(torch.autograd.Function):
 
 def _run(leaving: Tensor, decay: Tensor, documents: Documents, out: Tensor, ahead: bool) -> None:
     """Fill `out[b] = leaving[b-1] + decay out[b-1]` within documents, by rounds that reach twice as far each: Hillis 1986."""
+    if leaving.is_cuda and leaving.dtype == torch.float32 and HAS_KERNEL:
+        return import_module(KERNEL).run(leaving, decay, documents.may_reach(1), out, ahead)
     total, step = leaving.clone(), 1
     while step < documents.longest:
         source, target = (total[..., :-step], total[..., step:]) if ahead else (total[..., step:], total[..., :-step])

@@ -144,14 +144,10 @@ class RotaryBias(nn.Module):
 BIASES = {"simple": SimpleBias, "rotary": RotaryBias}
 
 
-def chunk_edges(documents: Documents, chunk_size: int) -> Int[Tensor, " chunks_plus_1"]:
-    """Where chunks begin and end: documents are cut from their starts on."""
-    edges = [0]
-    for length in documents.lengths:
-        start = edges[-1]
-        edges.extend(range(start + chunk_size, start + length, chunk_size))
-        edges.append(start + length)
-    return torch.tensor(edges, dtype=torch.int32, device=documents.device)
+def chunks_of(documents: Documents, chunk_size: int) -> Buckets:
+    """Documents cut into chunks from their starts on."""
+    starts = ((length, start) for length in documents.lengths for start in range(0, length, chunk_size))
+    return Buckets([min(chunk_size, length - start) for length, start in starts], documents.device)
 
 
 def at(x: Tensor, positions: Tensor | None) -> Tensor:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from .buckets import Buckets
 from .dropout import Dropout
 from .ema import BLOCK, PATHS, Documents, MultiDimensionDampedEMA
-from .gated_attention import BIASES, GatedAttention, at, chunk_edges
+from .gated_attention import BIASES, GatedAttention, at, chunks_of
 from .initial import normal_
 from .shapes import Float, Int
+from .transfer import lengths_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -124,8 +125,8 @@ class Mega(nn.Module):
         if max_seqlen > self.max_position:
             raise ValueError(f"a document of {max_seqlen} tokens exceeds backbone.max_position={self.max_position}")
         hidden = self.embedding_layer.word_embeddings(input_ids)
-        documents = Documents(cu_seqlens)
-        chunks = Buckets(chunk_edges(documents, self.chunk_size))
+        documents = Documents(lengths_of(cu_seqlens), input_ids.device)
+        chunks = chunks_of(documents, self.chunk_size)
         for layer in self.layers[:-1]:
             hidden = layer(hidden, documents, chunks)
         return self.layers[-1](hidden, documents, chunks, positions)

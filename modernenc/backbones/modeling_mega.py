@@ -31,10 +31,11 @@ from transformers.modeling_outputs import (
 from .buckets import Buckets
 from .dropout import Dropout
 from .ema import Documents
-from .gated_attention import chunk_edges
+from .gated_attention import chunks_of
 from .initial import INIT_STD
 from .mega import Mega
 from .shapes import Float, Int
+from .transfer import lengths_of
 
 _DEFAULTS: dict[str, Any] = {
     "vocab_size": 50_265,
@@ -166,8 +167,8 @@ class MegaModel(MegaPreTrainedModel):
         kept = kept.bool()
         lengths = kept.sum(1)
         ends = torch.nn.functional.pad(lengths[lengths > 0].cumsum(0), (1, 0)).int()
-        documents = Documents(ends)
-        chunks = Buckets(chunk_edges(documents, self.chunk_size))
+        documents = Documents(lengths_of(ends), embeds.device)
+        chunks: Buckets = chunks_of(documents, self.chunk_size)
         hidden = embeds[kept]
         all_hidden = [embeds]
         for layer in self.layers:

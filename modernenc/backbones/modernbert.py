@@ -96,8 +96,8 @@ class ModernBERT(nn.Module):
         """
         if max_seqlen > self.max_position:
             raise ValueError(f"a document of {max_seqlen} tokens exceeds backbone.max_position={self.max_position}")
-        layout = Layout(cu_seqlens, max_seqlen, len(input_ids))
-        places = positions_of(cu_seqlens, len(input_ids))
+        layout = Layout(cu_seqlens, max_seqlen, len(input_ids), input_ids.device)
+        places = positions_of(layout.cu_seqlens, len(input_ids))
         head_dim = self.hidden_size // self.num_attention_heads
         rotations = [rotation(theta, head_dim, places, max_seqlen) for theta in (self.global_rope_theta, self.local_rope_theta)]
         hidden = self.embeddings(input_ids)

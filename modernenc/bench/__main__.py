@@ -1,27 +1,29 @@
-"""Speed beside peers and the machine's limit: `python -m modernenc.bench [parts=[step,growth,data]] [KEY=VALUE ...]`.
+"""Speed beside peers and the machine's limit: `python -m modernenc.bench [parts=[step,loop]] [KEY=VALUE ...]`.
 
-step: a training step beside transformers', by backbone and length. growth: time and memory against the length. data: the way
-from shards to masked batches, beside others.
+step: a training step beside transformers', by backbone and length. growth: time and memory against the length. inference:
+hidden states beside transformers'. data: the way from shards to masked batches, beside others. loop: what the framework costs
+over a bare loop. time_to_loss: minutes to a validation loss, beside transformers' Trainer.
 Tables, JSON and plots go to the folder `out`. Real documents are read from the corpus in `root`; data_prep makes one.
 """
 
+from importlib import import_module
 from pathlib import Path
 
 from modernenc.bench.settings import Bench, register_bench
+from modernenc.bench.step import PEERS
 from modernenc.cli import run as run_cli
 
-PARTS = ("step", "growth", "data")
+PARTS = ("step", "growth", "inference", "data", "loop", "time_to_loss")
 
 
 def main(bench: Bench) -> None:
     """Measure the parts that are asked for."""
-    unknown = [part for part in bench.parts if part not in PARTS]
-    if unknown:
-        raise ValueError(f"parts={unknown[0]}: there is none; there are {', '.join(PARTS)}")
-    from modernenc.bench import data, growth, step
-
+    for key, asked, there in (("parts", bench.parts, PARTS), ("peers", bench.peers, PEERS)):
+        unknown = [name for name in asked if name not in there]
+        if unknown:
+            raise ValueError(f"{key}={unknown[0]}: there is none; there are {', '.join(there)}")
     for part in bench.parts:
-        {"step": step, "growth": growth, "data": data}[part].measure(bench, Path(bench.out))
+        import_module(f"modernenc.bench.{part}").measure(bench, Path(bench.out))
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def _parts(model: "MaskedLM", bench: Bench, length: int) -> dict[str, Callable[[
     """Forward passes to a single number, over documents of one length: the whole model's and those of its kinds of parts."""
     import torch
 
-    from modernenc.backbones import attention, buckets, ema, gated_attention, mega, modernbert, rotary
+    from modernenc.backbones import attention, ema, gated_attention, mega, modernbert, rotary
     from modernenc.data.masking import MicroBatch
 
     tokens = max(bench.step_tokens, length) // length * length
@@ -108,7 +108,7 @@ def _parts(model: "MaskedLM", bench: Bench, length: int) -> dict[str, Callable[[
     parts: dict[str, Callable[[], Tensor]] = {WHOLE: lambda: model(batch)[0] / len(places)}
     backbone = model.backbone
     if isinstance(backbone, modernbert.ModernBERT):
-        layout = attention.Layout(ends, length, tokens)
+        layout = attention.Layout(ends, length, tokens, hidden.device)
         head_dim = backbone.hidden_size // backbone.num_attention_heads
         turn = rotary.rotation(backbone.local_rope_theta, head_dim, rotary.positions_of(ends, tokens), length)
         for kind in ("local", "global"):
@@ -116,8 +116,8 @@ def _parts(model: "MaskedLM", bench: Bench, length: int) -> dict[str, Callable[[
             parts[f"{kind} layer"] = lambda layer=layer: layer(hidden, layout, turn).sum()
     elif isinstance(backbone, mega.Mega):
         layer: Any = backbone.layers[0]
-        documents = ema.Documents(ends)
-        chunks = buckets.Buckets(gated_attention.chunk_edges(documents, backbone.chunk_size))
+        documents = ema.Documents([length] * (tokens // length), hidden.device)
+        chunks = gated_attention.chunks_of(documents, backbone.chunk_size)
         parts["EMA"] = lambda: layer.mega_layer.ema_gate(hidden, documents).sum()
         parts["block"] = lambda: layer(hidden, documents, chunks).sum()
     return parts

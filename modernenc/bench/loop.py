@@ -1,47 +1,68 @@
-"""What the loop costs: `python -m modernenc.bench.loop +recipe=NAME`.
+"""What the framework costs over a bare loop, and what a save costs.
 
-The first phase of a recipe, a hundred steps at a time, in turn: a bare PyTorch loop over the same batches with the same model
-and optimizer, and a whole run. Then a run that saves every ten steps: what the steps during and after a save take beyond their
-neighbours is the cost of the save, told as a share of 50 steps.
+A hundred steps at a time, in turn: a bare PyTorch loop over the same batches with the same model and optimizer, and a whole
+run. Steps are as small as the demo's, where overhead shows most. Then a run that saves every ten steps: what the steps during
+and after a save take beyond their neighbours is the cost of the save, told as a share of 50 steps.
 """
 
+import contextlib
+import io
 import tempfile
 import time
 from copy import deepcopy
 from itertools import islice, pairwise
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from modernenc.cli import run as run_cli
-from modernenc.config import Run, register
+from modernenc.bench import output
+from modernenc.bench.settings import Bench, the_run
+from modernenc.config import Run
 from modernenc.curriculum import objectives_of, tokens_of_cycle
 
-ROUNDS, STEPS, WARMUP, SAVE_EVERY = 3, 100, 5, 10
+ROW, ROWS = 256, 8
+STEPS, WARMUP, SAVE_EVERY = 100, 5, 10
 SHARE_OF = 50
 
 
-def main(config: Run) -> None:
-    """Measure and print the ratio to the bare loop, and the cost of saving."""
-    only(config, next(iter(config.phases)), STEPS)
-    (phase,) = config.phases.values()
-    step_tokens = phase.batch_rows * phase.seq_len
-    config.validation.tokens_per_source = phase.seq_len
-    config.checkpoint.every_minutes = 0
-    with tempfile.TemporaryDirectory() as folder:
-        saving = deepcopy(config)
-        saving.checkpoint.every_tokens, saving.run_dir = SAVE_EVERY * step_tokens, f"{folder}/saving"
-        saves = cost_of_saves(whole(saving))
+def measure(bench: Bench, folder: Path) -> None:
+    """Measure every backbone, and write a table and JSON."""
+    table = Table(title=f"seconds a step of {ROWS * ROW:,} tokens, medians", title_justify="left", box=SIMPLE_HEAD)
+    for column in ("", "bare loop", "run", "ratio", "from-to", "saving / not", "from-to"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    written = []
+    for backbone in bench.backbones:
+        run = the_run(bench, backbone, ROW, "muon")
+        (phase,) = run.phases.values()
+        phase.batch_rows = ROWS
+        only(run, "decay", STEPS)
+        run.data.workers = 1
+        run.validation.tokens_per_source = ROW
+        run.checkpoint.every_minutes = 0
         seconds: dict[str, list[float]] = {"bare loop": [], "run": []}
-        for number in range(ROUNDS):
-            run = deepcopy(config)
-            run.checkpoint.every_tokens, run.run_dir = 0, f"{folder}/{number}"
-            seconds["bare loop"].append(bare(config))
-            times = whole(run)[WARMUP:]
-            seconds["run"].append(sum(times) / len(times))
-    show(config, seconds, saves)
+        with tempfile.TemporaryDirectory() as runs, contextlib.redirect_stdout(io.StringIO()):
+            saving = deepcopy(run)
+            saving.checkpoint.every_tokens, saving.run_dir = SAVE_EVERY * ROWS * ROW, f"{runs}/saving"
+            saves = [1 + cost / SHARE_OF for cost in cost_of_saves(whole(saving))]
+            for number in range(bench.repetitions):
+                one = deepcopy(run)
+                one.checkpoint.every_tokens, one.run_dir = 0, f"{runs}/{number}"
+                seconds["bare loop"].append(bare(run))
+                times = whole(one)[WARMUP:]
+                seconds["run"].append(sum(times) / len(times))
+        ratios = [whole / bare for whole, bare in zip(seconds["run"], seconds["bare loop"], strict=True)]
+        table.add_row(
+            backbone, *(f"{median(values):.4f}" for values in seconds.values()),
+            f"{median(ratios):.3f}", f"{min(ratios):.3f}-{max(ratios):.3f}",
+            f"{median(saves):.3f}", f"{min(saves):.3f}-{max(saves):.3f}",
+        )  # fmt: skip
+        written.append({"backbone": backbone, "seconds": seconds, "ratios": ratios, "saving": saves})
+        output.write(folder, "loop", table, written)
+    Console().print(table)
 
 
 def only(config: Run, name: str, steps: int) -> None:
@@ -110,24 +131,3 @@ def cost_of_saves(times: list[float]) -> list[float]:
         usual = median(times[save - SAVE_EVERY + 3 : save] + times[save + 3 : save + SAVE_EVERY])
         costs.append(sum(times[save : save + 3]) / usual - 3)
     return costs
-
-
-def show(config: Run, seconds: dict[str, list[float]], saves: list[float]) -> None:
-    """A table that fits a terminal, and the ratios."""
-    table = Table(title=f"seconds a step, recipe {config.recipe}, {ROUNDS} rounds of {STEPS} steps in turn")
-    for column in ("", "median", "lowest", "highest"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, values in seconds.items():
-        table.add_row(name, *(f"{value:.4f}" for value in (median(values), min(values), max(values))))
-    console = Console()
-    console.print(table)
-    ratios = [run / bare for run, bare in zip(seconds["run"], seconds["bare loop"], strict=True)]
-    console.print(f"run / bare loop: median {median(ratios):.3f}, from {min(ratios):.3f} to {max(ratios):.3f}")
-    shares = [1 + cost / SHARE_OF for cost in saves]
-    console.print(f"saving every {SHARE_OF} steps / never: median {median(shares):.3f} of {len(saves)} saves, "
-                  f"from {min(shares):.3f} to {max(shares):.3f}")  # fmt: skip
-
-
-if __name__ == "__main__":
-    register()
-    run_cli(Run, ("recipe",), "train", main)

@@ -22,6 +22,8 @@ class Bench:
     """Folder for tables, JSON and plots."""
     backbones: list[str] = MISSING
     """Names in `conf/backbone`."""
+    peers: list[str] = MISSING
+    """transformers' model with documents padded, as full rows, or not at all: padded, rows."""
     lengths: list[int] = MISSING
     """Tokens of a row: what documents are cut to."""
     num_hidden_layers: int = MISSING
@@ -36,6 +38,15 @@ class Bench:
     """As trainer.precision."""
     repetitions: int = MISSING
     """Steps that are measured of each, after one to warm up."""
+    inference_tokens: int = MISSING
+    """Tokens of a batch of documents of full length, in inference; at least four documents."""
+    trainer_tokens: float = MISSING
+    """What transformers' Trainer learns from before it counts as trained."""
+    trainer_lrs: list[float] = MISSING
+    """Its learning rates, of which the best counts."""
+    optimizers: dict[str, float] = MISSING
+    """What we train with beside it, by names in `conf/optim`: the share of its tokens that ours gets. With adamw ours has the
+    learning rate that was best for it."""
 
 
 def register_bench() -> None:
@@ -44,13 +55,14 @@ def register_bench() -> None:
     ConfigStore.instance().store(name="bench_schema", node=Bench)
 
 
-def the_run(bench: Bench, backbone: str, length: int) -> Run:
+def the_run(bench: Bench, backbone: str, length: int, optimizer: str = "adamw") -> Run:
     """A run of one phase on the benchmark's documents; ValueError for what there is not."""
-    if backbone not in hydra_options("backbone"):
-        raise ValueError(f"backbones={backbone}: there is none; there are {', '.join(sorted(hydra_options('backbone')))}")
+    for key, group, name in (("backbones", "backbone", backbone), ("optimizers", "optim", optimizer)):
+        if name not in hydra_options(group):
+            raise ValueError(f"{key}={name}: there is none; there are {', '.join(sorted(hydra_options(group)))}")
     from modernenc.data.blocks import Corpus
 
-    cfg = hydra.compose("train", ["+recipe=demo", f"backbone={backbone}", "optim=adamw"])
+    cfg = hydra.compose("train", ["+recipe=demo", f"backbone={backbone}", f"optim={optimizer}"])
     with open_dict(cfg):
         cfg["recipe"], cfg["run_dir"] = "bench", ""
     run = typed(cfg, Run, ())

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from modernenc.bench import output
 from modernenc.bench.settings import Bench, the_run
-from modernenc.bench.turns import MatrixProducts, Result, Turn, Work, take_turns
+from modernenc.bench.turns import MatrixProducts, Result, Turn, Work, device, take_turns
 from modernenc.config import Run
 
 if TYPE_CHECKING:
@@ -25,20 +25,21 @@ if TYPE_CHECKING:
     from modernenc.data.masking import MicroBatch
     from modernenc.objectives.masked_lm import MaskedLM
 
-OURS, PADDED, ROWS = "modernenc", "HF padded", "HF full rows"
+OURS = "modernenc"
+PEERS = {"padded": "HF padded", "rows": "HF full rows"}
 LR = 1e-4
 
 
 @dataclass
 class Case:
-    """A backbone at a length, beside one peer."""
+    """A backbone at a length, beside one peer or alone."""
 
     backbone: str
     length: int
-    ours: Result
-    peer: Result
     peak: Result
     """Matrix products of the same rounds."""
+    ours: Result
+    peer: Result | None = None
 
 
 def measure(bench: Bench, folder: Path) -> None:
@@ -47,8 +48,9 @@ def measure(bench: Bench, folder: Path) -> None:
     for backbone in bench.backbones:
         for length in bench.lengths:
             run = the_run(bench, backbone, length)
-            for peer in (Theirs(PADDED, run), Theirs(ROWS, run)):  # one at a time: two may need more memory than there is
-                contestants = [Ours(run), peer, MatrixProducts(precision=bench.precision)]
+            peers = [[Theirs(peer, run)] for peer in bench.peers] or [[]]
+            for peer in peers:  # one at a time: two may need more memory than there is
+                contestants = [MatrixProducts(precision=bench.precision), Ours(run), *peer]
                 cases.append(Case(backbone, length, *take_turns(contestants, bench.repetitions)))
             output.write(folder, "step", table_of(cases), [asdict(case) for case in cases])
             draw(cases, folder / "step.png")
@@ -62,8 +64,8 @@ def table_of(cases: list[Case]) -> Table:
         table.add_column(column, justify="left" if column.startswith("real") else "right", no_wrap=True)
     for case in cases:
         table.add_row(f"{case.backbone} {case.length:,}")
-        for result in (case.ours, case.peer):
-            name = f"  {result.name}"
+        for result in filter(None, (case.ours, case.peer)):
+            name = f"  {PEERS.get(result.name, result.name)}"
             if result.failure or case.ours.failure:
                 table.add_row(name, result.failure)
                 continue
@@ -82,17 +84,16 @@ def draw(cases: list[Case], path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(8, 0.9 + 0.45 * len(cases)), constrained_layout=True)
-    for place, case in enumerate(reversed(cases)):
-        if case.ours.failure or case.peer.failure:
-            continue
-        ratios = case.ours.times_faster(case.peer)
+    pairs = [(case, case.peer) for case in reversed(cases) if case.peer and not case.ours.failure and not case.peer.failure]
+    figure, axis = pyplot.subplots(figsize=(8, 0.9 + 0.45 * len(pairs)), constrained_layout=True)
+    for place, (case, peer) in enumerate(pairs):
+        ratios = case.ours.times_faster(peer)
         middle = ratios[len(ratios) // 2]
         error = [[middle - ratios[0]], [ratios[-1] - middle]]
-        colour = "#1f4e79" if case.peer.name == PADDED else "#c55a11"
+        colour = "#1f4e79" if peer.name == "padded" else "#c55a11"
         axis.barh(place, middle, 0.7, xerr=error, color=colour, error_kw={"ecolor": "#666666"})
         axis.text(ratios[-1] * 1.02, place, f"{middle:.1f}", va="center", fontsize=8)
-    labels = [f"{case.backbone} {case.length:,}, {case.peer.name}" for case in reversed(cases)]
+    labels = [f"{case.backbone} {case.length:,}, {PEERS[peer.name]}" for case, peer in pairs]
     axis.set_yticks(range(len(cases)), labels, fontsize=8)
     axis.axvline(1, color="#444444", linewidth=0.8)
     axis.set_xscale("log", base=2)
@@ -118,15 +119,15 @@ class Ours:
         from modernenc.model import build_objectives
 
         keep_freed_memory()
-        device, steps = _device(), _steps(self.run)
-        objectives = build_objectives(self.run).to(device)
+        steps = _steps(self.run)
+        objectives = build_objectives(self.run).to(device())
         optimizers = optim.build(objectives, {**self.run.optim, "lr": LR})
 
         def turn(number: int) -> Work:
             step = steps[number]
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.run.trainer.precision == "bf16-mixed"):
+            with torch.autocast(device().type, torch.bfloat16, enabled=self.run.trainer.precision == "bf16-mixed"):
                 for batch in step:
-                    loss, _ = objectives(batch.to(device))
+                    loss, _ = objectives(batch.to(device()))
                     (loss / sum(len(batch.targets) for batch in step)).backward()
             optim.step(optimizers)
             return work(objectives.masked_lm, step)
@@ -144,36 +145,43 @@ class Theirs:
     def start(self) -> Turn:
         """The same weights, and the same documents in batches of its own."""
         import torch
-        from transformers import AutoConfig, AutoModelForMaskedLM
 
-        from modernenc.export import hugging_face_names
         from modernenc.model import build_objectives
 
-        device, steps = _device(), _steps(self.run)
+        steps = _steps(self.run)
         ours = build_objectives(self.run).masked_lm
-        settings = ours.backbone.hugging_face_model().config
-        model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(**settings.to_dict()))  # transformers' own class
-        model.load_state_dict(hugging_face_names(ours.state_dict(), ours.backbone.HUGGING_FACE_NAMES))
-        model.to(device).train()
+        model = transformers_model(ours).to(device()).train()
         optimizer = torch.optim.AdamW(model.parameters(), LR, fused=True)
         chunk = self.run.backbone.get("chunk_size", 1)
 
         def turn(number: int) -> Work:
             step = steps[number]
-            if self.name == PADDED:
+            if self.name == "padded":
                 batches = list(padded(step, self.run, chunk))
             else:
                 step = [joined(step, self.run)]
                 batches = list(full_rows(step[0], self.run))
             for batch in batches:
-                with torch.autocast(device.type, torch.bfloat16, enabled=self.run.trainer.precision == "bf16-mixed"):
-                    loss = model(**{key: value.to(device) for key, value in batch.items()}).loss
+                with torch.autocast(device().type, torch.bfloat16, enabled=self.run.trainer.precision == "bf16-mixed"):
+                    loss = model(**{key: value.to(device()) for key, value in batch.items()}).loss
                 (loss / len(batches)).backward()
             optimizer.step()
             optimizer.zero_grad()
             return work(ours, step)
 
         return turn
+
+
+def transformers_model(ours: "MaskedLM") -> Any:
+    """Its own class, not one that is shipped with an export, with the same weights."""
+    from transformers import AutoConfig, AutoModelForMaskedLM
+
+    from modernenc.export import hugging_face_names
+
+    settings = ours.backbone.hugging_face_model().config
+    model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(**settings.to_dict()))
+    model.load_state_dict(hugging_face_names(ours.state_dict(), ours.backbone.HUGGING_FACE_NAMES))
+    return model
 
 
 def work(model: "MaskedLM", step: list["MicroBatch"]) -> Work:
@@ -244,9 +252,3 @@ def _steps(run: Run) -> list[list["MicroBatch"]]:
 
     steps = Steps(run, Curriculum.of(run), Corpus.of(run.data), 0, 1, DataState())
     return [step.micro_batches for step in steps]
-
-
-def _device() -> Any:
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Work(NamedTuple):
@@ -143,9 +146,8 @@ class MatrixProducts:
         """Two matrices."""
         import torch
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if self.precision.startswith("bf16") else torch.float32
-        a, b = torch.randn(2, self.size, self.size, device=device).to(dtype)
+        a, b = torch.randn(2, self.size, self.size, device=device()).to(dtype)
 
         def turn(number: int) -> Work:
             for _ in range(self.at_once):
@@ -153,6 +155,13 @@ class MatrixProducts:
             return Work(0, self.at_once * 2.0 * self.size**3)
 
         return turn
+
+
+def device() -> "torch.device":
+    """Where contestants work."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def available_bytes() -> int:

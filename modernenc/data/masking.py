@@ -37,8 +37,9 @@ class MicroBatch:
     """What the rows are for."""
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same on another device."""
-        tensors = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        """The same on another device, but for `cu_seqlens`: what follows from it is worked out on the processor."""
+        moved = [(name, value) for name, value in vars(self).items() if isinstance(value, Tensor) and name != "cu_seqlens"]
+        tensors = {name: value.to(device, non_blocking=True) for name, value in moved}
         return replace(self, **tensors)
 
 

@@ -1,5 +1,6 @@
 """Cross-entropy of a linear map onto the vocabulary, a chunk of rows at a time, so that all logits never exist at once."""
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -66,6 +67,12 @@ def _to_gradients(logits: Tensor, targets: Tensor, bias_grad: Tensor) -> tuple[T
     """Loss and number of right answers; the logits become their gradients, those of rows without a target zero."""
     loss, correct = bias_grad.new_zeros(()), targets.new_zeros(())
     logits[len(targets) :] = 0
+    if logits.is_cuda and bias_grad.dtype == torch.float32 and find_spec("triton"):
+        from modernenc.objectives.cross_entropy import to_gradients
+
+        losses, best = to_gradients(logits[: len(targets)], targets)
+        bias_grad += logits.sum(0, dtype=bias_grad.dtype)
+        return losses.sum(), (best == targets).sum()
     at_once = max(1, CACHED // logits.shape[1])
     for rows, wanted in zip(logits[: len(targets)].split(at_once), targets[:, None].split(at_once), strict=True):
         (highest, best), right = rows.max(1, keepdim=True), rows.gather(1, wanted)

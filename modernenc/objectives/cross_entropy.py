@@ -1,0 +1,51 @@
+"""Logits into losses and gradients in one Triton kernel: each logit is read twice and written once."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+COLUMNS = 4_096
+"""Of a tile."""
+
+
+def to_gradients(
+    logits: Float[Tensor, "rows vocab"], targets: Int[Tensor, " rows"]
+) -> tuple[Float[Tensor, " rows"], Int[Tensor, " rows"]]:
+    """Cross-entropy of each row, and the first of its highest logits; the logits become the gradient of their loss."""
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    best = torch.empty_like(targets)
+    kernel: Any = _to_gradients[len(logits),]
+    kernel(logits, logits.stride(0), logits.shape[1], targets, losses, best, COLUMNS=COLUMNS)
+    return losses, best
+
+
+@triton.jit
+def _to_gradients(logits, stride, vocab, targets, losses, best, COLUMNS: tl.constexpr):
+    """A program has a row: its sum of exponentials first, as it goes, then what each logit becomes."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    target = tl.load(targets + row)
+    highest = tl.full([], float("-inf"), tl.float32)
+    total = tl.zeros([], tl.float32)
+    place = tl.zeros([], tl.int64)
+    for first in range(0, vocab, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        some = tl.load(logits + column, column < vocab, float("-inf")).to(tl.float32)
+        top = tl.max(some, 0)
+        place = tl.where(top > highest, first + tl.argmax(some, 0), place)
+        higher = tl.maximum(highest, top)
+        total = total * tl.exp(highest - higher) + tl.sum(tl.exp(some - higher), 0)
+        highest = higher
+    right = tl.load(logits + target).to(tl.float32)
+    tl.store(losses + row, highest + tl.log(total) - right)
+    tl.store(best + row, place)
+    for first in range(0, vocab, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        some = tl.load(logits + column, column < vocab, float("-inf")).to(tl.float32)
+        share = tl.exp(some - highest) / total
+        gradient = tl.where(column == target, share - 1, share)
+        tl.store(logits + column, gradient, column < vocab)
