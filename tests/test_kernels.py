@@ -34,7 +34,10 @@ def carry():
 def test_states_are_carried_as_the_rounds_do(carry, ahead):
     where = ema.Documents(LENGTHS, DEVICE)
     torch.manual_seed(0)
-    leaving, decay = torch.randn(3, 10, where.blocks, device=DEVICE), torch.rand(3, 10, device=DEVICE)  # no whole tile of states
+    leaving, decay = (
+        torch.randn(3, 10, where.blocks, device=DEVICE),
+        torch.rand(3, 10, device=DEVICE),
+    )  # no whole tile of states
     half = slice(0, 5) if ahead else slice(5, 10)
     expected, got = torch.zeros_like(leaving).double(), torch.full_like(leaving, torch.nan)
     ema._run(leaving[:, half].double(), decay[:, half].double(), where, expected[:, half], ahead)

@@ -9,7 +9,7 @@ from .shapes import Int
 
 def lengths_of(cu_seqlens: Int[Tensor, " docs_plus_1"]) -> list[int]:
     """Tokens of each document; at once where `cu_seqlens` lies on the CPU, as that of a batch does."""
-    return np.diff(cu_seqlens.numpy(force=True)).tolist()
+    return np.diff(cu_seqlens.tolist()).tolist()
 
 
 def sent(array: np.ndarray, device: torch.device) -> Tensor:

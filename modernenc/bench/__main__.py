@@ -13,7 +13,7 @@ from modernenc.bench.settings import Bench, register_bench
 from modernenc.bench.step import PEERS
 from modernenc.cli import run as run_cli
 
-PARTS = ("step", "growth", "inference", "data", "loop", "time_to_loss")
+PARTS = ("step", "growth", "inference", "data", "loop", "time_to_loss", "roofline")
 
 
 def main(bench: Bench) -> None:

@@ -1,0 +1,181 @@
+"""What a training step asks of a GPU, counted without one: kernels, FLOPs, bytes, and the shortest time that these allow.
+
+A step runs on tensors that have shapes only, and stops where it would have to wait for a number from the GPU. Each kernel takes
+the longer of its FLOPs at the peak and its bytes at the bandwidth: Williams et al. 2009, "Roofline". Products and attention
+alone are the limit of a step whose other kernels are all fused into these.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from modernenc.bench import output
+from modernenc.bench.settings import Bench, the_run
+from modernenc.config import Run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+GPU = "H100 SXM"
+PEAK, BANDWIDTH = 989e12, 3.35e12
+"""Of its data sheet: dense bf16 FLOPs and bytes a second."""
+LAUNCH_S = 5e-6
+"""What a kernel costs the processor that launches it, about."""
+_NO_WORK = ("empty", "new_empty", "detach", "lift_fresh", "_unsafe_view", "promote_types", "device")
+
+
+@dataclass
+class Kernel:
+    """One launch."""
+
+    name: str
+    flops: float
+    bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """The roofline."""
+        return max(self.flops / PEAK, self.bytes / BANDWIDTH)
+
+
+@dataclass
+class Case:
+    """A step of a backbone, all documents of one length."""
+
+    backbone: str
+    length: int
+    tokens: int
+    kernels: list[Kernel]
+
+    def sums(self) -> dict[str, float]:
+        """Kernels, FLOPs, bytes, and the seconds of all, of products and attention alone, and to launch all."""
+        heavy = [kernel for kernel in self.kernels if kernel.flops]
+        return {
+            "kernels": len(self.kernels),
+            "flops": sum(kernel.flops for kernel in heavy),
+            "bytes": sum(kernel.bytes for kernel in self.kernels),
+            "seconds": sum(kernel.seconds for kernel in self.kernels),
+            "heavy_seconds": sum(kernel.seconds for kernel in heavy),
+            "launch_seconds": len(self.kernels) * LAUNCH_S,
+        }
+
+
+def measure(bench: Bench, folder: Path) -> None:
+    """Count every case, and write a table and JSON."""
+    cases = []
+    for backbone in bench.backbones:
+        for length in bench.lengths:
+            run = the_run(bench, backbone, length)
+            tokens = run.trainer.micro_batch_tokens // length * length
+            cases.append(Case(backbone, length, tokens, step_of(run, length, tokens)))
+    table = Table(
+        title=f"a step of {bench.micro_batch_tokens:,} tokens on one {GPU}, at the least",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for column in ("", "kernels", "launch ms", "TFLOP", "GB", "ms", "M tok/s", "fused"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for case in cases:
+        sums = case.sums()
+        table.add_row(
+            f"{case.backbone} {case.length:,}", f"{sums['kernels']:,.0f}",
+            f"{1e3 * sums['launch_seconds']:.1f}", f"{sums['flops'] / 1e12:.2f}", f"{sums['bytes'] / 1e9:.1f}",
+            f"{1e3 * sums['seconds']:.2f}", f"{case.tokens / sums['seconds'] / 1e6:.2f}",
+            f"{case.tokens / sums['heavy_seconds'] / 1e6:.2f}",
+        )  # fmt: skip
+    output.write(folder, "roofline", table, [{**asdict(case), **case.sums()} for case in cases])
+    Console().print(table)
+
+
+def step_of(run: Run, length: int, tokens: int) -> list[Kernel]:
+    """The kernels of forward, backward and optimizer; torch's DataDependentOutputException where a step would wait."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from modernenc import optim
+    from modernenc.data.masking import MicroBatch
+    from modernenc.model import build_objectives
+
+    objectives = build_objectives(run)
+    optimizers = optim.build(objectives, run.optim)
+    ends = torch.arange(0, tokens + 1, length, dtype=torch.int32)
+    trace = _trace()
+    with FakeTensorMode(allow_non_fake_inputs=True), _as_on_a_gpu():
+        ids = torch.zeros(tokens, dtype=torch.long)
+        places = torch.arange(int(tokens * run.phases["decay"].mask_ratio))
+        batch = MicroBatch(ids, ends, length, places, ids[: len(places)], 0)
+        with trace:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss, _ = objectives(batch)
+            loss.backward()
+            optim.step(optimizers)
+    return trace.kernels
+
+
+@contextmanager
+def _as_on_a_gpu() -> Iterator[None]:
+    """The paths that a GPU takes, where tensors have shapes only: kernels of our own stand as one operation each."""
+    from modernenc.backbones import attention, ema
+    from modernenc.objectives import linear_cross_entropy
+
+    def carry(leaving: "Tensor", decay: "Tensor", documents: Any, out: "Tensor", ahead: bool) -> None:
+        out.copy_(leaving)
+
+    def to_gradients(logits: "Tensor", targets: "Tensor", bias_grad: "Tensor") -> tuple["Tensor", "Tensor"]:
+        logits.copy_(logits.softmax(1))
+        bias_grad += logits.sum(0, dtype=bias_grad.dtype)
+        return logits[:, 0].sum().float(), targets.sum()
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(attention, "path_for", lambda device, dtype: "varlen"))
+        stack.enter_context(patch.object(ema, "_run", carry))
+        stack.enter_context(patch.object(linear_cross_entropy, "_to_gradients", to_gradients))
+        yield
+
+
+def _flops(name: str, func: Any, args: Any, kwargs: Any, out: Any) -> float:
+    """Of an operation: as torch counts products; attention by what each query sees, backward with the scores made again."""
+    from torch.utils.flop_counter import flop_registry
+
+    if name.startswith("_varlen_attn"):
+        named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+        left, right = named["window_size"]
+        reach = named["max_k"] if left < 0 else min(named["max_k"], left + right + 1)
+        return (10.0 if "backward" in name else 4.0) * named["query"].numel() * reach
+    counts = flop_registry.get(func._overloadpacket)
+    return float(counts(*args, **kwargs, out_val=out)) if counts else 0.0
+
+
+def _trace() -> Any:
+    """A mode that writes down what each operation costs."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Trace(TorchDispatchMode):
+        """All kernels so far."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernels: list[Kernel] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            name = func._schema.name.split("::")[1]
+            views = any(one.alias_info is not None and not one.alias_info.is_write for one in func._schema.arguments)
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
+            if not views and tensors and not name.startswith(_NO_WORK):
+                flops = _flops(name, func, args, kwargs or {}, out)
+                self.kernels.append(Kernel(name, flops, sum(tensor.nbytes for tensor in tensors)))
+            return out
+
+    return Trace()
