@@ -2,12 +2,21 @@
 
 import json
 import os
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import pytest
 from conftest import command
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
+from modernenc.bench import inference, time_to_loss
+from modernenc.bench.settings import Bench, register_bench
 from modernenc.bench.turns import Result, Turn, Work, take_turns
+from modernenc.config import CONF_DIR
 
 
 @dataclass
@@ -74,3 +83,55 @@ def test_mistakes_are_told(corpus_root, tmp_path, setting, expected):
     result = command("modernenc.bench", f"root={corpus_root}", f"out={tmp_path}", "lengths=[64]", setting)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and expected in result.stderr
+
+
+@pytest.fixture
+def bench(corpus_root, tmp_path) -> Iterator[Callable[..., Bench]]:
+    """Settings of the benchmark, where they can be composed."""
+
+    def make(*overrides: str) -> Bench:
+        cfg = compose("bench", [f"root={corpus_root}", f"out={tmp_path / 'bench'}", *overrides])
+        return cast(Bench, OmegaConf.to_object(cfg))
+
+    register_bench()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        yield make
+
+
+@pytest.mark.slow
+def test_inference_is_measured_beside_transformers_on_documents_of_both_kinds(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, "LENGTHS", (64,))
+    monkeypatch.setattr(inference, "RUNS", 2)
+    inference.measure(bench("inference_tokens=512"), tmp_path)
+    fixed, variable = json.loads((tmp_path / "inference.json").read_text())
+    assert [case["kind"] for case in (fixed, variable)] == ["fixed", "variable"]
+    for case in (fixed, variable):
+        ours, theirs = case["results"]
+        assert ours["work"] == theirs["work"] and len(ours["seconds"]) == 2
+        assert min(case["fit"]) > case["documents"] == 8
+    assert fixed["results"][0]["work"][0][0] == 512 > variable["results"][0]["work"][0][0]
+
+
+@pytest.mark.slow
+def test_time_to_loss_is_that_of_the_best_of_the_trainers_learning_rates(bench, tmp_path):
+    time_to_loss.measure(bench("trainer_tokens=8192", "trainer_lrs=[1e-5,1e-3]", "optimizers={adamw: 1}", "lanes=2"), tmp_path)
+    found = json.loads((tmp_path / "time_to_loss_modernbert_tiny.json").read_text())
+    slow, fast, ours = found["trainings"]
+    assert found["best"] == fast and fast["losses"][-1] < slow["losses"][-1]
+    assert ours["name"] == "modernenc" and ours["lr"] == fast["lr"]
+    assert all(len(one["losses"]) >= 4 and one["seconds"] == sorted(one["seconds"]) for one in found["trainings"])
+
+
+def test_time_stands_still_while_a_training_is_validated():
+    training = time_to_loss.Training("one", "adamw", 1.0)
+    clock = time_to_loss.Clock(training)
+
+    def loss() -> float:
+        time.sleep(0.5)
+        return 5.0 - len(training.losses)
+
+    clock.validate(loss)
+    clock.validate(loss)
+    assert training.seconds[1] < 0.4
+    assert training.seconds_to(4.0) == training.seconds[1] and training.seconds_to(3.0) is None

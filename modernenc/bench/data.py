@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -22,6 +22,9 @@ from modernenc.bench import output
 from modernenc.bench.settings import Bench, the_run
 from modernenc.bench.turns import Result, Turn, Work, take_turns
 from modernenc.config import Run
+
+if TYPE_CHECKING:
+    from modernenc.data.blocks import Corpus
 
 TURN_TOKENS = 4_000_000
 WINDOW_ROWS = 512
@@ -88,8 +91,10 @@ def _ours(run: Run) -> Iterator[int]:
 
 
 def _greedy(run: Run) -> Iterator[int]:
-    phase = run.phases["decay"]
-    rng, documents = np.random.default_rng(0), _documents(run)
+    from modernenc.data.blocks import Corpus
+
+    phase, corpus = run.phases["decay"], Corpus.of(run.data)
+    rng, documents = np.random.default_rng(0), _documents(run, corpus)
     buffer: deque[np.ndarray] = deque()
     while True:
         rows: list[list[np.ndarray]] = [[] for _ in range(phase.batch_rows)]
@@ -111,21 +116,23 @@ def _greedy(run: Run) -> Iterator[int]:
         for row, parts in zip(ids, rows, strict=True):
             row[: sum(map(len, parts))] = np.concatenate([*parts, row[:0]])
         np.cumsum([len(part) for parts in rows for part in parts])  # where documents end
-        _masked(ids, run, rng)
+        _masked(ids, corpus, phase.mask_ratio, rng)
         yield int(phase.batch_rows * phase.seq_len - room.sum())
 
 
 def _memory_map(run: Run) -> Iterator[int]:
-    phase, rng = run.phases["decay"], np.random.default_rng(0)
+    from modernenc.data.blocks import Corpus
+
+    phase, corpus, rng = run.phases["decay"], Corpus.of(run.data), np.random.default_rng(0)
     with tempfile.NamedTemporaryFile() as file:
-        for block in _blocks(run):
-            file.write(block.tokens.astype(np.uint16).tobytes())
+        for block in _blocks(run, corpus):
+            file.write(block.tokens.astype(np.uint32).tobytes())
         file.flush()
-        tokens = np.memmap(file.name, np.uint16, "r")
+        tokens = np.memmap(file.name, np.uint32, "r")
         while True:
             starts = rng.integers(len(tokens) - phase.seq_len, size=phase.batch_rows)
             ids = np.stack([tokens[start : start + phase.seq_len] for start in starts]).astype(np.int64)
-            _masked(ids, run, rng)
+            _masked(ids, corpus, phase.mask_ratio, rng)
             yield ids.size
 
 
@@ -151,21 +158,18 @@ def _streaming(run: Run) -> Iterator[int]:
 PATHS = {OURS: _ours, "greedy packer": _greedy, "memory map": _memory_map, "streaming's loader": _streaming}
 
 
-def _masked(ids: np.ndarray, run: Run, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _masked(ids: np.ndarray, corpus: "Corpus", ratio: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Inputs and labels, a batch at a time: of the chosen 80 % masked, 10 % random, as everywhere."""
-    chosen = rng.random(ids.shape) < run.phases["decay"].mask_ratio
+    chosen = rng.random(ids.shape) < ratio
     labels = np.where(chosen, ids, -100)
     kind = rng.random(ids.shape)
-    masked = np.where(chosen & (kind < 0.8), 3, ids)
+    masked = np.where(chosen & (kind < 0.8), corpus.roles.mask, ids)
     random = chosen & (kind >= 0.8) & (kind < 0.9)
-    masked[random] = rng.integers(5, 8_000, int(random.sum()))
+    masked[random] = rng.choice(corpus.ordinary_ids, int(random.sum()))
     return masked, labels
 
 
-def _blocks(run: Run) -> Iterator[Any]:
-    from modernenc.data.blocks import Corpus
-
-    corpus = Corpus.of(run.data)
+def _blocks(run: Run, corpus: "Corpus") -> Iterator[Any]:
     for path in corpus.slices(run.phases["decay"].mix):
         shards = corpus.open(path)
         for shard, size in enumerate(shards.sizes):
@@ -173,9 +177,9 @@ def _blocks(run: Run) -> Iterator[Any]:
                 yield shards.read(shard, index)
 
 
-def _documents(run: Run) -> Iterator[np.ndarray]:
+def _documents(run: Run, corpus: "Corpus") -> Iterator[np.ndarray]:
     """Documents with cls and sep, over and over."""
     while True:
-        for block in _blocks(run):
+        for block in _blocks(run, corpus):
             for start, end in zip([0, *block.ends[:-1].tolist()], block.ends.tolist(), strict=True):
-                yield np.concatenate(([0], block.tokens[start:end], [1]))
+                yield np.concatenate(([corpus.roles.cls], block.tokens[start:end], [corpus.roles.sep]))

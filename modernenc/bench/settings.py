@@ -40,6 +40,8 @@ class Bench:
     """Steps that are measured of each, after one to warm up."""
     inference_tokens: int = MISSING
     """Tokens of a batch of documents of full length, in inference; at least four documents."""
+    lanes: int = MISSING
+    """As data.lanes, where we train to a loss; each source needs as many blocks."""
     trainer_tokens: float = MISSING
     """What transformers' Trainer learns from before it counts as trained."""
     trainer_lrs: list[float] = MISSING

@@ -53,7 +53,8 @@ def measure(bench: Bench, folder: Path) -> None:
                 contestants = [MatrixProducts(precision=bench.precision), Ours(run), *peer]
                 cases.append(Case(backbone, length, *take_turns(contestants, bench.repetitions)))
             output.write(folder, "step", table_of(cases), [asdict(case) for case in cases])
-            draw(cases, folder / "step.png")
+            if bench.peers:
+                draw(cases, folder / "step.png")
     console.print(table_of(cases))
 
 
@@ -62,18 +63,21 @@ def table_of(cases: list[Case]) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("real tokens a second", "", "ours / it", "from-to", "of peak", "GB"):
         table.add_column(column, justify="left" if column.startswith("real") else "right", no_wrap=True)
+    failures: list[str] = []
     for case in cases:
         table.add_row(f"{case.backbone} {case.length:,}")
         for result in filter(None, (case.ours, case.peer)):
             name = f"  {PEERS.get(result.name, result.name)}"
             if result.failure or case.ours.failure:
-                table.add_row(name, result.failure)
+                table.add_row(name, "failed")
+                failures.append(f"{case.backbone} {case.length:,}, {name.strip()}: {result.failure or case.ours.failure}")
                 continue
             ratios = case.ours.times_faster(result)
             share = f"{result.flops / case.peak.flops:.0%}"
             spread = f"{ratios[0]:.2f}-{ratios[-1]:.2f}"
             middle = f"{ratios[len(ratios) // 2]:.2f}"
             table.add_row(name, f"{result.speed:,.0f}", middle, spread, share, f"{result.peak_bytes / 1e9:.1f}")
+    table.caption = "\n".join(failures)
     return table
 
 
@@ -94,7 +98,7 @@ def draw(cases: list[Case], path: Path) -> None:
         axis.barh(place, middle, 0.7, xerr=error, color=colour, error_kw={"ecolor": "#666666"})
         axis.text(ratios[-1] * 1.02, place, f"{middle:.1f}", va="center", fontsize=8)
     labels = [f"{case.backbone} {case.length:,}, {PEERS[peer.name]}" for case, peer in pairs]
-    axis.set_yticks(range(len(cases)), labels, fontsize=8)
+    axis.set_yticks(range(len(pairs)), labels, fontsize=8)
     axis.axvline(1, color="#444444", linewidth=0.8)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -112,6 +112,10 @@ def ours_with(bench: Bench, backbone: str, optimizer: str, tokens: float) -> Run
     run.phases = {"stable": stable, "decay": phase}
     run.validation.every_tokens, run.validation.tokens_per_source = tokens / POINTS, WHOLE_DOCUMENT
     run.checkpoint.every_minutes = 0
+    run.data.lanes, run.data.window_rows = (
+        bench.lanes,
+        32,
+    )  # many windows open: a step of one is of few documents, and learns less
     return run
 
 
