@@ -11,7 +11,8 @@ import pytest
 from conftest import command
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf, open_dict
 
 from modernenc.bench import inference, time_to_loss
 from modernenc.bench.settings import Bench, register_bench
@@ -90,7 +91,10 @@ def bench(corpus_root, tmp_path) -> Iterator[Callable[..., Bench]]:
     """Settings of the benchmark, where they can be composed."""
 
     def make(*overrides: str) -> Bench:
-        cfg = compose("bench", [f"root={corpus_root}", f"out={tmp_path / 'bench'}", *overrides])
+        cfg = compose("bench", [f"root={corpus_root}", f"out={tmp_path / 'bench'}", *overrides], return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        with open_dict(cfg):
+            del cfg["hydra"]
         return cast(Bench, OmegaConf.to_object(cfg))
 
     register_bench()
@@ -100,17 +104,17 @@ def bench(corpus_root, tmp_path) -> Iterator[Callable[..., Bench]]:
 
 
 @pytest.mark.slow
-def test_inference_is_measured_beside_transformers_on_documents_of_both_kinds(bench, tmp_path, monkeypatch):
+def test_inference_is_measured_beside_transformers(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "LENGTHS", (64,))
+    monkeypatch.setattr(inference, "KINDS", ("variable",))
     monkeypatch.setattr(inference, "RUNS", 2)
     inference.measure(bench("inference_tokens=512"), tmp_path)
-    fixed, variable = json.loads((tmp_path / "inference.json").read_text())
-    assert [case["kind"] for case in (fixed, variable)] == ["fixed", "variable"]
-    for case in (fixed, variable):
-        ours, theirs = case["results"]
-        assert ours["work"] == theirs["work"] and len(ours["seconds"]) == 2
-        assert min(case["fit"]) > case["documents"] == 8
-    assert fixed["results"][0]["work"][0][0] == 512 > variable["results"][0]["work"][0][0]
+    (case,) = json.loads((tmp_path / "inference.json").read_text())
+    ours, theirs = case["results"]
+    lengths = inference.lengths_of("variable", 64, 8)
+    assert ours["work"] == theirs["work"] == [[sum(lengths), 0.0]] * 2 and len(set(lengths)) > 1
+    assert min(case["fit"]) > case["documents"] == 8
+    assert inference.lengths_of("fixed", 64, 8) == [64] * 8
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from modernenc.bench.turns import Result, Turn, Work, available_bytes, device, t
 from modernenc.config import Run
 
 LENGTHS = (512, 8_192)
+KINDS = ("fixed", "variable")
 RUNS = 10
 OURS, THEIRS = "modernenc", "HF padded"
 
@@ -44,7 +45,7 @@ def measure(bench: Bench, folder: Path) -> None:
     for backbone in bench.backbones:
         for length in LENGTHS:
             run = the_run(bench, backbone, length)
-            for kind in ("fixed", "variable"):
+            for kind in KINDS:
                 documents = max(4, bench.inference_tokens // length)
                 lengths = lengths_of(kind, length, documents)
                 results = take_turns([Encoder(name, run, lengths) for name in (OURS, THEIRS)], RUNS)

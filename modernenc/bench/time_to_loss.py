@@ -107,10 +107,10 @@ def ours_with(bench: Bench, backbone: str, optimizer: str, tokens: float) -> Run
     """Our run: a constant learning rate, and its decay."""
     run = the_run(bench, backbone, ROW, optimizer)
     (phase,) = run.phases.values()
-    phase.batch_rows, phase.tokens = ROWS, DECAY * tokens
-    stable = replace(phase, lr_curve="constant", warmup_tokens=WARMUP * tokens, tokens=(1 - DECAY) * tokens)
+    phase.batch_rows, phase.tokens = ROWS, round(DECAY * tokens)
+    stable = replace(phase, lr_curve="constant", warmup_tokens=round(WARMUP * tokens), tokens=round((1 - DECAY) * tokens))
     run.phases = {"stable": stable, "decay": phase}
-    run.validation.every_tokens, run.validation.tokens_per_source = tokens / POINTS, WHOLE_DOCUMENT
+    run.validation.every_tokens, run.validation.tokens_per_source = tokens // POINTS, WHOLE_DOCUMENT
     run.checkpoint.every_minutes = 0
     run.data.lanes, run.data.window_rows = (
         bench.lanes,
