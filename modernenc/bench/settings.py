@@ -47,8 +47,8 @@ class Bench:
     trainer_lrs: list[float] = MISSING
     """Its learning rates, of which the best counts."""
     optimizers: dict[str, float] = MISSING
-    """What we train with beside it, by names in `conf/optim`: the share of its tokens that ours gets. With adamw ours has the
-    learning rate that was best for it."""
+    """What we train with beside it, by names in `conf/optim`: the share of its tokens that ours gets; `~optimizers.muon` leaves
+    that one out. With adamw ours has the learning rate that was best for it."""
 
 
 def register_bench() -> None:
