@@ -16,10 +16,11 @@ from modernenc.objectives.masked_lm import MaskedLM
 TOKENS, LENGTH = 2_048, 512
 
 
-@pytest.fixture(params=["modernbert_tiny", "mega_tiny"])
+@pytest.fixture(params=["modernbert_tiny backbone.attention_out_dropout=0.1", "mega_tiny backbone.dropout_prob=0.1"])
 def run(request) -> Run:
     register_bench()
-    return composed(["+recipe=demo", f"backbone={request.param}", "optim=adamw"])
+    backbone, dropout = request.param.split()
+    return composed(["+recipe=demo", f"backbone={backbone}", "optim=adamw", dropout])
 
 
 def test_it_needs_the_products_that_the_formula_says(run):
