@@ -18,7 +18,7 @@ from torch import Tensor
 from modernenc.backbones.block_attention import Arrangement, Blocks, block_attention
 from modernenc.backbones.buckets import Buckets
 from modernenc.backbones.rotary import Rotation, rotate
-from modernenc.backbones.transfer import lengths_of, sent
+from modernenc.backbones.transfer import lengths_of, on_gpu, sent
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -66,7 +66,7 @@ class Layout:
 
 def path_for(device: torch.device, dtype: torch.dtype) -> str:
     """The path that `attention` takes on this device in this precision."""
-    if device.type != "cuda" or dtype not in _HALF:
+    if not on_gpu(device) or dtype not in _HALF:
         return "blocks"
     return "flash" if importlib.util.find_spec("flash_attn") else "varlen"
 

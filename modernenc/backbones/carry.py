@@ -8,23 +8,18 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 ROWS, BLOCKS = 16, 64
 """Of a tile: states, and blocks of tokens."""
 
 
-def run(
-    leaving: Float[Tensor, "hidden states blocks"],
-    decay: Float[Tensor, "hidden states"],
-    same: Bool[Tensor, " blocks_minus_1"],
-    out: Float[Tensor, "hidden states blocks"],
-    ahead: bool,
-) -> None:
+@torch.library.custom_op("modernenc::carry", mutates_args={"out"})
+def run(leaving: Tensor, decay: Tensor, same: Tensor, out: Tensor, ahead: bool) -> None:
     """Fill `out[b] = leaving[b-1] + decay out[b-1]` within documents, or with `b+1` for `b-1` when not `ahead`.
 
-    `same` says of each block whether the next is of the same document.
+    `leaving` and `out` are (hidden, states, blocks), `decay` is (hidden, states), all of fp32; `same`, one shorter than there
+    are blocks, says of each whether the next is of the same document.
     """
     hidden, states, blocks = leaving.shape
     rows = hidden * states
@@ -33,6 +28,11 @@ def run(
         leaving, *leaving.stride(), decay, *decay.stride(), same.to(torch.int8), out, *out.stride(),
         states, rows, blocks, AHEAD=ahead, ROWS=ROWS, BLOCKS=BLOCKS,
     )  # fmt: skip
+
+
+@run.register_fake
+def _(leaving: Tensor, decay: Tensor, same: Tensor, out: Tensor, ahead: bool) -> None:
+    """What there is to know of shapes: nothing new."""
 
 
 @triton.jit

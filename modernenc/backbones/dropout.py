@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .shapes import Float
+from .transfer import on_gpu
 
 
 class Dropout(nn.Module):
@@ -24,7 +25,7 @@ class Dropout(nn.Module):
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         if not self.training or not self.p:
             return x
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or on_gpu(x.device):
             return F.dropout(x, self.p)
         seed = int(torch.randint(1 << 62, ()))
         words = np.random.SFC64(seed).random_raw(-(-x.numel() // 4))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .initial import normal_
 from .shapes import Bool, Float, Int
-from .transfer import sent
+from .transfer import on_gpu, sent
 
 KERNEL = f"{__package__}.carry"
 """Carries states on a GPU, where there is Triton; an exported model goes without."""
@@ -203,7 +203,7 @@ class _Carry(torch.autograd.Function):
 
 def _run(leaving: Tensor, decay: Tensor, documents: Documents, out: Tensor, ahead: bool) -> None:
     """Fill `out[b] = leaving[b-1] + decay out[b-1]` within documents, by rounds that reach twice as far each: Hillis 1986."""
-    if leaving.is_cuda and leaving.dtype == torch.float32 and HAS_KERNEL:
+    if on_gpu(leaving.device) and leaving.dtype == torch.float32 and HAS_KERNEL:
         return import_module(KERNEL).run(leaving, decay, documents.may_reach(1), out, ahead)
     total, step = leaving.clone(), 1
     while step < documents.longest:

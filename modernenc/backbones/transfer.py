@@ -1,10 +1,31 @@
-"""What is worked out on the processor about a batch, and how it gets to the model without the processor waiting for it."""
+"""Where a batch is worked on, and how what the processor works out about it gets there without the processor waiting."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .shapes import Int
+
+_TRACED: ContextVar[bool] = ContextVar("traced", default=False)
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether kernels for a GPU are taken: on one, and where a step on one is traced without it."""
+    return device.type == "cuda" or _TRACED.get()
+
+
+@contextmanager
+def traced_as_on_a_gpu() -> Iterator[None]:
+    """Have tensors on the CPU, which must have shapes only, go the ways that they would go on a GPU."""
+    before = _TRACED.set(True)
+    try:
+        yield
+    finally:
+        _TRACED.reset(before)
 
 
 def lengths_of(cu_seqlens: Int[Tensor, " docs_plus_1"]) -> list[int]:

@@ -5,12 +5,9 @@ the longer of its FLOPs at the peak and its bytes at the bandwidth: Williams et 
 alone are the limit of a step whose other kernels are all fused into these.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -19,10 +16,6 @@ from rich.table import Table
 from modernenc.bench import output
 from modernenc.bench.settings import Bench, the_run
 from modernenc.config import Run
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 GPU = "H100 SXM"
 PEAK, BANDWIDTH = 989e12, 3.35e12
@@ -102,6 +95,7 @@ def step_of(run: Run, length: int, tokens: int) -> list[Kernel]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from modernenc import optim
+    from modernenc.backbones.transfer import traced_as_on_a_gpu
     from modernenc.data.masking import MicroBatch
     from modernenc.model import build_objectives
 
@@ -109,7 +103,7 @@ def step_of(run: Run, length: int, tokens: int) -> list[Kernel]:
     optimizers = optim.build(objectives, run.optim)
     ends = torch.arange(0, tokens + 1, length, dtype=torch.int32)
     trace = _trace()
-    with FakeTensorMode(allow_non_fake_inputs=True), _as_on_a_gpu():
+    with FakeTensorMode(allow_non_fake_inputs=True), traced_as_on_a_gpu():
         ids = torch.zeros(tokens, dtype=torch.long)
         places = torch.arange(int(tokens * run.phases["decay"].mask_ratio))
         batch = MicroBatch(ids, ends, length, places, ids[: len(places)], 0)
@@ -121,49 +115,28 @@ def step_of(run: Run, length: int, tokens: int) -> list[Kernel]:
     return trace.kernels
 
 
-@contextmanager
-def _as_on_a_gpu() -> Iterator[None]:
-    """The paths that a GPU takes, where tensors have shapes only: kernels of our own stand as one operation each."""
-    from torch.nn import functional as F
-
-    from modernenc.backbones import attention, ema
-    from modernenc.backbones.dropout import Dropout
-    from modernenc.objectives import linear_cross_entropy
-
-    def carry(leaving: "Tensor", decay: "Tensor", documents: Any, out: "Tensor", ahead: bool) -> None:
-        out.copy_(leaving)
-
-    def to_gradients(logits: "Tensor", targets: "Tensor", bias_grad: "Tensor") -> tuple["Tensor", "Tensor"]:
-        logits.copy_(logits.softmax(1))
-        bias_grad += logits.sum(0, dtype=bias_grad.dtype)
-        return logits[:, 0].sum().float(), targets.sum()
-
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(attention, "path_for", lambda device, dtype: "varlen"))
-        stack.enter_context(patch.object(Dropout, "forward", lambda self, x: F.dropout(x, self.p, self.training)))
-        stack.enter_context(patch.object(ema, "_run", carry))
-        stack.enter_context(patch.object(linear_cross_entropy, "_to_gradients", to_gradients))
-        yield
-
-
-def _flops(name: str, func: Any, args: Any, kwargs: Any, out: Any) -> float:
+def _flops(func: Any, named: dict[str, Any], out: Any) -> float:
     """Of an operation: as torch counts products; attention by what each query sees, backward with the scores made again."""
     from torch.utils.flop_counter import flop_registry
 
-    if name.startswith("_varlen_attn"):
-        named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    if "window_size" in named:
         left, right = named["window_size"]
         reach = named["max_k"] if left < 0 else min(named["max_k"], left + right + 1)
-        return (10.0 if "backward" in name else 4.0) * named["query"].numel() * reach
+        return (10.0 if "grad_out" in named else 4.0) * named["query"].numel() * reach
     counts = flop_registry.get(func._overloadpacket)
-    return float(counts(*args, **kwargs, out_val=out)) if counts else 0.0
+    return float(counts(*named.values(), out_val=out)) if counts else 0.0
+
+
+def _tensors(tree: Any) -> list[Any]:
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def _trace() -> Any:
     """A mode that writes down what each operation costs."""
-    import torch
     from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
 
     class Trace(TorchDispatchMode):
         """All kernels so far."""
@@ -175,11 +148,13 @@ def _trace() -> Any:
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
             name = func._schema.name.split("::")[1]
-            views = any(one.alias_info is not None and not one.alias_info.is_write for one in func._schema.arguments)
-            tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
-            if not views and tensors and not name.startswith(_NO_WORK):
-                flops = _flops(name, func, args, kwargs or {}, out)
-                self.kernels.append(Kernel(name, flops, sum(tensor.nbytes for tensor in tensors)))
+            named = dict(zip((one.name for one in func._schema.arguments), args, strict=False)) | (kwargs or {})
+            aliases = {one.name: one.alias_info.is_write for one in func._schema.arguments if one.alias_info is not None}
+            changed = [named.get(one) for one, is_written in aliases.items() if is_written]
+            read, written = _tensors(named), {id(leaf): leaf for leaf in _tensors([out, changed])}
+            if all(aliases.values()) and (read or written) and not name.startswith(_NO_WORK):  # else a view
+                moved = sum(tensor.nbytes for tensor in [*read, *written.values()])
+                self.kernels.append(Kernel(name, _flops(func, named, out), moved))
             return out
 
     return Trace()

@@ -5,22 +5,29 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int
 from torch import Tensor
 
 COLUMNS = 4_096
 """Of a tile."""
 
 
-def to_gradients(
-    logits: Float[Tensor, "rows vocab"], targets: Int[Tensor, " rows"]
-) -> tuple[Float[Tensor, " rows"], Int[Tensor, " rows"]]:
-    """Cross-entropy of each row, and the first of its highest logits; the logits become the gradient of their loss."""
+@torch.library.custom_op("modernenc::to_gradients", mutates_args={"logits"})
+def to_gradients(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each row, and the first of its highest logits; the logits become the gradient of their loss.
+
+    `logits` are (rows, vocab), the rest has a number for each row.
+    """
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     best = torch.empty_like(targets)
     kernel: Any = _to_gradients[len(logits),]
     kernel(logits, logits.stride(0), logits.shape[1], targets, losses, best, COLUMNS=COLUMNS)
     return losses, best
+
+
+@to_gradients.register_fake
+def _(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Shapes."""
+    return torch.empty_like(targets, dtype=torch.float32), torch.empty_like(targets)
 
 
 @triton.jit
