@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -33,9 +32,7 @@ OURS = "modernenc"
 
 def measure(bench: Bench, folder: Path) -> None:
     """Measure at every length, and write a table and JSON."""
-    table = Table(title="tokens a second on one core, in millions, medians", title_justify="left", box=SIMPLE_HEAD)
-    for column in ("length", "", "M tokens/s", "ours / it", "from", "to"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    table = output.new_table("tokens a second on one core, in millions, medians", ("", "M tokens/s", "ours / it", "from", "to"))
     written = []
     for length in bench.lengths:
         run = the_run(bench, bench.backbones[0], length)
@@ -55,7 +52,7 @@ def measure(bench: Bench, folder: Path) -> None:
 def _add_row(table: Table, length: int, result: Result, ours: Result) -> None:
     ratios = ours.times_faster(result)
     spread = [f"{ratio:.2f}" for ratio in (ratios[len(ratios) // 2], ratios[0], ratios[-1])]
-    table.add_row(f"{length:,}", result.name, f"{result.speed / 1e6:.1f}", *spread)
+    table.add_row(f"{length:,} {result.name}", f"{result.speed / 1e6:.1f}", *spread)
 
 
 @dataclass
@@ -165,7 +162,7 @@ def _masked(ids: np.ndarray, corpus: "Corpus", ratio: float, rng: np.random.Gene
     kind = rng.random(ids.shape)
     masked = np.where(chosen & (kind < 0.8), corpus.roles.mask, ids)
     random = chosen & (kind >= 0.8) & (kind < 0.9)
-    masked[random] = rng.choice(corpus.ordinary_ids, int(random.sum()))
+    masked[random] = corpus.ordinary_ids[rng.integers(len(corpus.ordinary_ids), size=int(random.sum()))]
     return masked, labels
 
 

@@ -12,9 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from modernenc.bench import output
 from modernenc.bench.settings import Bench, the_run
@@ -46,11 +44,9 @@ def measure(bench: Bench, folder: Path) -> None:
 
     keep_freed_memory()
     curves = [curve for backbone in bench.backbones for curve in _curves(bench, backbone)]
-    table = Table(
-        title=f"seconds for {bench.step_tokens:,} tokens, by the length of documents", title_justify="left", box=SIMPLE_HEAD
+    table = output.new_table(
+        f"seconds for {bench.step_tokens:,} tokens, by the length of documents", ("", *(f"{length:,}" for length in LENGTHS))
     )
-    for column in ("", *(f"{length:,}" for length in LENGTHS)):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for curve in curves:
         if curve.part == WHOLE:
             table.add_row(curve.backbone)

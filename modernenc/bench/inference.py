@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -76,14 +75,14 @@ def how_many_fit(result: Result, run: Run, lengths: list[int]) -> int:
 
 def table_of(cases: list[Case]) -> Table:
     """A row for each contestant, by case."""
-    table = Table(title=f"hidden states, medians of {RUNS} runs", title_justify="left", box=SIMPLE_HEAD)
-    for column in ("", "they fit", "at once", "k tokens/s", "ours / it", "from-to"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    table = output.new_table(
+        f"hidden states, medians of {RUNS} runs", ("", "they fit", "at once", "k tokens/s", "ours / it", "from-to")
+    )
     for case in cases:
         table.add_row(f"{case.backbone} {case.length:,} {case.kind}")
         for result, fit in zip(case.results, case.fit, strict=True):
             if result.failure or case.results[0].failure:
-                table.add_row(f"  {result.name}", result.failure)
+                output.add_failure(table, result.name, result.failure or case.results[0].failure)
                 continue
             ratios = case.results[0].times_faster(result)
             table.add_row(

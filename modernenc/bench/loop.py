@@ -15,9 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from modernenc.bench import output
 from modernenc.bench.settings import Bench, the_run
@@ -31,9 +29,10 @@ SHARE_OF = 50
 
 def measure(bench: Bench, folder: Path) -> None:
     """Measure every backbone, and write a table and JSON."""
-    table = Table(title=f"seconds a step of {ROWS * ROW:,} tokens, medians", title_justify="left", box=SIMPLE_HEAD)
-    for column in ("", "bare loop", "run", "ratio", "from-to", "saving / not", "from-to"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    table = output.new_table(
+        f"seconds a step of {ROWS * ROW:,} tokens, medians",
+        ("", "bare loop", "run", "ratio", "from-to", "saving / not", "from-to"),
+    )
     written = []
     for backbone in bench.backbones:
         run = the_run(bench, backbone, ROW, "muon")

@@ -9,9 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from modernenc.bench import output
 from modernenc.bench.settings import Bench, the_run
@@ -69,14 +67,10 @@ def measure(bench: Bench, folder: Path) -> None:
             run = the_run(bench, backbone, length)
             tokens = run.trainer.micro_batch_tokens // length * length
             cases.append(Case(backbone, length, tokens, step_of(run, length, tokens)))
-    table = Table(
-        title=f"a step of {bench.micro_batch_tokens:,} tokens on one {GPU}, at the least",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+    table = output.new_table(
+        f"a step of {bench.micro_batch_tokens:,} tokens on one {GPU}, at the least",
+        ("", "kernels", "launch", "TFLOP", "GB", "ms", "M tok/s", "fused"),
     )
-    for column in ("", "kernels", "launch", "TFLOP", "GB", "ms", "M tok/s", "fused"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for case in cases:
         sums = case.sums()
         table.add_row(

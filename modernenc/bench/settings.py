@@ -15,7 +15,7 @@ class Bench:
     """Settings of `python -m modernenc.bench`, by `conf/bench.yaml`."""
 
     parts: list[str] = MISSING
-    """What to measure, one after the other: step, growth, data."""
+    """What to measure, one after the other: what `--help` lists."""
     root: str = MISSING
     """Folder of block shards that `python -m data_prep` wrote, whose documents are read in shares of their tokens."""
     out: str = MISSING

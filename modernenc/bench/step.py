@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -60,24 +59,19 @@ def measure(bench: Bench, folder: Path) -> None:
 
 def table_of(cases: list[Case]) -> Table:
     """A row for each contestant, by case."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("real tokens a second", "", "ours / it", "from-to", "of peak", "GB"):
-        table.add_column(column, justify="left" if column.startswith("real") else "right", no_wrap=True)
-    failures: list[str] = []
+    table = output.new_table("real tokens a second", ("", "tokens/s", "ours / it", "from-to", "of peak", "GB"))
     for case in cases:
         table.add_row(f"{case.backbone} {case.length:,}")
         for result in filter(None, (case.ours, case.peer)):
-            name = f"  {PEERS.get(result.name, result.name)}"
+            name = PEERS.get(result.name, result.name)
             if result.failure or case.ours.failure:
-                table.add_row(name, "failed")
-                failures.append(f"{case.backbone} {case.length:,}, {name.strip()}: {result.failure or case.ours.failure}")
+                output.add_failure(table, name, result.failure or case.ours.failure)
                 continue
             ratios = case.ours.times_faster(result)
             share = f"{result.flops / case.peak.flops:.0%}"
             spread = f"{ratios[0]:.2f}-{ratios[-1]:.2f}"
             middle = f"{ratios[len(ratios) // 2]:.2f}"
-            table.add_row(name, f"{result.speed:,.0f}", middle, spread, share, f"{result.peak_bytes / 1e9:.1f}")
-    table.caption = "\n".join(failures)
+            table.add_row(f"  {name}", f"{result.speed:,.0f}", middle, spread, share, f"{result.peak_bytes / 1e9:.1f}")
     return table
 
 

@@ -18,7 +18,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -31,6 +30,9 @@ if TYPE_CHECKING:
 
 ROW, ROWS = 512, 4
 WHOLE_DOCUMENT = 8_192
+"""Tokens that theirs are cut to before they are laid end to end."""
+VALIDATION_TOKENS = 8_192
+"""Of each source."""
 POINTS = 24
 """Validations of a training, about."""
 WARMUP, DECAY = 0.05, 0.4
@@ -110,7 +112,7 @@ def ours_with(bench: Bench, backbone: str, optimizer: str, tokens: float) -> Run
     phase.batch_rows, phase.tokens = ROWS, round(DECAY * tokens)
     stable = replace(phase, lr_curve="constant", warmup_tokens=round(WARMUP * tokens), tokens=round((1 - DECAY) * tokens))
     run.phases = {"stable": stable, "decay": phase}
-    run.validation.every_tokens, run.validation.tokens_per_source = tokens // POINTS, WHOLE_DOCUMENT
+    run.validation.every_tokens, run.validation.tokens_per_source = tokens // POINTS, VALIDATION_TOKENS
     run.checkpoint.every_minutes = 0
     run.data.lanes, run.data.window_rows = (
         bench.lanes,
@@ -175,7 +177,7 @@ def _theirs(documents: Run, rows: Run, lr: float, tokens: int) -> Training:
     from modernenc.validation import Validator
 
     corpus = Corpus.of(rows.data)
-    rows.validation.tokens_per_source = WHOLE_DOCUMENT
+    rows.validation.tokens_per_source = VALIDATION_TOKENS
     validator = Validator(rows, Curriculum.of(rows), corpus)
     ours = build_objectives(rows).masked_lm
     names = ours.backbone.HUGGING_FACE_NAMES
@@ -205,7 +207,7 @@ def _theirs(documents: Run, rows: Run, lr: float, tokens: int) -> Training:
             model,
             arguments,
             DataCollatorForLanguageModeling(hugging_face_tokenizer(corpus, ROW), mlm_probability=0.15),
-            list(joined(documents, tokens)),
+            list(full_rows(documents, tokens)),
             callbacks=[Timed()],
         )
         clock = Clock(training)
@@ -213,7 +215,7 @@ def _theirs(documents: Run, rows: Run, lr: float, tokens: int) -> Training:
     return training
 
 
-def joined(documents: Run, tokens: int) -> Iterator[dict[str, "torch.Tensor"]]:
+def full_rows(documents: Run, tokens: int) -> Iterator[dict[str, "torch.Tensor"]]:
     """So many tokens of whole documents, one after the other, in rows of full length."""
     import torch
 
@@ -238,9 +240,9 @@ def joined(documents: Run, tokens: int) -> Iterator[dict[str, "torch.Tensor"]]:
 def table_of(backbone: str, theirs: list[Training], ours: list[Training], best: Training) -> Table:
     """A row for each training."""
     target = best.losses[-1]
-    table = Table(title=f"{backbone}: seconds to {target:.3f} nat", title_justify="left", box=SIMPLE_HEAD)
-    for column in ("", "lr", "ends at", "after s", "reached at", "of the best"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    table = output.new_table(
+        f"{backbone}: seconds to {target:.3f} nat", ("", "lr", "ends at", "after s", "reached at", "of the best")
+    )
     for training in [*theirs, *ours]:
         reached = training.seconds_to(target)
         table.add_row(

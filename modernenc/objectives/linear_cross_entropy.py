@@ -9,6 +9,7 @@ from torch import Tensor
 
 from modernenc.backbones.transfer import on_gpu
 
+HAS_KERNEL = bool(find_spec("triton"))
 ROWS = 1_024
 """Rows of a chunk: enough that adding the chunk's share to the gradient of the weight costs little beside its products."""
 CACHED = 1 << 21
@@ -69,7 +70,7 @@ def _to_gradients(logits: Tensor, targets: Tensor, bias_grad: Tensor) -> tuple[T
     """Loss and number of right answers; the logits become their gradients, those of rows without a target zero."""
     loss, correct = bias_grad.new_zeros(()), targets.new_zeros(())
     logits[len(targets) :] = 0
-    if on_gpu(logits.device) and bias_grad.dtype == torch.float32 and find_spec("triton"):
+    if on_gpu(logits.device) and bias_grad.dtype == torch.float32 and HAS_KERNEL:
         from modernenc.objectives.cross_entropy import to_gradients
 
         losses, best = to_gradients(logits[: len(targets)], targets)
