@@ -101,6 +101,9 @@ class Init:
     """Which layers a deeper backbone takes: spread, the one as far down, or by_kind, the nearest of those that attend alike."""
     tokenizer: str = ""
     """The source's tokenizer.json, when it is not the data's: embeddings are carried over by what tokens are written like."""
+    unigram: bool = False
+    """Begin with random weights but for the decoder's bias, which predicts each token by its frequency in the first mix, so that
+    no step is spent on learning these."""
 
 
 @dataclass
@@ -146,6 +149,9 @@ class Trainer:
     recompute_every: int = 0
     """Keep no activations of every so many-th block but make them again in the backward pass: 1 means all blocks, which costs
     a third more time and saves most of the memory; 0 means none. Losses do not change by a bit."""
+    compile: bool = False
+    """On GPUs in bf16, have torch's compiler make one kernel of what lies between products, which costs a minute at each start.
+    Numbers are rounded in other places then, so a run should end as it began. A CPU's path is not compiled."""
 
 
 @dataclass

@@ -191,7 +191,8 @@ def _announce(run: Run, curriculum: Curriculum, module: Pretraining, trainer: L.
              f"{curriculum.total_tokens:,}", f"{curriculum.total_steps:,}")  # fmt: skip
     path = module.objectives.backbone.path(device, dtype)
     who = ranks.described(trainer.world_size, torch.get_num_threads())
-    log.info("device %s, precision %s, %s, %s", device, run.trainer.precision, path, who)
+    how = f"{run.trainer.precision}, compiled" if module.compiles else run.trainer.precision
+    log.info("device %s, precision %s, %s, %s", device, how, path, who)
     if run.trainer.strategy == "fsdp":
         log.info("FSDP2: weights and optimizer states are split over ranks")
     elif run.checkpoint.distributed:

@@ -3,6 +3,7 @@
 A wider backbone takes each matrix in its centre and again around it, a deeper one its layers several times, as ModernBERT-large
 was made from base (Warner et al. 2024, arXiv:2412.13663, section 3). Under another tokenizer a token has the embedding of
 the token that is written the same, or the mean of those that it is made of: Dobler and de Melo 2023, arXiv:2305.14481.
+Random weights may begin with the frequencies of tokens.
 """
 
 import json
@@ -12,16 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from hydra.utils import get_class
+from jaxtyping import Integer
 from torch import Tensor
 
 from modernenc.backbones import Backbone
 from modernenc.config import Run
+from modernenc.curriculum import reads_text
+from modernenc.data.blocks import Corpus, Shards
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+COUNTED_TOKENS = 1 << 20
+"""Of each slice, for frequencies."""
 _LAYER = re.compile(r"^(backbone\.layers\.)(\d+)(\..+)$")
 _BY_TOKEN = ("decoder.weight", "decoder.bias")
 """Weights with a row per token, beside the embedding."""
@@ -73,6 +80,25 @@ def initialise(model: Any, run: Run, tokenizer: Path) -> list[str]:
     return left
 
 
+@torch.no_grad()
+def begin_at_unigrams(model: Any, run: Run, corpus: Corpus) -> None:
+    """Have an untrained `MaskedLM` predict each token by its frequency: Meister et al. 2023, arXiv:2212.09686.
+
+    Frequencies are those of the first blocks of each slice in the first mix, plus one of each token. The bias is 0 for a token
+    that is as rare as the average one read, since a logit near 0 is the finest in bf16.
+    """
+    size = len(model.decoder.bias)
+    phase = next(phase for phase in run.phases.values() if reads_text(phase))
+    frequencies, read = np.zeros(size), 0
+    for name, share in corpus.slices(phase.mix).items():
+        counts = _counts(corpus.open(name), size)
+        frequencies += share * counts / counts.sum()
+        read += counts.sum()
+    frequencies = (frequencies * read + 1) / (read + size)
+    nats = np.log(frequencies)
+    model.decoder.bias.copy_(torch.from_numpy(nats - frequencies @ nats))
+
+
 def layer_map(old: Sequence[str], new: Sequence[str], layers: str) -> list[int]:
     """Which old layer each new one takes, by their kinds."""
     taken = []
@@ -91,6 +117,16 @@ def tiled(old: Tensor, shape: Sequence[int]) -> Tensor:
         if size != had:
             old = old.index_select(dimension, (torch.arange(size) - (size - had) // 2) % had)
     return old
+
+
+def _counts(shards: Shards, size: int) -> Integer[np.ndarray, " vocab"]:
+    """How often each token is in the first blocks."""
+    counts = np.zeros(size, np.int64)
+    for shard, index in ((shard, index) for shard, blocks in enumerate(shards.sizes) for index in range(blocks)):
+        counts += np.bincount(shards.read(shard, index).tokens, minlength=size)
+        if counts.sum() >= COUNTED_TOKENS:
+            break
+    return counts
 
 
 def _from_checkpoint(path: Path) -> Source:

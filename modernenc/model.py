@@ -35,6 +35,21 @@ def recompute(backbone: Backbone, every: int) -> None:
         block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
+def compile_parts(backbone: Backbone) -> None:
+    """Have torch's compiler make few kernels of many.
+
+    Sizes are dynamic from the first call, and not taken to be equal because they once were: so a graph serves any documents,
+    and numbers do not depend on what ran before.
+    """
+    from torch import _dynamo
+    from torch.fx.experimental import _config as sizes
+
+    sizes.use_duck_shape = False
+    _dynamo.config.recompile_limit = 32  # kinds of layers, made again or not, in training and in validation
+    for part in backbone.compilable():
+        part.forward = torch.compile(part.forward, dynamic=True, fullgraph=True)
+
+
 def set_backbone(backbone: Backbone, point: Point) -> None:
     """Give the backbone the attributes that its phase sets."""
     for name, value in point.backbone.items():

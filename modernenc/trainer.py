@@ -20,8 +20,8 @@ from modernenc.config import Run
 from modernenc.curriculum import Curriculum, Point
 from modernenc.data.blocks import Corpus
 from modernenc.data.loader import DataState, Step, StepLoader, Steps, fingerprint, merge
-from modernenc.initialization import initialise
-from modernenc.model import build_objectives, load_weights, recompute, set_backbone, weights_of
+from modernenc.initialization import begin_at_unigrams, initialise
+from modernenc.model import build_objectives, compile_parts, load_weights, recompute, set_backbone, weights_of
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +88,8 @@ class Pretraining(L.LightningModule):
         elif run.init.source:
             left = initialise(self.objectives.masked_lm, run, corpus.tokenizer_file)
             log.info("begins with the weights of %s%s", run.init.source, f", but for {', '.join(left)}" if left else "")
+        elif run.init.unigram:
+            begin_at_unigrams(self.objectives.masked_lm, run, corpus)
 
     @property
     def point(self) -> Point:
@@ -105,12 +107,20 @@ class Pretraining(L.LightningModule):
         return every_tokens > 0 and self.tokens_seen // every_tokens > self.last_point.tokens_seen // every_tokens
 
     def configure_model(self) -> None:
-        """Split the parameters over the ranks, block by block, when the strategy is FSDP2."""
+        """Compile what the recipe wants compiled; split the parameters over the ranks, block by block, under FSDP2."""
+        if self.compiles:
+            compile_parts(self.objectives.backbone)
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not isinstance(self.objectives, FSDPModule):
             mesh = self.trainer.strategy.device_mesh["data_parallel"]
             for block in self.objectives.backbone.blocks():
                 fully_shard(block, mesh=mesh)
             fully_shard(self.objectives, mesh=mesh)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether there is a GPU, and so a path, that the recipe wants compiled."""
+        trainer = self.run.trainer
+        return trainer.compile and trainer.precision == "bf16-mixed" and self.trainer.strategy.root_device.type == "cuda"
 
     def configure_optimizers(self) -> list[Optimizer]:
         """The optimizers that the recipe chose, with their states of the checkpoint."""

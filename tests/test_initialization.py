@@ -12,11 +12,13 @@ from tokenizers import Tokenizer
 from modernenc.backbones.mega import Mega
 from modernenc.backbones.modernbert import ModernBERT
 from modernenc.checks import check_init, check_run
+from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.export import export
-from modernenc.initialization import initialise, layer_map, made_of, tiled, transferred
+from modernenc.initialization import begin_at_unigrams, initialise, layer_map, made_of, tiled, transferred
 from modernenc.metrics import Table
 from modernenc.model import build_objectives, load_masked_lm, weights_of
+from modernenc.validation import Validator
 
 BASE_TO_LARGE = [0, 1, 2, 2, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12, 13, 13, 14, 15, 16, 16, 17, 18, 19, 20, 20, 21]
 """As ModernBERT's own code has it."""
@@ -49,6 +51,28 @@ def test_a_run_begins_with_the_weights_of_another_ones_checkpoint(trained, small
     last = float(Table(folder / "metrics.csv").read()[-1]["loss"])
     first = float(Table(train(run) / "metrics.csv").read()[0]["loss"])
     assert abs(first - last) < 0.5 < Corpus.of(run.data).vocab_size
+
+
+@pytest.mark.parametrize("recipe", ["demo", "demo_mega"])
+def test_a_run_may_begin_with_the_frequencies_of_tokens(small_run, recipe):
+    run = small_run("init.unigram=true", "validation.tokens_per_source=4096", recipe=recipe)
+    check_run(run)
+    corpus, losses = Corpus.of(run.data), {}
+    validator = Validator(run, Curriculum.of(run), corpus)
+    model = build_objectives(run).masked_lm
+    for when in ("random", "unigram"):
+        losses[when] = {score.source: score.loss for score in validator.first_scores(model)}
+        begin_at_unigrams(model, run, corpus)
+    for source in corpus.sources:  # data_prep counted all of the text, each source by its size
+        assert abs(losses["unigram"][source] - corpus.sources[source]["validation"]["unigram_nats"]) < 0.25
+        assert losses["random"][source] > losses["unigram"][source] + 0.3
+    first = float(Table(train(run) / "metrics.csv").read()[0]["loss"])
+    assert first < losses["random"]["all"] - 0.3
+
+
+def test_frequencies_come_from_text_and_not_over_weights(small_run, tmp_path):
+    with pytest.raises(ValueError, match=r"init.unigram=True: expected false with init.source"):
+        check_run(small_run("init.unigram=true", f"init.source={tmp_path}"))
 
 
 def test_an_exported_model_comes_back_as_it_was(trained, small_run, tmp_path):

@@ -60,6 +60,10 @@ class Backbone(Protocol):
         """The layers, each of which may be split over ranks by itself."""
         ...
 
+    def compilable(self) -> list[nn.Module]:
+        """The largest parts that are one graph for torch's compiler on a GPU, whatever the documents."""
+        ...
+
     def matrices(self) -> list[nn.Parameter]:
         """Weights that an optimizer like Muon may orthogonalise: no embedding, no decoder."""
         ...

@@ -143,6 +143,10 @@ class Mega(nn.Module):
         """The layers, each of which may be split over ranks by itself."""
         return list(self.layers)
 
+    def compilable(self) -> list[nn.Module]:
+        """The MLPs: attention has as many products as chunks have lengths."""
+        return [cast(Block, layer).nffn for layer in self.layers]
+
     def matrices(self) -> list[nn.Parameter]:
         """Weights of the layers' linear maps, each as it is, fused or not; the EMA and the maps to queries and keys are not."""
         return [cast(nn.Parameter, module.weight) for module in self.layers.modules() if isinstance(module, nn.Linear)]

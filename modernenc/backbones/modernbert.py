@@ -119,6 +119,10 @@ class ModernBERT(nn.Module):
         """The layers, each of which may be split over ranks by itself."""
         return list(self.layers)
 
+    def compilable(self) -> list[nn.Module]:
+        """The layers: kernels of attention take documents of all lengths at once."""
+        return self.blocks()
+
     def matrices(self) -> list[nn.Parameter]:
         """All matrices of the layers; Wqkv and the GLU's Wi count as one each, unsplit."""
         return [parameter for parameter in self.layers.parameters() if parameter.ndim == 2]
