@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from functools import partial
+from typing import Any, cast
 
 import pytest
 import torch
@@ -81,8 +82,9 @@ def outcomes(model, device) -> list[torch.Tensor]:
 
 def compare(name: str, every: int, device: str) -> tuple[int, float]:
     """Graphs made, and the largest distance of an outcome of compiled parts."""
-    settings = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "backbone" / f"{name}.yaml"))
-    settings |= {"vocab_size": 300, "num_hidden_layers": 5} | {key: 0.0 for key in settings if "dropout" in key}
+    given = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "backbone" / f"{name}.yaml"))
+    settings = {**cast(dict[str, Any], given), "vocab_size": 300, "num_hidden_layers": 5}
+    settings |= {key: 0.0 for key in settings if "dropout" in key}
     if device == "cpu":
         ema.HAS_KERNEL = False  # Triton's interpreter takes minutes
         torch.compile = partial(torch.compile, backend="aot_eager")

@@ -2,7 +2,8 @@
 
 Tokens are laid out head by head, queries and keys rotated on the way, in blocks of one shape: those of a window, or documents
 of similar length. Each block is a product, a softmax and a product, on so few scores at a time that they stay in a processor's
-cache. The backward pass makes the scores again, so that nothing of length x length is kept.
+cache. The backward pass makes the scores again, but for those of windows and short documents: so nothing of length x length
+is kept.
 """
 
 from collections.abc import Iterator
@@ -17,6 +18,10 @@ from modernenc.backbones.rotary import Rotation, rotate_into
 
 SCORES = 1 << 23
 """Scores that are worked on at a time, about."""
+
+
+KEPT = 256
+"""Keys of a block up to which its shares are kept for the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,7 @@ class _BlockAttention(torch.autograd.Function):
             rotate_into(k[:, inner], sources[1], of_keys)
             v[:, inner] = sources[2]
             out = laid.new_empty(arrangement.places, heads, head_dim)
+            kept: list[Tensor] = []
             for blocks in arrangement.blocks:
                 queries, keys, values = blocks.of_queries(q), blocks.of_keys(k), blocks.of_keys(v)
                 outs = blocks.of_queries(out.transpose(0, 1))
@@ -108,15 +114,18 @@ class _BlockAttention(torch.autograd.Function):
                     some_keys, some_values = keys[:, n].flatten(0, 1).contiguous(), values[:, n].flatten(0, 1).contiguous()
                     for r in ranges:
                         some = queries[:, n, r]
-                        made = _shares(some.flatten(0, 1), some_keys, blocks.bias, n, r) @ some_values
-                        outs[:, n, r] = made.view(some.shape)
-            ctx.save_for_backward(q, k, v, cos, sin)
+                        shares = _shares(some.flatten(0, 1), some_keys, blocks.bias, n, r)
+                        outs[:, n, r] = (shares @ some_values).view(some.shape)
+                        if blocks.keys <= KEPT and any(ctx.needs_input_grad):
+                            kept.append(shares)
+            ctx.save_for_backward(q, k, v, cos, sin, *kept)
             ctx.arrangement = arrangement
             return out[: len(qkv)] if inverse is None else out.index_select(0, inverse)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        q, k, v, cos, sin = ctx.saved_tensors
+        q, k, v, cos, sin, *rest = ctx.saved_tensors
+        kept = iter(rest)
         arrangement: Arrangement = ctx.arrangement
         inverse, count = arrangement.inverse, len(cos)
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -135,7 +144,7 @@ class _BlockAttention(torch.autograd.Function):
                     sums: list[Tensor] = []
                     for r in ranges:
                         some, out = queries[:, n, r].flatten(0, 1), outs[:, n, r].flatten(0, 1)
-                        shares = _shares(some, some_keys, blocks.bias, n, r)
+                        shares = next(kept) if blocks.keys <= KEPT else _shares(some, some_keys, blocks.bias, n, r)
                         dscores = torch.ops.aten._softmax_backward_data(
                             out @ some_values.transpose(1, 2), shares, -1, shares.dtype
                         )

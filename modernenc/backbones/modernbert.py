@@ -20,14 +20,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 INIT_STD = 0.02
-"""Standard deviation of every matrix but the output projections, before the cut at two of them."""
+"""As published."""
 
 
 class ModernBERT(nn.Module):
     """Encoder of documents laid end to end.
 
     `local_attention` is the width of the window, half to each side; `attention_out_dropout` acts after each attention's
-    output projection. Raises ValueError for sizes that do not fit each other.
+    output projection. `init_std` is the standard deviation of new matrices but the output projections, before the cut at two
+    of them. Raises ValueError for sizes that do not fit each other.
     """
 
     PHASE_ATTRIBUTES: ClassVar[tuple[str, ...]] = ("global_rope_theta", "local_rope_theta")
@@ -48,6 +49,7 @@ class ModernBERT(nn.Module):
         local_attention: int = 128,
         attention_out_dropout: float = 0.0,
         norm_eps: float = 1e-5,
+        init_std: float = INIT_STD,
     ) -> None:
         super().__init__()
         if hidden_size % (2 * num_attention_heads):
@@ -66,6 +68,7 @@ class ModernBERT(nn.Module):
         self.global_attn_every_n_layers = global_attn_every_n_layers
         self.local_attention = local_attention
         self.norm_eps = norm_eps
+        self.init_std = init_std
         self.embeddings = Embeddings(vocab_size, hidden_size, norm_eps)
         self.layers = nn.ModuleList(
             Layer(
@@ -113,7 +116,7 @@ class ModernBERT(nn.Module):
 
     def prediction_head(self) -> nn.Module:
         """The published head: dense, GELU, norm."""
-        return PredictionHead(self.hidden_size, self.norm_eps)
+        return PredictionHead(self.hidden_size, self.norm_eps, self.init_std)
 
     def blocks(self) -> list[nn.Module]:
         """The layers, each of which may be split over ranks by itself."""
@@ -169,6 +172,7 @@ class ModernBERT(nn.Module):
             "global_attn_every_n_layers": every,
             "local_attention": config.get("local_attention", 128),
             "norm_eps": config.get("norm_eps", 1e-5),
+            "init_std": config.get("initializer_range", INIT_STD),
         }
 
     def path(self, device: torch.device, dtype: torch.dtype) -> str:
@@ -190,6 +194,7 @@ class ModernBERT(nn.Module):
             norm_eps=self.norm_eps,
             global_attn_every_n_layers=self.global_attn_every_n_layers,
             local_attention=self.local_attention,
+            initializer_range=self.init_std,
             global_rope_theta=float(self.global_rope_theta),
             local_rope_theta=float(self.local_rope_theta),
             classifier_pooling="mean",
@@ -198,13 +203,13 @@ class ModernBERT(nn.Module):
 
     def _init_weights(self) -> None:
         """Megatron's: output projections are smaller by sqrt(2 x layers), so that the residual stream keeps its scale."""
-        _init_matrix(self.embeddings.tok_embeddings.weight, INIT_STD)
-        out_std = INIT_STD / math.sqrt(2 * len(self.layers))
+        _init_matrix(self.embeddings.tok_embeddings.weight, self.init_std)
+        out_std = self.init_std / math.sqrt(2 * len(self.layers))
         for layer in self.layers:
             assert isinstance(layer, Layer)
-            _init_matrix(layer.attn.Wqkv.weight, INIT_STD)
+            _init_matrix(layer.attn.Wqkv.weight, self.init_std)
             _init_matrix(layer.attn.Wo.weight, out_std)
-            _init_matrix(layer.mlp.Wi.weight, INIT_STD)
+            _init_matrix(layer.mlp.Wi.weight, self.init_std)
             _init_matrix(layer.mlp.Wo.weight, out_std)
 
 
@@ -291,11 +296,11 @@ class GeGLU(nn.Module):
 class PredictionHead(nn.Module):
     """From hidden states to what the decoder reads."""
 
-    def __init__(self, hidden_size: int, norm_eps: float) -> None:
+    def __init__(self, hidden_size: int, norm_eps: float, init_std: float) -> None:
         super().__init__()
         self.dense = nn.Linear(hidden_size, hidden_size, bias=False)
         self.norm = nn.LayerNorm(hidden_size, norm_eps, bias=False)
-        _init_matrix(self.dense.weight, INIT_STD)
+        _init_matrix(self.dense.weight, init_std)
 
     def forward(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
         return self.norm(F.gelu(self.dense(hidden)))

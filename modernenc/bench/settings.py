@@ -46,9 +46,9 @@ class Bench:
     """What transformers' Trainer learns from before it counts as trained."""
     trainer_lrs: list[float] = MISSING
     """Its learning rates, of which the best counts."""
-    optimizers: dict[str, float] = MISSING
-    """What we train with beside it, by names in `conf/optim`: the share of its tokens that ours gets; `~optimizers.muon` leaves
-    that one out. With adamw ours has the learning rate that was best for it."""
+    optimizers: dict[str, dict[str, float]] = MISSING
+    """What we train with beside it, by names in `conf/optim`: their settings, and `share`, that of its tokens which ours gets;
+    `~optimizers.muon` leaves that one out."""
 
 
 def register_bench() -> None:

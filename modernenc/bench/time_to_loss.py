@@ -1,9 +1,10 @@
 """Minutes to a validation loss, beside transformers' Trainer: same text, tokenizer, size of model and machine.
 
 The Trainer does what its documentation shows for masked LM: documents one after the other in rows of 512, 15 % masked, AdamW
-with its defaults, a learning rate that falls to 0 by a line; at several learning rates, of which the best counts. Ours warms
-up, keeps its learning rate and decays, on documents packed into rows of the same length. All are validated on the same held-out
-documents with the same masks, while their clocks stand still.
+with its defaults, a learning rate that falls to 0 by a line, weights as transformers initialises them; at several learning
+rates, of which the best counts. Ours has a curriculum: from the frequencies of tokens on, short rows of many documents in
+smaller steps, then rows of the same length as theirs while the learning rate decays. All are validated on the same held-out
+rows of that length with the same masks, while their clocks stand still.
 """
 
 import contextlib
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     import torch
 
 ROW, ROWS = 512, 4
+"""Of each of their steps; ours ends with rows of that length, two in a step."""
+SHORT, SHORT_ROWS, LONG_ROWS = 128, 8, 2
+"""What ours begins with, and the rows of its steps."""
+WINDOW_ROWS = 64
 WHOLE_DOCUMENT = 8_192
 """Tokens that theirs are cut to before they are laid end to end."""
 VALIDATION_TOKENS = 8_192
@@ -79,15 +84,13 @@ def measure(bench: Bench, folder: Path) -> None:
     for backbone in bench.backbones:
         documents = the_run(bench, backbone, WHOLE_DOCUMENT)
         rows = the_run(bench, backbone, ROW)
+        rows.validation.tokens_per_source = VALIDATION_TOKENS
         theirs = [alone(console, _theirs, documents, rows, lr, int(bench.trainer_tokens)) for lr in bench.trainer_lrs]
         best = min(theirs, key=lambda training: training.losses[-1])
         ours = []
-        for optimizer, share in bench.optimizers.items():
-            run = ours_with(bench, backbone, optimizer, share * bench.trainer_tokens)
-            if optimizer == "adamw":  # as theirs, so at the rate that is best for theirs
-                run.optim["lr"] = best.lr
-                run.phases = {name: replace(phase, lr=best.lr) for name, phase in run.phases.items()}
-            ours.append(alone(console, _ours, run, optimizer))
+        for optimizer in bench.optimizers:
+            run = ours_with(bench, backbone, optimizer)
+            ours.append(alone(console, _ours, run, rows, optimizer))
         written.append({"backbone": backbone, "best": asdict(best), "trainings": [asdict(one) for one in [*theirs, *ours]]})
         table = table_of(backbone, theirs, ours, best)
         output.write(folder, f"time_to_loss_{backbone}", table, written[-1])
@@ -105,30 +108,37 @@ def alone(console: Console, train: Callable[..., Training], *arguments: Any) -> 
     return training
 
 
-def ours_with(bench: Bench, backbone: str, optimizer: str, tokens: float) -> Run:
-    """Our run: a constant learning rate, and its decay."""
+def ours_with(bench: Bench, backbone: str, optimizer: str) -> Run:
+    """Our run: short rows at a constant learning rate, then long ones as it decays."""
     run = the_run(bench, backbone, ROW, optimizer)
+    settings = dict(bench.optimizers[optimizer])
+    if "share" not in settings:
+        raise ValueError(f"optimizers.{optimizer}: no share; expected that of the Trainer's tokens, such as 0.65")
+    tokens = settings.pop("share") * bench.trainer_tokens
+    run.optim |= settings
     (phase,) = run.phases.values()
-    phase.batch_rows, phase.tokens = ROWS, round(DECAY * tokens)
-    stable = replace(phase, lr_curve="constant", warmup_tokens=round(WARMUP * tokens), tokens=round((1 - DECAY) * tokens))
+    phase.lr, phase.batch_rows, phase.tokens = run.optim["lr"], LONG_ROWS, round(DECAY * tokens)
+    stable = replace(
+        phase, seq_len=SHORT, batch_rows=SHORT_ROWS, lr_curve="constant", warmup_tokens=round(WARMUP * tokens),
+        tokens=round((1 - DECAY) * tokens),
+    )  # fmt: skip
     run.phases = {"stable": stable, "decay": phase}
-    run.validation.every_tokens, run.validation.tokens_per_source = tokens // POINTS, VALIDATION_TOKENS
+    run.validation.every_tokens = tokens // POINTS
     run.checkpoint.every_minutes = 0
-    run.data.lanes, run.data.window_rows = (
-        bench.lanes,
-        32,
-    )  # many windows open: a step of one is of few documents, and learns less
+    # Many windows open: a step of one is of few documents, and learns less.
+    run.data.lanes, run.data.window_rows = bench.lanes, WINDOW_ROWS
     return run
 
 
-def _ours(run: Run, optimizer: str) -> Training:
+def _ours(run: Run, rows: Run, optimizer: str) -> Training:
     import lightning.pytorch as L
 
     from modernenc import fit as fitting
     from modernenc.checks import check_run
-    from modernenc.metrics import ALL
+    from modernenc.curriculum import Curriculum
+    from modernenc.objectives import Objectives
     from modernenc.recorder import Recorder
-    from modernenc.validation import FIXED_RATIO
+    from modernenc.validation import Score, Validator
 
     training = Training("modernenc", optimizer, run.optim["lr"])
 
@@ -137,19 +147,20 @@ def _ours(run: Run, optimizer: str) -> Training:
 
         def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             (recorder,) = (callback for callback in trainer.callbacks if isinstance(callback, Recorder))  # pyright: ignore[reportAttributeAccessIssue]
-            scores_of = recorder.validator.scores
+            validator = Validator(rows, Curriculum.of(rows), recorder.validator.corpus)
 
-            def scores(*arguments: Any) -> Any:
+            def scores(objectives: Objectives, phase: str) -> list[Score]:
                 found = []
 
                 def loss() -> float:
-                    found.extend(scores_of(*arguments))
-                    return next(one.loss for one in found if one.source == ALL and one.mask_ratio == FIXED_RATIO)
+                    found.extend(validator.first_scores(objectives.masked_lm))
+                    return found[-1].loss
 
                 clock.validate(loss)
+                objectives.train()
                 return found
 
-            recorder.validator.scores = scores  # pyright: ignore[reportAttributeAccessIssue]
+            recorder.validator.scores = scores
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         run.run_dir = f"{folder}/run"
@@ -163,13 +174,15 @@ def _ours(run: Run, optimizer: str) -> Training:
 def _theirs(documents: Run, rows: Run, lr: float, tokens: int) -> Training:
     import torch
     from transformers import (
+        AutoConfig,
+        AutoModelForMaskedLM,
         DataCollatorForLanguageModeling,
         Trainer,
         TrainerCallback,
         TrainingArguments,
+        set_seed,
     )
 
-    from modernenc.bench.step import transformers_model
     from modernenc.curriculum import Curriculum
     from modernenc.data.blocks import Corpus
     from modernenc.export import hugging_face_tokenizer, our_names
@@ -177,11 +190,12 @@ def _theirs(documents: Run, rows: Run, lr: float, tokens: int) -> Training:
     from modernenc.validation import Validator
 
     corpus = Corpus.of(rows.data)
-    rows.validation.tokens_per_source = VALIDATION_TOKENS
     validator = Validator(rows, Curriculum.of(rows), corpus)
     ours = build_objectives(rows).masked_lm
     names = ours.backbone.HUGGING_FACE_NAMES
-    model = transformers_model(ours)
+    settings = {**ours.backbone.hugging_face_model().config.to_dict()}
+    set_seed(rows.seed)
+    model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(**settings))
     training = Training("HF Trainer", "adamw", lr)
     steps = tokens // (ROW * ROWS)
 
