@@ -172,7 +172,6 @@ def _check_values(run: Run) -> None:
         f"one of {', '.join(DEVICES)}, or nothing",
     )
     require(0 < run.estimate.mfu <= 1, "estimate.mfu", run.estimate.mfu, "a share in (0, 1]")
-    require(not (run.init.source and run.init.unigram), "init.unigram", True, "false with init.source, which brings a bias")
     reads = any(reads_text(phase) for phase in run.phases.values())
     require(reads or not run.init.unigram, "init.unigram", True, "false where no phase reads text")
     require(run.init.layers in LAYERS, "init.layers", run.init.layers, f"one of {', '.join(LAYERS)}")

@@ -102,8 +102,8 @@ class Init:
     tokenizer: str = ""
     """The source's tokenizer.json, when it is not the data's: embeddings are carried over by what tokens are written like."""
     unigram: bool = False
-    """Begin with random weights but for the decoder's bias, which predicts each token by its frequency in the first mix: no
-    step is spent on learning these."""
+    """Where there is no source: let the decoder's bias predict each token by its frequency in the first mix, so that no step is
+    spent on learning these."""
 
 
 @dataclass

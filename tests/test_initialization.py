@@ -70,11 +70,6 @@ def test_a_run_may_begin_with_the_frequencies_of_tokens(small_run, recipe):
     assert first < losses["random"]["all"] - 0.3
 
 
-def test_frequencies_come_from_text_and_not_over_weights(small_run, tmp_path):
-    with pytest.raises(ValueError, match=r"init.unigram=True: expected false with init.source"):
-        check_run(small_run("init.unigram=true", f"init.source={tmp_path}"))
-
-
 def test_an_exported_model_comes_back_as_it_was(trained, small_run, tmp_path):
     recipe, folder = trained
     export([folder], tmp_path / "exported")

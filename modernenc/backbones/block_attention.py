@@ -20,7 +20,7 @@ SCORES = 1 << 23
 """Scores that are worked on at a time, about."""
 
 
-KEPT = 256
+KEPT = 512
 """Keys of a block up to which its shares are kept for the backward pass."""
 
 
