@@ -117,7 +117,8 @@ class Data:
     timeout_s: float = 60
     """How long a remote may be silent before a read of it counts as failed; it is tried three times."""
     lanes: int = MISSING
-    """Number of lanes: the unit of order, and the largest number of ranks."""
+    """Number of lanes: the unit of order, and the largest number of ranks. Rows of a step come from as many windows, so
+    few lanes mean few documents."""
     window_rows: int = MISSING
     """Rows' worth of text that a lane packs at a time."""
     workers: int = MISSING

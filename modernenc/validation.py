@@ -10,7 +10,7 @@ from modernenc.curriculum import Curriculum, items_at_once, objectives_of
 from modernenc.data.blocks import VALIDATION, Corpus
 from modernenc.data.choices import Choices
 from modernenc.data.lanes import Chunk, Row, seed_of
-from modernenc.data.masking import Masker, MicroBatch, collate
+from modernenc.data.masking import Masker, MicroBatch
 from modernenc.data.packing import SPECIALS, cut, pack
 from modernenc.metrics import ALL
 from modernenc.objectives import Objectives
@@ -95,10 +95,10 @@ class Validator:
     def _batches(self, source: str, seq_len: int, ratio: float) -> Iterator[MicroBatch]:
         masker = Masker(self.corpus.roles, self.corpus.ordinary_ids, ratio)
         rows = self._rows_of(source, seq_len)
-        masked = [masker.mask(row, (self.run.seed, seed_of(source), number)) for number, row in enumerate(rows)]
+        seeds = [(self.run.seed, seed_of(source), number) for number in range(len(rows))]
         size = max(1, self.run.trainer.micro_batch_tokens // seq_len)
-        for at in range(0, len(masked), size):
-            yield collate(masked[at : at + size], first_row=at)
+        for at in range(0, len(rows), size):
+            yield masker.batch(rows[at : at + size], seeds[at : at + size], first_row=at)
 
     def _rows_of(self, source: str, seq_len: int) -> list[Row]:
         """The first held-out documents of a source, as many as fit the budget."""

@@ -30,10 +30,9 @@ if TYPE_CHECKING:
     import torch
 
 ROW, ROWS = 512, 4
-"""Of each of their steps; ours ends with rows of that length, two in a step."""
-SHORT, SHORT_ROWS, LONG_ROWS = 128, 8, 2
-"""What ours begins with, and the rows of its steps."""
-WINDOW_ROWS = 64
+"""Length of their rows, and how many there are in a step."""
+SHORT, SHORT_ROWS, LONG_ROWS, WINDOW_ROWS = 128, 8, 2, 64
+"""Length of the rows that ours begins with, how many there are in a step, how many of theirs at the end, and in a window."""
 WHOLE_DOCUMENT = 8_192
 """Tokens that theirs are cut to before they are laid end to end."""
 VALIDATION_TOKENS = 8_192
@@ -85,12 +84,10 @@ def measure(bench: Bench, folder: Path) -> None:
         documents = the_run(bench, backbone, WHOLE_DOCUMENT)
         rows = the_run(bench, backbone, ROW)
         rows.validation.tokens_per_source = VALIDATION_TOKENS
+        runs = {optimizer: ours_with(bench, backbone, optimizer) for optimizer in bench.optimizers}
         theirs = [alone(console, _theirs, documents, rows, lr, int(bench.trainer_tokens)) for lr in bench.trainer_lrs]
         best = min(theirs, key=lambda training: training.losses[-1])
-        ours = []
-        for optimizer in bench.optimizers:
-            run = ours_with(bench, backbone, optimizer)
-            ours.append(alone(console, _ours, run, rows, optimizer))
+        ours = [alone(console, _ours, run, rows, optimizer) for optimizer, run in runs.items()]
         written.append({"backbone": backbone, "best": asdict(best), "trainings": [asdict(one) for one in [*theirs, *ours]]})
         table = table_of(backbone, theirs, ours, best)
         output.write(folder, f"time_to_loss_{backbone}", table, written[-1])

@@ -21,7 +21,7 @@ from modernenc.curriculum import MASKED_LM, Curriculum, Point, items_at_once, re
 from modernenc.data import choices
 from modernenc.data.blocks import Corpus
 from modernenc.data.lanes import Lane, LaneState, Mix, Row
-from modernenc.data.masking import Masker, MicroBatch, collate
+from modernenc.data.masking import Masker, MicroBatch
 from modernenc.data.packing import SPECIALS
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -190,18 +190,20 @@ class Steps(IterableDataset[Step]):
             row for row in range(point.first_row, point.first_row + point.batch_rows)
             if row % self.run.data.lanes in lanes
         ]  # fmt: skip
-        masked = []
+        rows: list[Row] = []
         for number in numbers:
             lane = lanes[number % self.run.data.lanes]
-            row = lane.next_row()
-            account.serve(row, point.seq_len)
+            rows.append(lane.next_row())
+            account.serve(rows[-1], point.seq_len)
             _count_draws(account, lane)
-            masked.append(masker.mask(row, (self.run.seed, phase, number)))
+        seeds = [(self.run.seed, phase, number) for number in numbers]
         size = max(1, self.run.trainer.micro_batch_tokens // point.seq_len)
-        micro_batches = [collate(masked[at : at + size], numbers[at]) for at in range(0, len(masked), size)]
+        micro_batches = [
+            masker.batch(rows[at : at + size], seeds[at : at + size], numbers[at]) for at in range(0, len(rows), size)
+        ]
         # Ranks run the same number of them, even where some have a row less: collectives in a forward pass must pair up.
         idle = -(-most_rows(point, self.run.data.lanes, self.world_size) // size) - len(micro_batches)
-        return micro_batches + [collate([masker.empty_row()], first_row=0)] * idle
+        return micro_batches + [masker.batch([], [], first_row=0)] * idle
 
     def _task_batches(self, point: Point, account: PhaseAccount) -> list[MicroBatch]:
         task, source = self.run.tasks[point.objective], self.tasks[point.objective]

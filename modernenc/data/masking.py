@@ -1,5 +1,6 @@
 """Rows -> micro-batches: special tokens around each chunk, masks, and the unpadded layout."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -43,19 +44,8 @@ class MicroBatch:
         return replace(self, **tensors)
 
 
-@dataclass(frozen=True)
-class MaskedRow:
-    """One row after masking."""
-
-    input_ids: Integer[np.ndarray, " tokens"]
-    lengths: list[int]
-    """Tokens of each document, special tokens included."""
-    target_positions: Integer[np.ndarray, " targets"]
-    targets: Integer[np.ndarray, " targets"]
-
-
 class Masker:
-    """Choose what to predict, as a function of (seed, row) alone.
+    """Choose what to predict, of each row as a function of its seed alone.
 
     The positions chosen at one ratio include those chosen at a lower one; special tokens are never chosen.
     """
@@ -67,14 +57,23 @@ class Masker:
         self._random = np.random.Philox(key=0)
         self._fresh = self._random.state
 
-    def mask(self, row: Row, seed: tuple[int, ...]) -> MaskedRow:
-        """Wrap the chunks of a row in cls and sep, and mask it."""
-        input_ids, lengths, ends = self._wrap(row)
-        words = self._words(seed, len(input_ids))
+    def batch(self, rows: Sequence[Row], seeds: Sequence[tuple[int, ...]], first_row: int) -> MicroBatch:
+        """Rows end to end, each chunk between cls and sep, masked; without rows an empty document with nothing to predict."""
+        chunks = [chunk.tokens for row in rows for chunk in row] or [np.empty(0, np.uint16)]
+        lengths = np.array([len(tokens) for tokens in chunks]) + SPECIALS
+        ends = lengths.cumsum()
+        starts = ends - lengths
+        input_ids = np.empty(ends[-1], np.int64)
+        for tokens, start in zip(chunks, starts.tolist(), strict=True):
+            input_ids[start + 1 : start + 1 + len(tokens)] = tokens
+        input_ids[starts], input_ids[ends - 1] = self.roles.cls, self.roles.sep
+        words = np.zeros(ends[-1], np.uint64)
+        last = 0
+        for row, seed in zip(rows, seeds, strict=True):
+            first, last = last, last + sum(len(chunk.tokens) + SPECIALS for chunk in row)
+            words[first:last] = self._words(seed, last - first)
         chosen = words < self._threshold
-        chosen[ends - 1] = False
-        chosen[0] = False
-        chosen[ends[:-1]] = False
+        chosen[starts], chosen[ends - 1] = False, False
         positions = chosen.nonzero()[0]
         targets = input_ids[positions]
         # The low bits say what is put there; they know nothing of the high ones, which chose the position.
@@ -83,12 +82,14 @@ class Masker:
         random = ((kind >= _MASKED) & (kind < _REPLACED)).nonzero()[0]
         drawn = (kind[random] - _MASKED) * np.uint64(len(self.ordinary_ids)) // (_REPLACED - _MASKED)
         input_ids[positions[random]] = self.ordinary_ids[drawn]
-        return MaskedRow(input_ids, lengths, positions, targets)
-
-    def empty_row(self) -> MaskedRow:
-        """A row of an empty document, with nothing to predict."""
-        nothing = np.empty(0, dtype=np.int64)
-        return MaskedRow(np.array([self.roles.cls, self.roles.sep]), [SPECIALS], nothing, nothing)
+        return MicroBatch(
+            input_ids=torch.from_numpy(input_ids),
+            cu_seqlens=torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32)),
+            max_seqlen=int(lengths.max()),
+            target_positions=torch.from_numpy(positions),
+            targets=torch.from_numpy(targets),
+            first_row=first_row,
+        )
 
     def _words(self, seed: tuple[int, ...], count: int) -> Integer[np.ndarray, " count"]:
         """Random words of 64 bits: the counter-based generator of Salmon et al. 2011, its key a hash of the seed."""
@@ -96,29 +97,3 @@ class Masker:
         self._fresh["state"]["key"] = np.frombuffer(key, np.uint64)
         self._random.state = self._fresh  # in a third of the time that a new generator takes
         return self._random.random_raw(count)
-
-    def _wrap(self, row: Row) -> tuple[Integer[np.ndarray, " tokens"], list[int], Integer[np.ndarray, " chunks"]]:
-        """Token ids of the row, and the length and end of each chunk, its special tokens included."""
-        lengths = [len(chunk.tokens) + SPECIALS for chunk in row]
-        ends = np.array(lengths).cumsum()
-        input_ids = np.empty(ends[-1], np.int64)
-        for chunk, length, end in zip(row, lengths, ends.tolist(), strict=True):
-            input_ids[end - length] = self.roles.cls
-            input_ids[end - length + 1 : end - 1] = chunk.tokens
-            input_ids[end - 1] = self.roles.sep
-        return input_ids, lengths, ends
-
-
-def collate(rows: list[MaskedRow], first_row: int) -> MicroBatch:
-    """Lay rows end to end."""
-    starts = np.cumsum([0, *(len(row.input_ids) for row in rows)])
-    lengths = [length for row in rows for length in row.lengths]
-    positions = [row.target_positions + start for row, start in zip(rows, starts, strict=False)]
-    return MicroBatch(
-        input_ids=torch.from_numpy(np.concatenate([row.input_ids for row in rows])),
-        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
-        max_seqlen=max(lengths),
-        target_positions=torch.from_numpy(np.concatenate(positions)),
-        targets=torch.from_numpy(np.concatenate([row.targets for row in rows])),
-        first_row=first_row,
-    )
