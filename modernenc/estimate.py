@@ -210,7 +210,7 @@ def _activations(run: Run, mask_ratio: float, tokens: int, document: int) -> flo
         return shallow + deeper * (_kept(run, few + period, sample, document, again) - shallow) if deeper else shallow
 
     def one_block(sample: int) -> float:
-        return _kept(run, few, sample, document, 0) - _kept(run, few, sample, document, 1)
+        return (_kept(run, few, sample, document, 0) - _kept(run, few, sample, document, 1)) / few
 
     def at_full_size(measured: Callable[[int], float]) -> float:
         sample = measured(SAMPLE)
