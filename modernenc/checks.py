@@ -172,8 +172,8 @@ def _check_values(run: Run) -> None:
         f"one of {', '.join(DEVICES)}, or nothing",
     )
     require(0 < run.estimate.mfu <= 1, "estimate.mfu", run.estimate.mfu, "a share in (0, 1]")
-    reads = any(reads_text(phase) for phase in run.phases.values())
-    require(reads or not run.init.unigram, "init.unigram", True, "false where no phase reads text")
+    readable = any(reads_text(phase) for phase in run.phases.values())
+    require(readable or not run.init.unigram, "init.unigram", True, "false where no phase reads text")
     require(run.init.layers in LAYERS, "init.layers", run.init.layers, f"one of {', '.join(LAYERS)}")
     require(run.clip_grad_norm >= 0, "clip_grad_norm", run.clip_grad_norm, "a norm, or 0 for no limit")
     muon = str(run.optim.get("_target_", "")).endswith(".muon") if isinstance(run.optim, dict) else False

@@ -18,8 +18,6 @@ from modernenc.backbones.rotary import Rotation, rotate_into
 
 SCORES = 1 << 23
 """Scores that are worked on at a time, about."""
-
-
 KEPT = 512
 """Keys of a block up to which its shares are kept for the backward pass."""
 

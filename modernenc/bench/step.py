@@ -170,14 +170,19 @@ class Theirs:
         return turn
 
 
-def transformers_model(ours: "MaskedLM") -> Any:
-    """Its own class, not one that is shipped with an export, with the same weights."""
+def new_transformers_model(ours: "MaskedLM") -> Any:
+    """Its own class, not one that is shipped with an export, of the same shape, initialised as transformers does."""
     from transformers import AutoConfig, AutoModelForMaskedLM
 
+    settings = ours.backbone.hugging_face_model().config
+    return AutoModelForMaskedLM.from_config(AutoConfig.for_model(**settings.to_dict()))
+
+
+def transformers_model(ours: "MaskedLM") -> Any:
+    """The same with our weights."""
     from modernenc.export import hugging_face_names
 
-    settings = ours.backbone.hugging_face_model().config
-    model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(**settings.to_dict()))
+    model = new_transformers_model(ours)
     model.load_state_dict(hugging_face_names(ours.state_dict(), ours.backbone.HUGGING_FACE_NAMES))
     return model
 

@@ -1,10 +1,10 @@
 """Minutes to a validation loss, beside transformers' Trainer: same text, tokenizer, size of model and machine.
 
 The Trainer does what its documentation shows for masked LM: documents one after the other in rows of 512, 15 % masked, AdamW
-with its defaults, a learning rate that falls to 0 by a line, weights as transformers initialises them; at several learning
-rates, of which the best counts. Ours has a curriculum: from the frequencies of tokens on, short rows of many documents in
-smaller steps, then rows of the same length as theirs while the learning rate decays. All are validated on the same held-out
-rows of that length with the same masks, while their clocks stand still.
+with its defaults, a learning rate that falls to 0 by a line, weights as transformers initialises them, with our standard
+deviation; at several learning rates, of which the best counts. Ours has a curriculum: from the frequencies of tokens on, short
+rows of many documents in smaller steps, then rows of the same length as theirs while the learning rate decays. All are
+validated on the same held-out rows of that length with the same masks, while their clocks stand still.
 """
 
 import contextlib
@@ -171,8 +171,6 @@ def _ours(run: Run, rows: Run, optimizer: str) -> Training:
 def _theirs(documents: Run, rows: Run, lr: float, tokens: int) -> Training:
     import torch
     from transformers import (
-        AutoConfig,
-        AutoModelForMaskedLM,
         DataCollatorForLanguageModeling,
         Trainer,
         TrainerCallback,
@@ -180,6 +178,7 @@ def _theirs(documents: Run, rows: Run, lr: float, tokens: int) -> Training:
         set_seed,
     )
 
+    from modernenc.bench.step import new_transformers_model
     from modernenc.curriculum import Curriculum
     from modernenc.data.blocks import Corpus
     from modernenc.export import hugging_face_tokenizer, our_names
@@ -190,9 +189,8 @@ def _theirs(documents: Run, rows: Run, lr: float, tokens: int) -> Training:
     validator = Validator(rows, Curriculum.of(rows), corpus)
     ours = build_objectives(rows).masked_lm
     names = ours.backbone.HUGGING_FACE_NAMES
-    settings = {**ours.backbone.hugging_face_model().config.to_dict()}
     set_seed(rows.seed)
-    model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(**settings))
+    model = new_transformers_model(ours)
     training = Training("HF Trainer", "adamw", lr)
     steps = tokens // (ROW * ROWS)
 

@@ -68,10 +68,10 @@ class Masker:
             input_ids[start + 1 : start + 1 + len(tokens)] = tokens
         input_ids[starts], input_ids[ends - 1] = self.roles.cls, self.roles.sep
         words = np.zeros(ends[-1], np.uint64)
-        last = 0
-        for row, seed in zip(rows, seeds, strict=True):
-            first, last = last, last + sum(len(chunk.tokens) + SPECIALS for chunk in row)
+        first = 0
+        for last, seed in zip(ends[np.cumsum([len(row) for row in rows], dtype=int) - 1].tolist(), seeds, strict=True):
             words[first:last] = self._words(seed, last - first)
+            first = last
         chosen = words < self._threshold
         chosen[starts], chosen[ends - 1] = False, False
         positions = chosen.nonzero()[0]
