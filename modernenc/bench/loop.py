@@ -20,7 +20,7 @@ from rich.console import Console
 from modernenc.bench import output
 from modernenc.bench.settings import Bench, the_run
 from modernenc.config import Run
-from modernenc.curriculum import objectives_of, tokens_of_cycle
+from modernenc.curriculum import objectives_of, reads_text, tokens_of_cycle
 
 ROW, ROWS = 256, 8
 STEPS, WARMUP, SAVE_EVERY = 100, 5, 10
@@ -72,6 +72,7 @@ def only(config: Run, name: str, steps: int) -> None:
     cycle = tokens_of_cycle(phase, config.tasks)
     phase.tokens = -(-sum(cycle.values()) * steps // sum(objectives_of(phase).values()))
     config.phases = {name: phase}
+    config.init.unigram &= reads_text(phase)
 
 
 def bare(config: Run, steps: int = STEPS, warmup: int = WARMUP) -> float:
