@@ -43,9 +43,10 @@ class Layout:
     def _by_document(self, dtype: torch.dtype) -> Arrangement:
         buckets = Buckets(lengths_of(self._given), self.cu_seqlens.device)
         blocks, start = [], 0
-        for valid, full in zip(buckets.valid, buckets.full, strict=True):
+        for valid, shortest in zip(buckets.valid, buckets.shortest, strict=True):
             count, length = valid.shape
-            blocks.append(Blocks(start, count, length, length, None if full else _bias(valid[:, None], dtype)))
+            bias = None if shortest == length else _bias(valid[:, None, shortest:], dtype)
+            blocks.append(Blocks(start, count, length, length, bias))
             start += count * length
         if buckets.in_place:
             return Arrangement(blocks, start, 0, None, None)

@@ -14,10 +14,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from modernenc.backbones.buckets import MULTIPLE
 from modernenc.backbones.rotary import Rotation, rotate_into
 
-SCORES = 1 << 23
+SCORES = 1 << 21
 """Scores that are worked on at a time, about."""
+HEADS = 2
+"""Heads that are worked on at a time, at least: oneDNN is five times slower at the product of one transposed matrix than at
+that of several."""
 KEPT = 512
 """Keys of a block up to which its shares are kept for the backward pass."""
 
@@ -31,8 +35,9 @@ class Blocks:
     count: int
     queries: int
     keys: int
-    bias: Float[Tensor, "count _ keys"] | None
-    """0 where a query may see a key, the lowest number where not; None where all are seen."""
+    bias: Float[Tensor, "count _ last_keys"] | None
+    """0 where a query may see a key, the lowest number where not; of the last keys, before which all are seen, as is each where
+    there is None."""
 
     def of_queries(self, x: Float[Tensor, "heads places head_dim"]) -> Float[Tensor, "heads count queries head_dim"]:
         """A view of the blocks' queries."""
@@ -51,16 +56,17 @@ class Blocks:
             start = self.start + (first + number) * self.queries
             x[:, start : start + part.shape[1] * self.queries] += piece.flatten(1, 2)
 
-    def parts(self, heads: int) -> Iterator[tuple[slice, list[slice]]]:
-        """Blocks, and ranges of their queries, to be worked on one after the other.
-
-        All heads together: oneDNN is five times slower at the product of one transposed matrix than at that of several.
-        """
-        together = max(1, SCORES // (heads * self.queries * self.keys))
-        rows = max(64, SCORES // (heads * self.keys) // 64 * 64)
+    def parts(self, heads: int) -> Iterator[tuple[tuple[slice, slice], list[slice]]]:
+        """Some heads of some blocks, and ranges of their queries, to be worked on one after the other."""
+        each = self.queries * self.keys
+        groups = max(1, min(-(-heads * each // SCORES), heads // HEADS))
+        some_heads = -(-heads // groups)
+        together = max(1, SCORES // (some_heads * each))
+        rows = MULTIPLE * -(-self.queries // (MULTIPLE * -(-some_heads * each // SCORES)))
         ranges = [slice(first, first + rows) for first in range(0, self.queries, rows)]
-        for first in range(0, self.count, together):
-            yield slice(first, first + together), ranges
+        for head in range(0, heads, some_heads):
+            for first in range(0, self.count, together):
+                yield (slice(head, head + some_heads), slice(first, first + together)), ranges
 
 
 @dataclass(frozen=True)
@@ -108,12 +114,12 @@ class _BlockAttention(torch.autograd.Function):
             for blocks in arrangement.blocks:
                 queries, keys, values = blocks.of_queries(q), blocks.of_keys(k), blocks.of_keys(v)
                 outs = blocks.of_queries(out.transpose(0, 1))
-                for n, ranges in blocks.parts(heads):
-                    some_keys, some_values = keys[:, n].flatten(0, 1).contiguous(), values[:, n].flatten(0, 1).contiguous()
+                for part, ranges in blocks.parts(heads):
+                    some_keys, some_values = keys[part].flatten(0, 1).contiguous(), values[part].flatten(0, 1).contiguous()
                     for r in ranges:
-                        some = queries[:, n, r]
-                        shares = _shares(some.flatten(0, 1), some_keys, blocks.bias, n, r)
-                        outs[:, n, r] = (shares @ some_values).view(some.shape)
+                        some = queries[*part, r]
+                        shares = _shares(some.flatten(0, 1), some_keys, blocks.bias, part[1], r)
+                        outs[*part, r] = (shares @ some_values).view(some.shape)
                         if blocks.keys <= KEPT and any(ctx.needs_input_grad):
                             kept.append(shares)
             ctx.save_for_backward(q, k, v, cos, sin, *kept)
@@ -137,23 +143,23 @@ class _BlockAttention(torch.autograd.Function):
             for blocks in arrangement.blocks:
                 queries, keys, values = blocks.of_queries(q), blocks.of_keys(k), blocks.of_keys(v)
                 outs, dqueries = blocks.of_queries(grad.transpose(0, 1)), blocks.of_queries(dq)
-                for n, ranges in blocks.parts(len(q)):
-                    some_keys, some_values = keys[:, n].flatten(0, 1).contiguous(), values[:, n].flatten(0, 1).contiguous()
+                for part, ranges in blocks.parts(len(q)):
+                    some_keys, some_values = keys[part].flatten(0, 1).contiguous(), values[part].flatten(0, 1).contiguous()
                     sums: list[Tensor] = []
                     for r in ranges:
-                        some, out = queries[:, n, r].flatten(0, 1), outs[:, n, r].flatten(0, 1)
-                        shares = next(kept) if blocks.keys <= KEPT else _shares(some, some_keys, blocks.bias, n, r)
+                        some, out = queries[*part, r].flatten(0, 1), outs[*part, r].flatten(0, 1)
+                        shares = next(kept) if blocks.keys <= KEPT else _shares(some, some_keys, blocks.bias, part[1], r)
                         dscores = torch.ops.aten._softmax_backward_data(
                             out @ some_values.transpose(1, 2), shares, -1, shares.dtype
                         )
-                        dqueries[:, n, r] = (dscores @ some_keys).view(queries[:, n, r].shape)
+                        dqueries[*part, r] = (dscores @ some_keys).view(queries[*part, r].shape)
                         made = dscores.transpose(1, 2) @ some, shares.transpose(1, 2) @ out
                         if not sums:  # sums of many in bf16 would lose too much
-                            sums = list(made) if len(ranges) == 1 else [part.to(wide) for part in made]
+                            sums = list(made) if len(ranges) == 1 else [now.to(wide) for now in made]
                         else:
                             sums = [before.add_(now) for before, now in zip(sums, made, strict=True)]
-                    for x, part in zip((dk, dv), sums, strict=True):
-                        blocks.add(x, part.view(keys[:, n].shape), n.start)
+                    for x, now in zip((dk, dv), sums, strict=True):
+                        blocks.add(x[part[0]], now.view(keys[part].shape), part[1].start)
             inner = slice(arrangement.margin, arrangement.margin + count)
             dqkv = q.new_empty(count, 3, len(q), q.shape[2])
             targets = dqkv.permute(1, 2, 0, 3)
@@ -169,7 +175,7 @@ def _shares(q: Tensor, k: Tensor, bias: Tensor | None, n: slice, r: slice) -> Te
     scores = q @ k.transpose(1, 2)
     if bias is not None:
         some = bias[n] if bias.shape[1] == 1 else bias[n, r]
-        scores.unflatten(0, (-1, len(some))).add_(some)
+        scores.unflatten(0, (-1, len(some)))[..., -some.shape[-1] :].add_(some)
     return scores.softmax(-1)
 
 

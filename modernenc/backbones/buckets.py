@@ -25,17 +25,17 @@ class Buckets:
         for document, length in enumerate(lengths):
             members.setdefault(_bucket_length(length), []).append(document)
         index, valid, self.shapes = [], [], []
-        self.full: list[bool] = []
-        """Whether a bucket has no padding."""
+        self.shortest: list[int] = []
+        """Tokens of the shortest document of each, before which there is no padding."""
         for length in sorted(members):
             first, count = starts[members[length], None], counts[members[length], None]
             offset = np.arange(length)
             index.append((first + np.minimum(offset, count - 1)).ravel())
             valid.append(offset < count)
             self.shapes.append((len(members[length]), length))
-            self.full.append(bool(valid[-1].all()))
+            self.shortest.append(int(count.min()))
         self.valid: list[Bool[Tensor, "docs length"]] = [sent(part, device) for part in valid]
-        self.in_place = len(members) == 1 and self.full[0]
+        self.in_place = len(members) == 1 and self.shortest[0] == self.shapes[0][1]
         """Whether all documents are of one length, so that nothing needs to move."""
         tokens = np.concatenate(index)
         self.index: Int[Tensor, " padded"] = sent(tokens, device)

@@ -79,10 +79,10 @@ class GatedAttention(nn.Module):
         """Attention of each token over its chunk."""
         # Autocast would take softmax to fp32 and back, for three times the cost.
         with torch.autocast(value.device.type, enabled=False):
-            parts = zip(chunks.gather(shared), chunks.gather(value), chunks.valid, chunks.full, strict=True)
+            parts = zip(chunks.gather(shared), chunks.gather(value), chunks.valid, chunks.shortest, strict=True)
             return chunks.scatter(
-                self.attention_dropout(self._weights(part, None if full else valid)) @ values
-                for part, values, valid, full in parts
+                self.attention_dropout(self._weights(part, None if shortest == part.shape[1] else valid)) @ values
+                for part, values, valid, shortest in parts
             )
 
     def _weights(self, shared: Tensor, valid: Tensor | None) -> Tensor:
