@@ -56,7 +56,7 @@ class Blocks:
             start = self.start + (first + number) * self.queries
             x[:, start : start + part.shape[1] * self.queries] += piece.flatten(1, 2)
 
-    def parts(self, heads: int) -> Iterator[tuple[tuple[slice, slice], list[slice]]]:
+    def parts(self, heads: int) -> Iterator[tuple[slice, slice, list[slice]]]:
         """Some heads of some blocks, and ranges of their queries, to be worked on one after the other."""
         each = self.queries * self.keys
         groups = max(1, min(-(-heads * each // SCORES), heads // HEADS))
@@ -66,7 +66,7 @@ class Blocks:
         ranges = [slice(first, first + rows) for first in range(0, self.queries, rows)]
         for head in range(0, heads, some_heads):
             for first in range(0, self.count, together):
-                yield (slice(head, head + some_heads), slice(first, first + together)), ranges
+                yield slice(head, head + some_heads), slice(first, first + together), ranges
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,12 @@ class _BlockAttention(torch.autograd.Function):
             for blocks in arrangement.blocks:
                 queries, keys, values = blocks.of_queries(q), blocks.of_keys(k), blocks.of_keys(v)
                 outs = blocks.of_queries(out.transpose(0, 1))
-                for part, ranges in blocks.parts(heads):
-                    some_keys, some_values = keys[part].flatten(0, 1).contiguous(), values[part].flatten(0, 1).contiguous()
+                for h, n, ranges in blocks.parts(heads):
+                    some_keys, some_values = keys[h, n].flatten(0, 1).contiguous(), values[h, n].flatten(0, 1).contiguous()
                     for r in ranges:
-                        some = queries[*part, r]
-                        shares = _shares(some.flatten(0, 1), some_keys, blocks.bias, part[1], r)
-                        outs[*part, r] = (shares @ some_values).view(some.shape)
+                        some = queries[h, n, r]
+                        shares = _shares(some.flatten(0, 1), some_keys, blocks.bias, n, r)
+                        outs[h, n, r] = (shares @ some_values).view(some.shape)
                         if blocks.keys <= KEPT and any(ctx.needs_input_grad):
                             kept.append(shares)
             ctx.save_for_backward(q, k, v, cos, sin, *kept)
@@ -143,23 +143,23 @@ class _BlockAttention(torch.autograd.Function):
             for blocks in arrangement.blocks:
                 queries, keys, values = blocks.of_queries(q), blocks.of_keys(k), blocks.of_keys(v)
                 outs, dqueries = blocks.of_queries(grad.transpose(0, 1)), blocks.of_queries(dq)
-                for part, ranges in blocks.parts(len(q)):
-                    some_keys, some_values = keys[part].flatten(0, 1).contiguous(), values[part].flatten(0, 1).contiguous()
+                for h, n, ranges in blocks.parts(len(q)):
+                    some_keys, some_values = keys[h, n].flatten(0, 1).contiguous(), values[h, n].flatten(0, 1).contiguous()
                     sums: list[Tensor] = []
                     for r in ranges:
-                        some, out = queries[*part, r].flatten(0, 1), outs[*part, r].flatten(0, 1)
-                        shares = next(kept) if blocks.keys <= KEPT else _shares(some, some_keys, blocks.bias, part[1], r)
+                        some, out = queries[h, n, r].flatten(0, 1), outs[h, n, r].flatten(0, 1)
+                        shares = next(kept) if blocks.keys <= KEPT else _shares(some, some_keys, blocks.bias, n, r)
                         dscores = torch.ops.aten._softmax_backward_data(
                             out @ some_values.transpose(1, 2), shares, -1, shares.dtype
                         )
-                        dqueries[*part, r] = (dscores @ some_keys).view(queries[*part, r].shape)
+                        dqueries[h, n, r] = (dscores @ some_keys).view(queries[h, n, r].shape)
                         made = dscores.transpose(1, 2) @ some, shares.transpose(1, 2) @ out
                         if not sums:  # sums of many in bf16 would lose too much
                             sums = list(made) if len(ranges) == 1 else [now.to(wide) for now in made]
                         else:
                             sums = [before.add_(now) for before, now in zip(sums, made, strict=True)]
                     for x, now in zip((dk, dv), sums, strict=True):
-                        blocks.add(x[part[0]], now.view(keys[part].shape), part[1].start)
+                        blocks.add(x[h], now.view(keys[h, n].shape), n.start)
             inner = slice(arrangement.margin, arrangement.margin + count)
             dqkv = q.new_empty(count, 3, len(q), q.shape[2])
             targets = dqkv.permute(1, 2, 0, 3)
