@@ -59,17 +59,20 @@ def muon(
     momentum: float,
     betas: list[float],
     eps: float,
+    ns_steps: int = 5,
 ) -> list[Optimizer]:
     """Muon for the backbone's matrices, AdamW for the rest: Liu et al. 2025, arXiv:2502.16982.
 
-    Updates are scaled to the size of AdamW's, so that learning rates of AdamW carry over.
+    Updates are scaled to the size of AdamW's, so that learning rates of AdamW carry over. `ns_steps` are Newton and Schulz's,
+    of which fewer are faster and orthogonalise less.
     """
     chosen = {id(parameter) for parameter in matrices}
     rest = [parameter for parameter in parameters if id(parameter) not in chosen]
     optimizers: list[Optimizer] = []
     if matrices:
         groups = _groups(matrices, lr)
-        optimizers += [torch.optim.Muon(groups, lr, weight_decay, momentum, nesterov=True, adjust_lr_fn="match_rms_adamw")]
+        scaled = {"nesterov": True, "adjust_lr_fn": "match_rms_adamw", "ns_steps": ns_steps}
+        optimizers += [torch.optim.Muon(groups, lr, weight_decay, momentum, **scaled)]
     return [*optimizers, *adamw(rest, [], adamw_lr, weight_decay, betas, eps)]
 
 

@@ -120,7 +120,10 @@ def test_inference_is_measured_beside_transformers(bench, tmp_path, monkeypatch)
 @pytest.mark.slow
 def test_time_to_loss_is_that_of_the_best_of_the_trainers_learning_rates(bench, tmp_path):
     time_to_loss.measure(
-        bench("trainer_tokens=8192", "trainer_lrs=[1e-5,1e-3]", "~optimizers.muon", "~optimizers.stable_adamw", "lanes=2"),
+        bench(
+            *("trainer_tokens=8192", "validation_tokens=1024", "trainer_lrs=[1e-5,1e-3]", "lanes=2"),
+            *("~optimizers.muon", "~optimizers.stable_adamw"),
+        ),
         tmp_path,
     )
     found = json.loads((tmp_path / "time_to_loss_modernbert_tiny.json").read_text())

@@ -1,6 +1,7 @@
 """What a benchmark is asked to measure, and the runs that follow from it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -42,11 +43,13 @@ class Bench:
     """Tokens of a batch of documents of full length, in inference; at least four documents."""
     lanes: int = MISSING
     """As data.lanes, where we train to a loss; each source needs as many blocks."""
+    validation_tokens: int = MISSING
+    """Held-out tokens of each source that tell the loss; a row of 512 at least."""
     trainer_tokens: float = MISSING
     """What transformers' Trainer learns from before it counts as trained."""
     trainer_lrs: list[float] = MISSING
     """Its learning rates, of which the best counts."""
-    optimizers: dict[str, dict[str, float]] = MISSING
+    optimizers: dict[str, dict[str, Any]] = MISSING
     """What we train with beside it, by names in `conf/optim`: their settings, and `share`, that of its tokens which ours gets;
     `~optimizers.muon` leaves that one out."""
 

@@ -35,8 +35,6 @@ SHORT, SHORT_ROWS, LONG_ROWS, WINDOW_ROWS = 128, 8, 2, 64
 """Length of the rows that ours begins with, how many there are in a step, how many of theirs at the end, and in a window."""
 WHOLE_DOCUMENT = 8_192
 """Tokens that theirs are cut to before they are laid end to end."""
-VALIDATION_TOKENS = 8_192
-"""Of each source."""
 POINTS = 24
 """Validations of a training, about."""
 WARMUP, DECAY = 0.05, 0.4
@@ -83,7 +81,7 @@ def measure(bench: Bench, folder: Path) -> None:
     for backbone in bench.backbones:
         documents = the_run(bench, backbone, WHOLE_DOCUMENT)
         rows = the_run(bench, backbone, ROW)
-        rows.validation.tokens_per_source = VALIDATION_TOKENS
+        rows.validation.tokens_per_source = bench.validation_tokens
         runs = {optimizer: ours_with(bench, backbone, optimizer) for optimizer in bench.optimizers}
         theirs = [alone(console, _theirs, documents, rows, lr, int(bench.trainer_tokens)) for lr in bench.trainer_lrs]
         best = min(theirs, key=lambda training: training.losses[-1])
