@@ -64,8 +64,10 @@ def muon(
     """Muon for the backbone's matrices, AdamW for the rest: Liu et al. 2025, arXiv:2502.16982.
 
     Updates are scaled to the size of AdamW's, so that learning rates of AdamW carry over. `ns_steps` are Newton and Schulz's,
-    of which fewer are faster and orthogonalise less.
+    of which fewer are faster and orthogonalise less. ValueError when they are not from 1 to 99.
     """
+    if not 1 <= ns_steps <= 99:
+        raise ValueError(f"ns_steps={ns_steps}: expected a number from 1 to 99")
     chosen = {id(parameter) for parameter in matrices}
     rest = [parameter for parameter in parameters if id(parameter) not in chosen]
     optimizers: list[Optimizer] = []

@@ -43,7 +43,7 @@ def gradient(out: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("scores", [1, 300_000, block_attention.SCORES])
 @pytest.mark.parametrize("window", [None, 1, 16, 64, 1000])
 def test_blocks_equal_plain_attention_forward_and_backward(window, scores, monkeypatch):
-    monkeypatch.setattr(block_attention, "SCORES", scores)  # one block and 64 queries at a time; several; all
+    monkeypatch.setattr(block_attention, "SCORES", scores)  # two heads of one block and 64 queries at a time; several; all
     qkv, turn, layout = inputs(torch.float64)
     ours, expected = PATHS["blocks"](qkv, turn, layout, window), plain(qkv, turn, layout, window)
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)

@@ -62,6 +62,8 @@ CASES = {
     "a branch from nothing": (["+from=/nonexistent.ckpt"], r"\+from=/nonexistent.ckpt: no checkpoint"),
     "a wrong type": (["data.lanes=many"], "many.*Integer|data.lanes"),
     "an unknown key of the backbone": (["+backbone.depth=3"], r"backbone.depth: unknown key; ModernBERT takes vocab_size"),
+    "no orthogonalisation": (["optim.ns_steps=0"], r"optim: muon cannot be built with these settings: ns_steps=0: expected"),
+    "half a step of an optimizer": (["optim.ns_steps=1.5"], r"optim.ns_steps=1.5: expected int"),
     "an unknown key of the optimizer": (["+optim.beta=3"], r"optim.beta: unknown key; muon takes lr"),
     "a wrong type in the backbone": (["backbone.hidden_size=wide"], r"backbone.hidden_size=wide: expected int"),
     "an unknown precision": (["trainer.precision=fp7"], r"trainer.precision=fp7: expected one of bf16-mixed, 32-true"),

@@ -212,6 +212,7 @@ def test_the_peak_that_decay_is_relative_to_follows_the_phase(small_run):
 
 def test_muon_takes_the_matrices_and_adamw_the_rest(small_run):
     run = small_run()
+    run.optim["ns_steps"] = 3
     objective = build_objectives(run).masked_lm
     arguments = {key: value for key, value in run.optim.items() if key != "_target_"}
     muon, adamw = optim.muon(list(objective.parameters()), objective.backbone.matrices(), **arguments)
@@ -220,3 +221,4 @@ def test_muon_takes_the_matrices_and_adamw_the_rest(small_run):
     assert chosen == {id(parameter) for parameter in objective.backbone.matrices()}
     assert chosen | rest == {id(parameter) for parameter in objective.parameters()}
     assert not chosen & rest
+    assert {group["ns_steps"] for group in muon.param_groups} == {3}
