@@ -66,7 +66,8 @@ def test_nothing_costs_length_by_length_memory(window, monkeypatch):
 
     with Watch():
         gradient(PATHS["blocks"](qkv, turn, layout, window), qkv)
-    assert largest <= max(1 << 20, 8192 * 192)  # the scores at a time, or the bias of windows: tokens x keys of a block
+    at_a_time = (1 << 20) * torch.get_num_threads()
+    assert largest <= max(at_a_time, 8192 * 192)  # scores, or the bias of windows: tokens x keys of a block
 
 
 def test_the_path_is_chosen_by_device_and_precision():

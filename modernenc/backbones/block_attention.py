@@ -17,8 +17,8 @@ from torch import Tensor
 from modernenc.backbones.buckets import MULTIPLE
 from modernenc.backbones.rotary import Rotation, rotate_into
 
-SCORES = 1 << 21
-"""Scores that are worked on at a time, about."""
+SCORES = 1 << 20
+"""Scores that each thread works on at a time, about."""
 HEADS = 2
 """Heads that are worked on at a time, at least: oneDNN is five times slower at the product of one transposed matrix than at
 that of several."""
@@ -56,13 +56,13 @@ class Blocks:
             start = self.start + (first + number) * self.queries
             x[:, start : start + part.shape[1] * self.queries] += piece.flatten(1, 2)
 
-    def parts(self, heads: int) -> Iterator[tuple[slice, slice, list[slice]]]:
-        """Some heads of some blocks, and ranges of their queries, to be worked on one after the other."""
+    def parts(self, heads: int, scores: int) -> Iterator[tuple[slice, slice, list[slice]]]:
+        """Some heads of some blocks, and ranges of their queries, for so many scores at a time, about."""
         each = self.queries * self.keys
-        groups = max(1, min(-(-heads * each // SCORES), heads // HEADS))
+        groups = max(1, min(-(-heads * each // scores), heads // HEADS))
         some_heads = -(-heads // groups)
-        together = max(1, SCORES // (some_heads * each))
-        rows = MULTIPLE * -(-self.queries // (MULTIPLE * -(-some_heads * each // SCORES)))
+        together = max(1, scores // (some_heads * each))
+        rows = MULTIPLE * -(-self.queries // (MULTIPLE * -(-some_heads * each // scores)))
         ranges = [slice(first, first + rows) for first in range(0, self.queries, rows)]
         for head in range(0, heads, some_heads):
             for first in range(0, self.count, together):
@@ -111,10 +111,11 @@ class _BlockAttention(torch.autograd.Function):
             v[:, inner] = sources[2]
             out = laid.new_empty(arrangement.places, heads, head_dim)
             kept: list[Tensor] = []
+            ctx.scores = SCORES * torch.get_num_threads()
             for blocks in arrangement.blocks:
                 queries, keys, values = blocks.of_queries(q), blocks.of_keys(k), blocks.of_keys(v)
                 outs = blocks.of_queries(out.transpose(0, 1))
-                for h, n, ranges in blocks.parts(heads):
+                for h, n, ranges in blocks.parts(heads, ctx.scores):
                     some_keys, some_values = keys[h, n].flatten(0, 1).contiguous(), values[h, n].flatten(0, 1).contiguous()
                     for r in ranges:
                         some = queries[h, n, r]
@@ -143,7 +144,7 @@ class _BlockAttention(torch.autograd.Function):
             for blocks in arrangement.blocks:
                 queries, keys, values = blocks.of_queries(q), blocks.of_keys(k), blocks.of_keys(v)
                 outs, dqueries = blocks.of_queries(grad.transpose(0, 1)), blocks.of_queries(dq)
-                for h, n, ranges in blocks.parts(len(q)):
+                for h, n, ranges in blocks.parts(len(q), ctx.scores):
                     some_keys, some_values = keys[h, n].flatten(0, 1).contiguous(), values[h, n].flatten(0, 1).contiguous()
                     sums: list[Tensor] = []
                     for r in ranges:
