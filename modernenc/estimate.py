@@ -221,7 +221,7 @@ def _activations(run: Run, mask_ratio: float, tokens: int, document: int) -> flo
     width, decoder = 2 if half else 4, vocabulary * run.backbone["hidden_size"]
     loss = min(ROWS, tokens * mask_ratio) * vocabulary * width + decoder * width
     # A block that makes its activations again has them, and gradients of some, when the logits are gone.
-    backward = max(loss, 1.35 * at_full_size(one_block)) if again else loss
+    backward = max(loss, 1.2 * at_full_size(one_block)) if again else loss
     return at_full_size(kept) + backward + 4 * decoder + (2 * decoder if half else 0)  # the decoder once more in bf16
 
 
