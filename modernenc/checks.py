@@ -239,6 +239,7 @@ def _check_arguments(group: str, node: Any, given: tuple[str, ...] = ()) -> Any:
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and name not in node and name not in given:
             raise ValueError(f"{group}.{name}: no value, but {target.__name__} needs one")
-        if name in node and isinstance(node[name], str) and parameter.annotation in (int, float):
-            raise ValueError(f"{group}.{name}={node[name]}: expected {parameter.annotation.__name__}")
+        wanted, value = parameter.annotation, node.get(name)
+        if (wanted is int and isinstance(value, str | float)) or (wanted is float and isinstance(value, str)):
+            raise ValueError(f"{group}.{name}={value}: expected {wanted.__name__}")
     return target
