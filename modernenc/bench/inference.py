@@ -76,7 +76,7 @@ def how_many_fit(result: Result, run: Run, lengths: list[int]) -> int:
 def table_of(cases: list[Case]) -> Table:
     """A row for each contestant, by case."""
     table = output.new_table(
-        f"hidden states, medians of {RUNS} runs", ("", "they fit", "at once", "k tokens/s", "ours / it", "from-to")
+        f"hidden states, medians of {RUNS} runs", ("", "fit", "batch", "k tokens/s", "ratio", "from-to")
     )
     for case in cases:
         table.add_row(f"{case.backbone} {case.length:,} {case.kind}")

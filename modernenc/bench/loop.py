@@ -31,7 +31,7 @@ def measure(bench: Bench, folder: Path) -> None:
     """Measure every backbone, and write a table and JSON."""
     table = output.new_table(
         f"seconds a step of {ROWS * ROW:,} tokens, medians",
-        ("", "bare loop", "run", "ratio", "from-to", "saving / not", "from-to"),
+        ("", "bare loop", "run", "ratio", "from-to", "saving", "from-to"),
     )
     written = []
     for backbone in bench.backbones:
