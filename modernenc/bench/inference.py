@@ -75,9 +75,7 @@ def how_many_fit(result: Result, run: Run, lengths: list[int]) -> int:
 
 def table_of(cases: list[Case]) -> Table:
     """A row for each contestant, by case."""
-    table = output.new_table(
-        f"hidden states, medians of {RUNS} runs", ("", "fit", "batch", "k tokens/s", "ratio", "from-to")
-    )
+    table = output.new_table(f"hidden states, medians of {RUNS} runs", ("", "fit", "batch", "k tokens/s", "ratio", "from-to"))
     for case in cases:
         table.add_row(f"{case.backbone} {case.length:,} {case.kind}")
         for result, fit in zip(case.results, case.fit, strict=True):
