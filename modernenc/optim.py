@@ -73,8 +73,11 @@ def muon(
     optimizers: list[Optimizer] = []
     if matrices:
         groups = _groups(matrices, lr)
-        scaled = {"nesterov": True, "adjust_lr_fn": "match_rms_adamw", "ns_steps": ns_steps}
-        optimizers += [torch.optim.Muon(groups, lr, weight_decay, momentum, **scaled)]
+        optimizers += [
+            torch.optim.Muon(
+                groups, lr, weight_decay, momentum, nesterov=True, ns_steps=ns_steps, adjust_lr_fn="match_rms_adamw"
+            )
+        ]
     return [*optimizers, *adamw(rest, [], adamw_lr, weight_decay, betas, eps)]
 
 

@@ -8,6 +8,7 @@ is kept.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -36,8 +37,7 @@ class Blocks:
     queries: int
     keys: int
     bias: Float[Tensor, "count _ last_keys"] | None
-    """0 where a query may see a key, the lowest number where not; of the last keys, before which all are seen, as is each where
-    there is None."""
+    """For the last keys, 0 where a query may see one, the lowest number where not; all see those before. None: all see all."""
 
     def of_queries(self, x: Float[Tensor, "heads places head_dim"]) -> Float[Tensor, "heads count queries head_dim"]:
         """A view of the blocks' queries."""
@@ -59,10 +59,10 @@ class Blocks:
     def parts(self, heads: int, scores: int) -> Iterator[tuple[slice, slice, list[slice]]]:
         """Some heads of some blocks, and ranges of their queries, for so many scores at a time, about."""
         each = self.queries * self.keys
-        groups = max(1, min(-(-heads * each // scores), heads // HEADS))
-        some_heads = -(-heads // groups)
+        groups = max(1, min(ceil(heads * each / scores), heads // HEADS))
+        some_heads = ceil(heads / groups)
         together = max(1, scores // (some_heads * each))
-        rows = MULTIPLE * -(-self.queries // (MULTIPLE * -(-some_heads * each // scores)))
+        rows = MULTIPLE * ceil(self.queries / ceil(some_heads * each / scores) / MULTIPLE)
         ranges = [slice(first, first + rows) for first in range(0, self.queries, rows)]
         for head in range(0, heads, some_heads):
             for first in range(0, self.count, together):
@@ -111,7 +111,7 @@ class _BlockAttention(torch.autograd.Function):
             v[:, inner] = sources[2]
             out = laid.new_empty(arrangement.places, heads, head_dim)
             kept: list[Tensor] = []
-            ctx.scores = SCORES * torch.get_num_threads()
+            ctx.scores = SCORES * torch.get_num_threads()  # noted: the backward pass takes the kept shares in the same order
             for blocks in arrangement.blocks:
                 queries, keys, values = blocks.of_queries(q), blocks.of_keys(k), blocks.of_keys(v)
                 outs = blocks.of_queries(out.transpose(0, 1))
