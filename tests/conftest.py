@@ -104,9 +104,10 @@ def corpus_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             },
             tokenizer=Tokenizer(vocab_size=512, train_mb=0.3),
             block_tokens=256,
+            validation_error=0.02,
             validation_share=0.1,
+            max_dropped=0.01,
             buckets=2,
-            tasks=1,
             workers=1,
         )
     )

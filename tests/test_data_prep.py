@@ -45,8 +45,8 @@ def jsonl(folder: Path, **settings) -> Source:
 
 def corpus(out: Path, sources: dict[str, Source], **settings) -> Corpus:
     defaults = dict(
-        name="test", tokenizer=TokenizerSettings(vocab_size=300, train_mb=1), block_tokens=64, validation_share=0.1, buckets=3,
-        tasks=2, workers=1,
+        name="test", tokenizer=TokenizerSettings(vocab_size=300, train_mb=1), block_tokens=64, validation_error=0.02,
+        validation_share=0.1, max_dropped=0.01, buckets=3, workers=1,
     )  # fmt: skip
     return Corpus(out=str(out), sources=sources, **{**defaults, **settings})
 
@@ -100,8 +100,8 @@ def test_every_document_is_stored_once_whole_and_shuffled(tmp_path):
 def test_the_result_does_not_depend_on_how_the_work_is_shared_out(tmp_path):
     for part in range(4):
         write_jsonl(tmp_path / "a" / f"{part}.jsonl", texts(60, part))
-    build(corpus(tmp_path / "one", {"a": jsonl(tmp_path / "a")}, tasks=1))
-    build(corpus(tmp_path / "many", {"a": jsonl(tmp_path / "a")}, tasks=3, workers=2))
+    build(corpus(tmp_path / "one", {"a": jsonl(tmp_path / "a")}, workers=1))
+    build(corpus(tmp_path / "many", {"a": jsonl(tmp_path / "a")}, workers=2))
     assert stored(tmp_path / "one") == stored(tmp_path / "many")
 
 
@@ -127,7 +127,7 @@ def test_other_readers(tmp_path, kind):
     else:
         for number, text in enumerate(documents):
             (folder / f"{number}.txt").write_text(text)
-        target = "data_prep.text.TextReader"
+        target = "data_prep.readers.TextReader"
     source = Source(reader={"_target_": target, "data_folder": str(folder)}, licence="CC0-1.0", url="here")
     build(corpus(tmp_path / "out", {"a": source}))
     found = stored(tmp_path / "out")

@@ -1,0 +1,198 @@
+"""The manifest of a corpus: what it holds, where it is from, and what became of every document; and its tables for a terminal."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+import modernenc
+from data_prep import encode
+from data_prep.account import Account
+from data_prep.config import Corpus, Source
+from data_prep.split import Survey, error_of
+from modernenc.data.blocks import VALIDATION
+
+_EMPTIED = "emptied by the tokenizer"
+
+
+def manifest_of(
+    corpus: Corpus,
+    root: Path,
+    work: Path,
+    tokenizer: encode.Tokenizer,
+    fingerprint: str,
+    accounts: dict[str, Account],
+    found: dict[str, Survey],
+    passed_over: dict[str, dict[str, int]],
+) -> dict[str, Any]:
+    """The manifest as plain values, after merging the indexes of all buckets.
+
+    Raises ValueError when a document is unaccounted for, or a folder has none.
+    """
+    reports = [json.loads((work / "counts" / f"{bucket:05d}.json").read_text()) for bucket in range(corpus.buckets)]
+    folders = _summed(report["folders"] for report in reports)
+    texts = _summed(report["texts"] for report in reports)
+    empty = _summed(report["empty"] for report in reports)
+    splits = [f"slice-{number:03d}" for number in range(corpus.slices)]
+    for name in corpus.sources:
+        for split in [*splits, VALIDATION]:
+            if f"{name}/{split}" not in folders:
+                raise ValueError(f"sources.{name}: tokenizer.file leaves no token of any document in {split}; use another one")
+            _merge(root / name / split, corpus.buckets)
+    unigrams = _unigrams(work, corpus.buckets)
+    trained = sum(values for folder, values in unigrams.items() if not folder.endswith(VALIDATION))
+    roles = encode.roles(tokenizer, corpus.tokenizer.roles)
+    specials = encode.special_ids(tokenizer, roles)
+    vocabulary = encode.vocab_size(tokenizer)
+    sources = {}
+    for name, source in corpus.sources.items():
+        account = accounts[name]
+        for file, count in empty.get(name, Counter()).items():
+            account.faults[file][_EMPTIED] += count
+        stored = {split: dict(folders[f"{name}/{split}"]) for split in splits}
+        held_out = dict(folders[f"{name}/{VALIDATION}"])
+        documents = held_out["documents"] + sum(entry["documents"] for entry in stored.values())
+        in_text = sum(values for folder, values in unigrams.items() if folder.partition("/")[0] == name)
+        sources[name] = {
+            "licence": source.licence or source.license,
+            "url": source.url,
+            **_accounted(name, source, account, found[name], documents, passed_over[name]),
+            "text": dict(texts[name]),
+            "special_tokens": {tokenizer.id_to_token(i): int(in_text[i]) for i in specials if in_text[i]},  # pyright: ignore[reportIndexIssue]
+            "slices": stored,
+            VALIDATION: held_out
+            | {
+                "unigram_nats": _cross_entropy(unigrams[f"{name}/{VALIDATION}"], trained),
+                "standard_error_nats": round(error_of(held_out["tokens"]), 4),
+            },
+        }
+    return {
+        "name": corpus.name,
+        "modernenc": modernenc.__version__,
+        "fingerprint": fingerprint,
+        "block_tokens": corpus.block_tokens,
+        "dtype": "uint16" if vocabulary <= 1 << 16 else "uint32",
+        "validation_error": corpus.validation_error,
+        "tokenizer": {
+            "sha256": hashlib.sha256((root / "tokenizer.json").read_bytes()).hexdigest(),
+            "vocab_size": vocabulary,
+            "roles": roles,
+            "special_ids": specials,
+        },
+        "sources": sources,
+    }
+
+
+def _accounted(
+    name: str, source: Source, account: Account, survey: Survey, stored: int, passed_over: dict[str, int]
+) -> dict[str, Any]:
+    """What became of the documents of a source, and of the files that did not keep all of theirs; they must add up."""
+    emptied = Counter({file: counts[_EMPTIED] for file, counts in account.faults.items()})
+    kept, files = account.kept(), {}
+    for file, read in account.read.items():
+        duplicates = survey.duplicates[file]
+        if kept[file] + emptied[file] != survey.kept[file] + duplicates:
+            raise ValueError(f"sources.{name}: {file} gave {read:,} documents, and the account of them does not add up; delete "
+                             "the unfinished folder and prepare again")  # fmt: skip
+        if kept[file] != read or duplicates:
+            dropped = {**account.faults[file], **account.filtered[file], "duplicate": duplicates}
+            files[file] = {"read": read, "stored": kept[file] - duplicates, "dropped": {k: v for k, v in dropped.items() if v}}
+    dropped = {**account.dropped(), "duplicate": survey.duplicates.total()}
+    if account.read.total() != stored + sum(dropped.values()):
+        raise ValueError(f"sources.{name}: {account.read.total():,} documents were read, but {stored:,} stored and "
+                         f"{sum(dropped.values()):,} dropped; delete the unfinished folder and prepare again")  # fmt: skip
+    return {
+        "read": account.read.total(),
+        "stored": stored,
+        "dropped": dropped,
+        "files": {"read": len(account.read), "passed_over": passed_over | _beyond(source, account), "not_kept_whole": files},
+    }
+
+
+def _beyond(source: Source, account: Account) -> dict[str, int]:
+    return {f"beyond limit_mb={source.limit_mb:g}": account.beyond_limit} if account.beyond_limit else {}
+
+
+def _summed(reports: Any) -> dict[str, Counter[str]]:
+    total: dict[str, Counter[str]] = {}
+    for report in reports:
+        for key, values in report.items():
+            total.setdefault(key, Counter()).update(values)
+    return total
+
+
+def _merge(folder: Path, buckets: int) -> None:
+    """One index over the shards of all buckets; they stay where they are."""
+    shards = []
+    for bucket in range(buckets):
+        name = f"bucket-{bucket:05d}"
+        if (folder / name).is_dir():
+            for entry in json.loads((folder / name / "index.json").read_text())["shards"]:
+                entry["raw_data"]["basename"] = f"{name}/{entry['raw_data']['basename']}"
+                shards.append(entry)
+    unfinished = folder / "index.json.tmp"
+    unfinished.write_text(json.dumps({"version": 2, "shards": shards}))
+    os.replace(unfinished, folder / "index.json")
+
+
+def _unigrams(work: Path, buckets: int) -> dict[str, np.ndarray]:
+    total: dict[str, np.ndarray] = {}
+    for bucket in range(buckets):
+        with np.load(work / "counts" / f"{bucket:05d}.npz") as saved:
+            for folder in saved.files:
+                total[folder] = total.get(folder, 0) + saved[folder]
+    return total
+
+
+def _cross_entropy(held_out: np.ndarray, text: Any) -> float:
+    """Nats per token of held-out text under the unigram frequencies of the training text, plus one."""
+    frequencies = (np.asarray(text) + 1) / (np.sum(text) + len(held_out))
+    return float(-(held_out * np.log(frequencies)).sum() / max(1, held_out.sum()))
+
+
+def tables(manifest: dict[str, Any]) -> list[Table]:
+    """What became of the documents, and what the tokens are, for a terminal."""
+    documents = _table(f"{manifest['name']}: documents", "read", "stored", "duplicates", "dropped", "files passed over")
+    tokens = _table(
+        f"vocabulary {manifest['tokenizer']['vocab_size']:,}: tokens",
+        "trained", "held out", "± nat", "unigram nat", "bytes/token", "tokens/word", "changed",
+    )  # fmt: skip
+    for name, source in manifest["sources"].items():
+        dropped = {reason: count for reason, count in source["dropped"].items() if reason != "duplicate" and count}
+        documents.add_row(name, f"{source['read']:,}", f"{source['stored']:,}", f"{source['dropped']['duplicate']:,}",
+                          _listed(dropped), _listed(source["files"]["passed_over"]))  # fmt: skip
+        trained = sum(entry["tokens"] for entry in source["slices"].values())
+        held_out, text = source[VALIDATION], source["text"]
+        tokens.add_row(
+            name,
+            f"{trained:,}",
+            f"{held_out['tokens']:,}",
+            f"{held_out['standard_error_nats']:.3f}",
+            f"{held_out['unigram_nats']:.2f}",
+            f"{text['bytes'] / (trained + held_out['tokens']):.2f}",
+            f"{(trained + held_out['tokens']) / max(1, text['words']):.2f}",
+            f"{text['changed_characters'] / max(1, text['characters']):.2%}",
+        )
+    short = [name for name, source in manifest["sources"].items()
+             if source[VALIDATION]["standard_error_nats"] > 1.1 * manifest["validation_error"]]  # fmt: skip
+    tokens.caption = "± nat: standard error of the validation loss; changed: characters that the tokenizer normalizes" + (
+        f".\nToo little text for validation_error={manifest['validation_error']:g}: {', '.join(short)}" if short else ""
+    )
+    return [documents, tokens]
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column("source", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", overflow="fold")
+    return table
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in counts.items()) or "-"

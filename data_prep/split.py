@@ -1,0 +1,153 @@
+"""What is held out: of each source the documents with the lowest draws, as much text as validation needs.
+
+1. A survey of each bucket lists the candidates: documents whose draw is below `validation_share`, or else the lowest one. The
+   tokenizer is trained on none of them.
+2. Once a source's bytes per token are known, its candidates are taken in order until there are enough tokens for the standard
+   error that is asked for. Those left over are trained on.
+
+The seed is left out of the draw, so that a document is held out in every preparation that needs as much.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
+
+from data_prep.buckets import Bucket, draw, slice_of
+from data_prep.read import FILE
+from modernenc.data.blocks import VALIDATION
+
+LOSS_DEVIATION = 3.0
+"""Standard deviation, in nats, of the loss of one predicted token."""
+PREDICTED_SHARE = 0.15
+"""Share of the held-out tokens that validation predicts."""
+_BYTES_A_TOKEN = 16
+"""At most, whatever the language and the tokenizer."""
+
+
+def tokens_for(error: float) -> float:
+    """Held-out tokens for which the mean loss has a standard error of `error` nats."""
+    return (LOSS_DEVIATION / error) ** 2 / PREDICTED_SHARE
+
+
+def error_of(tokens: int) -> float:
+    """Standard error in nats of the mean loss on so many held-out tokens: the inverse of `tokens_for`."""
+    return LOSS_DEVIATION / (PREDICTED_SHARE * max(1, tokens)) ** 0.5
+
+
+def held_out_draw(document: Document) -> float:
+    """The number in [0, 1) that decides whether a document is held out."""
+    return draw(document, VALIDATION)
+
+
+@dataclass
+class Survey:
+    """The documents of one source, less duplicates."""
+
+    kept: Counter[str] = field(default_factory=Counter)
+    """Documents of each file."""
+    duplicates: Counter[str] = field(default_factory=Counter)
+    """Duplicates of each file."""
+    slices: Counter[str] = field(default_factory=Counter)
+    """Documents of each slice that are no candidates."""
+    candidates: list[tuple[float, int, str]] = field(default_factory=list)
+    """Draw, bytes, and slice (if it is not held out) of each document that may be held out, in order of the draws."""
+
+    def add(self, other: "Survey") -> None:
+        """Take in what another bucket holds of the source."""
+        self.kept.update(other.kept)
+        self.duplicates.update(other.duplicates)
+        self.slices.update(other.slices)
+        self.candidates = sorted([*self.candidates, *map(tuple, other.candidates)])
+
+    def keep_candidates(self, share: float) -> None:
+        """Leave the documents drawn below `share` as candidates, or the lowest one when there is none."""
+        most = max(1, sum(entry[0] < share for entry in self.candidates))
+        self.slices.update(name for _, _, name in self.candidates[most:])
+        del self.candidates[most:]
+
+    def first_trained(self) -> float:
+        """The draw below which documents are candidates; text at or above it is trained on."""
+        return self.candidates[-1][0] + 2.0**-52 if self.candidates else 0.0
+
+    def threshold(self, source: str, slices: int, tokens: float, bytes_per_token: float) -> float:
+        """The draw below which documents are held out; ValueError when a slice would have no document."""
+        if self.kept.total() < 2:
+            raise ValueError(
+                f"sources.{source} has {self.kept.total()} document, and one is held out for validation; add documents, "
+                "or cut its file into some (document=line or document=paragraph of data_prep.readers.TextReader)"
+            )
+        most = len(self.candidates) - (not self.slices)  # one document at least is left to train on
+        held_out, size = 0, 0
+        while held_out < most and (size < tokens * bytes_per_token or not held_out):
+            size += self.candidates[held_out][1]
+            held_out += 1
+        left = self.slices + Counter(name for _, _, name in self.candidates[held_out:])
+        empty = [name for name in (f"slice-{number:03d}" for number in range(slices)) if not left[name]]
+        if empty:
+            raise ValueError(
+                f"sources.{source}: no document fell into {empty[0]}; it has {self.kept.total():,} documents, too few for "
+                f"slices={slices}; use fewer slices"
+            )
+        return self.candidates[held_out][0] if held_out < len(self.candidates) else self.first_trained()
+
+
+class SurveyBucket(PipelineStep):
+    """Task r writes the survey of bucket r to `<work>/surveys/<r>.json`."""
+
+    type = "📊 - STATS"
+    name = "Survey"
+
+    def __init__(self, work: Path, sources: list[str], share: float, tokens: float, slices: int, seed: int) -> None:
+        super().__init__()
+        self.work = work
+        self.sources = sources
+        self.share = share
+        self.tokens = tokens
+        self.slices = slices
+        self.seed = seed
+
+    def run(self, data: Iterable[Document] | None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """Survey one bucket."""
+        bucket = Bucket(self.work / "buckets" / f"{rank:05d}", self.sources, self.seed)
+        surveys = {name: Survey(duplicates=bucket.duplicates[name]) for name in self.sources}
+        every: dict[str, list[tuple[float, int, str]]] = {name: [] for name in self.sources}
+        for document in bucket:
+            name = document.metadata["source"]
+            surveys[name].kept[document.metadata[FILE]] += 1
+            entry = held_out_draw(document), len(document.text.encode()), slice_of(document, self.slices, self.seed)
+            every[name].append(entry)
+        for name, entries in every.items():
+            entries.sort()
+            most = self._candidates(entries)
+            surveys[name].candidates = entries[:most]
+            surveys[name].slices.update(entry[2] for entry in entries[most:])
+        folder = self.work / "surveys"
+        folder.mkdir(exist_ok=True)
+        content = json.dumps({name: vars(survey) for name, survey in surveys.items()})
+        (folder / f"{rank:05d}.json").write_text(content)
+        yield from data or ()
+
+    def _candidates(self, entries: list[tuple[float, int, str]]) -> int:
+        """How many of a bucket's documents, in order of their draws, may be held out: no more than are ever needed."""
+        most, size = min(1, len(entries)), 0
+        while most < len(entries) and entries[most][0] < self.share and size < self.tokens * _BYTES_A_TOKEN:
+            size += entries[most][1]
+            most += 1
+        return most
+
+
+def surveys(work: Path, sources: list[str], share: float) -> dict[str, Survey]:
+    """The survey of each source over all buckets."""
+    total = {name: Survey() for name in sources}
+    for path in sorted((work / "surveys").glob("*.json")):
+        for name, saved in json.loads(path.read_text()).items():
+            counts = {key: Counter(saved[key]) for key in ("kept", "duplicates", "slices")}
+            total[name].add(Survey(**counts, candidates=saved["candidates"]))
+    for survey in total.values():
+        survey.keep_candidates(share)
+    return total
