@@ -26,10 +26,10 @@ from data_prep.blocks import WriteBlocks
 from data_prep.config import Corpus
 from data_prep.manifest import manifest_of, tables
 from data_prep.read import Inputs, Read, inputs_of, reader_of
-from data_prep.split import Survey, SurveyBucket, held_out_draw, surveys, tokens_for
+from data_prep.split import Survey, SurveyBucket, held_out_draw, surveys
 from data_prep.verify import verify
 from modernenc.data.blocks import MANIFEST
-from modernenc.metrics import ALL
+from modernenc.metrics import ALL, tokens_for
 
 log = logging.getLogger(__name__)
 
@@ -147,12 +147,12 @@ def _fingerprint(corpus: Corpus, inputs: dict[str, Inputs]) -> str:
 
 
 def _work_folder(root: Path, fingerprint: str) -> Path:
-    """The folder of unfinished work, emptied when it was for other inputs."""
+    """The folder of unfinished work, made anew, with all that came of it, when it was for other inputs."""
     work = root / _WORK
     mark = work / "fingerprint"
     if work.exists() and not (mark.is_file() and mark.read_text() == fingerprint):
-        log.warning("%s holds unfinished work on other inputs; starting over", work)
-        shutil.rmtree(work)
+        log.warning("%s holds unfinished work on other inputs or settings; starting over", work)
+        shutil.rmtree(root)  # which was empty when that work began
     elif not work.exists() and root.exists() and any(root.iterdir()):
         raise ValueError(f"out={root} holds other files; choose an empty or new folder")
     work.mkdir(parents=True, exist_ok=True)

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import modernenc
 from data_prep import encode
 from data_prep.account import Account
 from data_prep.config import Corpus, Source
-from data_prep.split import Survey, error_of
+from data_prep.split import Survey
 from modernenc.data.blocks import VALIDATION
+from modernenc.metrics import standard_error
 
 _EMPTIED = "emptied by the tokenizer"
 
@@ -68,7 +70,7 @@ def manifest_of(
             VALIDATION: held_out
             | {
                 "unigram_nats": _cross_entropy(unigrams[f"{name}/{VALIDATION}"], trained),
-                "standard_error_nats": round(error_of(held_out["tokens"]), 4),
+                "standard_error_nats": round(standard_error(held_out["tokens"]), 4),
             },
         }
     return {
@@ -160,7 +162,7 @@ def tables(manifest: dict[str, Any]) -> list[Table]:
     documents = _table(f"{manifest['name']}: documents", "read", "stored", "duplicates", "dropped", "files passed over")
     tokens = _table(
         f"vocabulary {manifest['tokenizer']['vocab_size']:,}: tokens",
-        "trained", "held out", "± nat", "unigram nat", "bytes/token", "tokens/word", "changed",
+        "trained", "held out", "± nat", "unigram", "bytes/tok", "tok/word", "changed",
     )  # fmt: skip
     for name, source in manifest["sources"].items():
         dropped = {reason: count for reason, count in source["dropped"].items() if reason != "duplicate" and count}
@@ -180,14 +182,21 @@ def tables(manifest: dict[str, Any]) -> list[Table]:
         )
     short = [name for name, source in manifest["sources"].items()
              if source[VALIDATION]["standard_error_nats"] > 1.1 * manifest["validation_error"]]  # fmt: skip
-    tokens.caption = "± nat: standard error of the validation loss; changed: characters that the tokenizer normalizes" + (
-        f".\nToo little text for validation_error={manifest['validation_error']:g}: {', '.join(short)}" if short else ""
-    )
+    specials = Counter[str]()
+    for source in manifest["sources"].values():
+        specials.update(source["special_tokens"])
+    notes = ["± nat: standard error of the validation loss. unigram: that loss, in nats, of who knows frequencies alone. changed: "
+             "characters that the tokenizer normalizes."]  # fmt: skip
+    if short:
+        notes.append(f"Held out as much as validation_share allows, too little for validation_error: {', '.join(short)}.")
+    if specials:
+        notes.append(f"In the text the tokenizer wrote {_listed(specials)}: predicted like any other token.")
+    tokens.caption = "\n".join(notes)
     return [documents, tokens]
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", caption_justify="left")
+    table = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("source", overflow="fold")
     for column in columns:
         table.add_column(column, justify="right", overflow="fold")

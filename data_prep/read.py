@@ -77,6 +77,8 @@ def reader_of(name: str, source: Source) -> Any:
     for argument in _UNSUPPORTED:
         if argument in source.reader:
             raise ValueError(f"{key}.{argument}: not supported; choose files by glob_pattern, and how much by limit_mb")
+    if not source.reader.get("data_folder", "given by the reader"):
+        raise ValueError(f"{key}.data_folder: no value; name the folder to read: input=DIR, where the corpus says ${{input}}")
     try:
         reader = instantiate(source.reader)
         ours = {JsonlReader: JsonLines, ParquetReader: ParquetRows}.get(type(reader))
@@ -84,8 +86,6 @@ def reader_of(name: str, source: Source) -> Any:
             reader = instantiate({**source.reader, "_target_": f"{ours.__module__}.{ours.__name__}"})
     except (HydraException, ImportError, ValueError, OSError) as error:
         raise ValueError(f"{key}: {error}") from error
-    if isinstance(reader, BaseDiskReader) and not str(source.reader["data_folder"]):
-        raise ValueError(f"{key}.data_folder: no value; name the folder to read, with input=DIR where the corpus says ${{input}}")
     return reader
 
 
@@ -218,8 +218,11 @@ class Read(PipelineStep):
         for counts in account.faults.values():
             reasons.update(counts)
         said = ", ".join(f"{count:,} {reason} (first: {account.first[reason]})" for reason, count in reasons.most_common())
-        raise ValueError(f"sources.{self.source}: none of the first {account.read.total():,} documents has text: {said}; "
-                         "check the reader and its text_key")  # fmt: skip
+        lines = "; JSON lines have an object each" * any("JSON" in reason for reason in reasons)
+        raise ValueError(
+            f"sources.{self.source}: none of the first {account.read.total():,} documents has text: {said or 'the files are empty'}"
+            f"{lines}; check the reader and its text_key"
+        )
 
     def _capped(self, account: Account, rank: int, world_size: int) -> Iterator[Document]:
         """The documents of a part, up to its share of `limit_mb` million characters."""

@@ -124,8 +124,8 @@ def _json_object(line: bytes) -> dict[str, Any]:
         except UnicodeDecodeError:
             return {FAULT: NOT_UTF8}
         except (ValueError, RecursionError):
-            return {FAULT: "broken line"}
-    return row if isinstance(row, dict) else {FAULT: "no JSON object"}
+            return {FAULT: "not JSON"}
+    return row if isinstance(row, dict) else {FAULT: "not a JSON object"}
 
 
 def _rows(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any]]:

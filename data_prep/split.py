@@ -21,22 +21,10 @@ from data_prep.buckets import Bucket, draw, slice_of
 from data_prep.read import FILE
 from modernenc.data.blocks import VALIDATION
 
-LOSS_DEVIATION = 3.0
-"""Standard deviation, in nats, of the loss of one predicted token."""
-PREDICTED_SHARE = 0.15
-"""Share of the held-out tokens that validation predicts."""
+_MARGIN = 1.05
+"""Bytes per token are measured on a sample."""
 _BYTES_A_TOKEN = 16
 """At most, whatever the language and the tokenizer."""
-
-
-def tokens_for(error: float) -> float:
-    """Held-out tokens for which the mean loss has a standard error of `error` nats."""
-    return (LOSS_DEVIATION / error) ** 2 / PREDICTED_SHARE
-
-
-def error_of(tokens: int) -> float:
-    """Standard error in nats of the mean loss on so many held-out tokens: the inverse of `tokens_for`."""
-    return LOSS_DEVIATION / (PREDICTED_SHARE * max(1, tokens)) ** 0.5
 
 
 def held_out_draw(document: Document) -> float:
@@ -83,7 +71,7 @@ class Survey:
             )
         most = len(self.candidates) - (not self.slices)  # one document at least is left to train on
         held_out, size = 0, 0
-        while held_out < most and (size < tokens * bytes_per_token or not held_out):
+        while held_out < most and (size < _MARGIN * tokens * bytes_per_token or not held_out):
             size += self.candidates[held_out][1]
             held_out += 1
         left = self.slices + Counter(name for _, _, name in self.candidates[held_out:])

@@ -1,4 +1,4 @@
-"""Figures of a run as tables: `metrics.csv` (training) and `validation.csv`, appended to, cut back on resume."""
+"""Figures of a run as tables: `metrics.csv` (training) and `validation.csv`, appended to, cut back on resume; how sure they are."""
 
 import csv
 from collections.abc import Mapping
@@ -7,6 +7,22 @@ from typing import Any
 
 ALL = "all"
 """Stands for all sources together in `validation.csv`."""
+
+
+LOSS_DEVIATION = 3.0
+"""Standard deviation, in nats, of the loss of one predicted token."""
+FIXED_RATIO = 0.15
+"""Mask ratio at which every model and phase is validated, so that losses compare."""
+
+
+def standard_error(tokens: int) -> float:
+    """Standard error, in nats, of the mean loss of the predicted ones of so many held-out tokens, as if each were on its own."""
+    return LOSS_DEVIATION / (FIXED_RATIO * max(1, tokens)) ** 0.5
+
+
+def tokens_for(error: float) -> float:
+    """Held-out tokens for a standard error of so many nats: the inverse of `standard_error`."""
+    return (LOSS_DEVIATION / error) ** 2 / FIXED_RATIO
 
 
 class Table:

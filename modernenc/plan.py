@@ -22,7 +22,8 @@ from modernenc.cli import recipe
 from modernenc.cli import run as run_cli
 from modernenc.config import Phase, Run, plain, register
 from modernenc.curriculum import MASKED_LM, Curriculum, reads_text
-from modernenc.data.blocks import Corpus
+from modernenc.data.blocks import VALIDATION, Corpus
+from modernenc.metrics import standard_error
 
 _WIDTH = 100
 
@@ -157,6 +158,8 @@ def text(run: Run, curriculum: Curriculum) -> str:
     console.print(_phases(run, curriculum))
     console.print(_mixes(run, curriculum))
     console.print(_checkpoints(run, curriculum, checkpoint_bytes))
+    if corpus := _corpus(run):
+        console.print(_validation(run, curriculum, corpus))
     return out.getvalue().rstrip()
 
 
@@ -258,6 +261,30 @@ def _checkpoints(run: Run, curriculum: Curriculum, size: int) -> Table:
         # One more is written before the oldest goes.
         _bytes(size * (len(run.phases) + run.checkpoint.keep_last + 1)),
     )
+    return table
+
+
+def _validation(run: Run, curriculum: Curriculum, corpus: Corpus) -> Table:
+    """How much is held out, how sure that makes the validation loss, and what validating costs."""
+    from modernenc.validation import settings_of, sources_of  # with torch
+
+    table = Table(title="validation, tokens of each source", title_justify="left", caption_justify="left")
+    for column in ("", "held out", "read each time", "standard error of the loss at 15 %"):
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
+    read = 0
+    for source in sources_of(run):
+        held_out = corpus.sources[source][VALIDATION]["tokens"]
+        used = min(held_out, run.validation.tokens_per_source)
+        read += used
+        table.add_row(source, f"{held_out:,}", f"{used:,}", f"about {standard_error(used):.3f} nat")
+    every, times, tokens = int(run.validation.every_tokens), 0, 0
+    for name in run.phases:
+        start, end = curriculum.start_of(name), curriculum.end_of(name)
+        here = 1 + ((end - 1) // every - start // every if every else 0)
+        times += here
+        tokens += here * read * len(settings_of(run, name))
+    share = tokens / 3 / curriculum.total_tokens  # a forward pass is a third of a training step
+    table.caption = f"{times:,} times, at each length and mask ratio: {tokens:,} tokens, about {share:.1%} of the training's time"
     return table
 
 

@@ -12,12 +12,9 @@ from modernenc.data.choices import Choices
 from modernenc.data.lanes import Chunk, Row, seed_of
 from modernenc.data.masking import Masker, MicroBatch
 from modernenc.data.packing import SPECIALS, cut, pack
-from modernenc.metrics import ALL
+from modernenc.metrics import ALL, FIXED_RATIO
 from modernenc.objectives import Objectives
 from modernenc.objectives.masked_lm import MaskedLM
-
-FIXED_RATIO = 0.15
-"""Mask ratio at which every model and phase is validated, so that losses compare."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +32,17 @@ class Score:
     targets: int
 
 
+def sources_of(run: Run) -> list[str]:
+    """The sources that a run reads, each of which is validated."""
+    return sorted({name.partition("/")[0] for phase in run.phases.values() for name, share in phase.mix.items() if share})
+
+
+def settings_of(run: Run, phase: str) -> list[tuple[int, float]]:
+    """The row lengths and mask ratios that are validated at in a phase."""
+    first, current = next(iter(run.phases.values())), run.phases[phase]
+    return sorted({(seq_len, ratio) for seq_len in (first.seq_len, current.seq_len) for ratio in (FIXED_RATIO, current.mask_ratio)})
+
+
 class Validator:
     """Scores per source, at the first phase's length and the current one's, at 15 % and the current phase's ratio."""
 
@@ -42,23 +50,16 @@ class Validator:
         self.run = run
         self.curriculum = curriculum
         self.corpus = corpus
-        self.sources = sorted(
-            {name.partition("/")[0] for phase in run.phases.values() for name, share in phase.mix.items() if share}
-        )
+        self.sources = sources_of(run)
         self._rows: dict[tuple[str, int], list[Row]] = {}
         self._items: dict[str, list[MicroBatch]] = {}
 
     def scores(self, objectives: Objectives, phase: str) -> list[Score]:
         """All scores of a phase's setting, and of the tasks trained so far; `all` is the mean over the predicted tokens of all
         sources."""
-        first = next(iter(self.run.phases.values()))
-        current = self.run.phases[phase]
-        settings = {
-            (seq_len, ratio) for seq_len in (first.seq_len, current.seq_len) for ratio in (FIXED_RATIO, current.mask_ratio)
-        }
         training = objectives.training
         objectives.eval()
-        scores = [score for setting in sorted(settings) for score in self._scores_at(objectives, *setting)]
+        scores = [score for setting in settings_of(self.run, phase) for score in self._scores_at(objectives, *setting)]
         scores += [self._task_score(objectives, task) for task in self._trained_by(phase)]
         objectives.train(training)
         return scores
