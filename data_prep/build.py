@@ -130,8 +130,8 @@ def _look(corpus: Corpus, readings: list[Read]) -> None:
             changed = sum(encode.changed_characters(text, encode.normalized(tokenizer, text)) for text in texts)
             share = changed / sum(map(len, texts))
             if share > _MUCH_CHANGED:
-                log.warning("sources.%s: tokenizer.file changes %.0f %% of its characters before it encodes them: what it leaves "
-                            "is all that the model will see", reading.source, 100 * share)  # fmt: skip
+                log.warning("sources.%s: tokenizer.file changes %.0f %% of its characters before encoding: the model sees "
+                            "what it leaves", reading.source, 100 * share)  # fmt: skip
 
 
 def _fingerprint(corpus: Corpus, inputs: dict[str, Inputs]) -> str:

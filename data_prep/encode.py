@@ -66,7 +66,7 @@ def given(path: Path) -> Tokenizer:
         return load(path)
     except Exception as error:  # `tokenizers` raises no narrower class
         raise ValueError(
-            f"{key} is no tokenizer.json ({' '.join(str(error).split())}); a model of SentencePiece, or a folder of transformers, "
+            f"{key} is no tokenizer.json ({' '.join(str(error).split())}); a SentencePiece model, or a folder of transformers, "
             "becomes one by AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         ) from error
 

@@ -1,4 +1,4 @@
-"""The manifest of a corpus: what it holds, where it is from, and what became of every document; and its tables for a terminal."""
+"""The manifest of a corpus: what it holds, where it is from, what became of every document; and its tables for a terminal."""
 
 import hashlib
 import json
@@ -185,8 +185,8 @@ def tables(manifest: dict[str, Any]) -> list[Table]:
     specials = Counter[str]()
     for source in manifest["sources"].values():
         specials.update(source["special_tokens"])
-    notes = ["± nat: standard error of the validation loss. unigram: that loss, in nats, of who knows frequencies alone. changed: "
-             "characters that the tokenizer normalizes."]  # fmt: skip
+    notes = ["± nat: standard error of the validation loss. unigram: that loss, in nats, of a model that knows how frequent "
+             "tokens are. changed: characters that the tokenizer normalizes."]  # fmt: skip
     if short:
         notes.append(f"Held out as much as validation_share allows, too little for validation_error: {', '.join(short)}.")
     if specials:
@@ -196,7 +196,9 @@ def tables(manifest: dict[str, Any]) -> list[Table]:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
     table.add_column("source", overflow="fold")
     for column in columns:
         table.add_column(column, justify="right", overflow="fold")

@@ -218,10 +218,10 @@ class Read(PipelineStep):
         for counts in account.faults.values():
             reasons.update(counts)
         said = ", ".join(f"{count:,} {reason} (first: {account.first[reason]})" for reason, count in reasons.most_common())
-        lines = "; JSON lines have an object each" * any("JSON" in reason for reason in reasons)
+        hint = "; JSON lines have an object each" * any("JSON" in reason for reason in reasons)
         raise ValueError(
-            f"sources.{self.source}: none of the first {account.read.total():,} documents has text: {said or 'the files are empty'}"
-            f"{lines}; check the reader and its text_key"
+            f"sources.{self.source}: none of the first {account.read.total():,} documents has text: "
+            f"{said or 'the files are empty'}{hint}; check the reader and its text_key"
         )
 
     def _capped(self, account: Account, rank: int, world_size: int) -> Iterator[Document]:
@@ -287,12 +287,13 @@ class _Adapter:
         """What the reader's own adapter makes of the row, or an empty text, which the reader leaves out."""
         self.account.read[path] += 1
         place = f"{self.noun} {self.account.read[path] if self.noun == 'document' else number}"
-        fault, parsed = row.get(FAULT, ""), {"text": ""}
+        fault: str = row.get(FAULT, "")
+        parsed: dict[str, Any] = {"text": ""}
         if not fault and self.by_key:
             fault = "" if self._found(row) else f"without text_key={self.text_key}"
             place += f", which has {', '.join(sorted(map(str, row))[:_SHOWN_KEYS]) or 'no keys'}" if fault else ""
         if not fault:
-            parsed = {**self.given(row, path, number), "media": []}
+            parsed = self.given(row, path, number) | {"media": []}
             fault = _fault_of(parsed["text"])
         if not fault:
             return {**parsed, "metadata": {**parsed["metadata"], FILE: path}}
@@ -381,6 +382,8 @@ def _through(
         yield document
     for file, count in missing.items():
         if count < 0:
-            raise ValueError(f"sources.{source}.filters: {name} makes documents of its own; a step may keep, change or drop them")
+            raise ValueError(
+                f"sources.{source}.filters: {name} makes documents of its own; a step may keep, change or drop them"
+            )
         if count:
             account.filtered[file][name] += count

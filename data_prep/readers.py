@@ -11,7 +11,7 @@ import io
 import json
 import lzma
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import IO, Any, cast
 
 import orjson
@@ -48,7 +48,7 @@ def open_bytes(folder: DataFolder, path: str) -> IO[bytes]:
 class JsonLines(JsonlReader):
     """One document per line, a JSON object with the key `text_key`; blank lines are no documents."""
 
-    def read_file(self, filepath: str) -> Iterator[Document]:
+    def read_file(self, filepath: str) -> Generator[Document, None, None]:
         """The documents of one file; lines are numbered from 1."""
         with open_bytes(self.data_folder, filepath) as file:
             for number, line in enumerate(file, 1):
@@ -61,7 +61,7 @@ class JsonLines(JsonlReader):
 class ParquetRows(ParquetReader):
     """One document per row, with its text in the column `text_key`."""
 
-    def read_file(self, filepath: str) -> Iterator[Document]:
+    def read_file(self, filepath: str) -> Generator[Document, None, None]:
         """The documents of one file; rows are numbered from 1."""
         number = 0
         with self.data_folder.open(filepath, "rb") as file, parquet.ParquetFile(file) as opened:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
@@ -42,7 +43,7 @@ class Survey:
     """Duplicates of each file."""
     slices: Counter[str] = field(default_factory=Counter)
     """Documents of each slice that are no candidates."""
-    candidates: list[tuple[float, int, str]] = field(default_factory=list)
+    candidates: list[Any] = field(default_factory=list)
     """Draw, bytes, and slice (if it is not held out) of each document that may be held out, in order of the draws."""
 
     def add(self, other: "Survey") -> None:
@@ -50,7 +51,7 @@ class Survey:
         self.kept.update(other.kept)
         self.duplicates.update(other.duplicates)
         self.slices.update(other.slices)
-        self.candidates = sorted([*self.candidates, *map(tuple, other.candidates)])
+        self.candidates = sorted([*self.candidates, *other.candidates])
 
     def keep_candidates(self, share: float) -> None:
         """Leave the documents drawn below `share` as candidates, or the lowest one when there is none."""
@@ -112,7 +113,7 @@ class SurveyBucket(PipelineStep):
         for name, entries in every.items():
             entries.sort()
             most = self._candidates(entries)
-            surveys[name].candidates = entries[:most]
+            surveys[name].candidates = [*entries[:most]]
             surveys[name].slices.update(entry[2] for entry in entries[most:])
         folder = self.work / "surveys"
         folder.mkdir(exist_ok=True)

@@ -1,4 +1,7 @@
-"""Figures of a run as tables: `metrics.csv` (training) and `validation.csv`, appended to, cut back on resume; how sure they are."""
+"""Figures of a run as tables: `metrics.csv` (training) and `validation.csv`, appended to, cut back on resume.
+
+Also how sure a validation loss is, given the number of held-out tokens.
+"""
 
 import csv
 from collections.abc import Mapping
@@ -16,7 +19,7 @@ FIXED_RATIO = 0.15
 
 
 def standard_error(tokens: int) -> float:
-    """Standard error, in nats, of the mean loss of the predicted ones of so many held-out tokens, as if each were on its own."""
+    """Standard error, in nats, of the mean loss over the predicted share of `tokens`, taken as independent of each other."""
     return LOSS_DEVIATION / (FIXED_RATIO * max(1, tokens)) ** 0.5
 
 

@@ -284,7 +284,9 @@ def _validation(run: Run, curriculum: Curriculum, corpus: Corpus) -> Table:
         times += here
         tokens += here * read * len(settings_of(run, name))
     share = tokens / 3 / curriculum.total_tokens  # a forward pass is a third of a training step
-    table.caption = f"{times:,} times, at each length and mask ratio: {tokens:,} tokens, about {share:.1%} of the training's time"
+    table.caption = (
+        f"{times:,} times, at each length and mask ratio: {tokens:,} tokens, about {share:.1%} of the training's time"
+    )
     return table
 
 

@@ -40,7 +40,9 @@ def sources_of(run: Run) -> list[str]:
 def settings_of(run: Run, phase: str) -> list[tuple[int, float]]:
     """The row lengths and mask ratios that are validated at in a phase."""
     first, current = next(iter(run.phases.values())), run.phases[phase]
-    return sorted({(seq_len, ratio) for seq_len in (first.seq_len, current.seq_len) for ratio in (FIXED_RATIO, current.mask_ratio)})
+    return sorted(
+        {(seq_len, ratio) for seq_len in (first.seq_len, current.seq_len) for ratio in (FIXED_RATIO, current.mask_ratio)}
+    )
 
 
 class Validator:

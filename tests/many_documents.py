@@ -7,7 +7,6 @@ each stored text is, byte for byte, the text that was written, in the normal for
 
 import bz2
 import gzip
-import io
 import json
 import lzma
 import os
@@ -26,14 +25,32 @@ from typing import Any
 import pyarrow
 import zstandard
 from pyarrow import parquet
-from tokenizers import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMATS = ("jsonl", "parquet", "text", "lines")
-WORDS = (
-    "the of and wizard quartz jump fox über naïve straße ключ слово ελληνικά नमस्ते हिन्दी தமிழ் ไทย ខ្មែរ မြန်မာ שָׁלוֹם السَّلَام 你好 世界 "
-    "한국어 e\u0301te\u0301 A\u030angstro\u0308m ﬁ \U0001f600 \U0001f468\u200d\U0001f469\u200d\U0001f467 [MASK] [UNK] <s> </s> 3.14 १२३ x\u00a0y a\u2028b c\x85d e\x1ff \0 \\ \" '"
-).split(" ")
+WORDS = [
+    "the", "of", "and", "wizard", "quartz", "jump", "fox", "3.14", "über", "naïve", "straße", "ключ", "слово", "ελληνικά",
+    "你好", "한국어", "नमस्ते", "हिन्दी", "தமிழ்", "ไทย", "ខ្មែរ", "မြန်မာ", "שָׁלוֹם", "السَّلَام",
+    "१२३", "e\u0301te\u0301", "A\u030angstro\u0308m", "\ufb01", "\U0001f600", "\U0001f468\u200d\U0001f469",
+    "[MASK]", "[UNK]", "<s>", "</s>", "x\u00a0y", "a\u2028b", "c\x85d", "e\x1ff", "\0", "\\", '"', "'",
+]  # fmt: skip
+
+ODD_LINES = [
+    (b'{"text": "cut', "not JSON"),
+    (b"[" * 9999, "not JSON"),
+    (b'{"text": "na\xefve"}', "not UTF-8"),
+    (b"\xff\xfe", "not UTF-8"),
+    (b"[1, 2]", "not a JSON object"),
+    (b'"text"', "not a JSON object"),
+    (b'{"content": "x"}', "without text_key=text"),
+    (b'{"text": null}', "null"),
+    (b'{"text": " \\n"}', "empty"),
+    (b'{"text": ["a"]}', "of type list in place of a string"),
+    (b'{"text": 5}', "of type int in place of a string"),
+    (b'{"text": {"a": "b"}}', "of type dict in place of a string"),
+    (b'{"text": "\\ud800 alone"}', "with lone surrogates"),
+]
+"""Lines of a JSON-lines file that are of no use, and why."""
 
 
 @dataclass
@@ -66,7 +83,9 @@ class Written:
 def text_of(rng: random.Random, lines: bool = False) -> str:
     """A text; of one line where lines are documents."""
     words = [rng.choice(WORDS) for _ in range(rng.choice([1, 3, 20, 60]) if rng.random() < 0.999 else 5000)]
-    text = "".join(word + rng.choice([" ", " ", " ", "  ", "\t"] + ([] if lines else ["\n", "\r\n", "\n\n", "\r"])) for word in words)
+    text = "".join(
+        word + rng.choice([" ", " ", " ", "  ", "\t"] + ([] if lines else ["\n", "\r\n", "\n\n", "\r"])) for word in words
+    )
     return text.rstrip("\r\n") if lines else text
 
 
@@ -126,18 +145,11 @@ def _json_lines(rng: random.Random, texts: list[str], add: Any, drop: Any) -> by
     for text in texts:
         row: dict[str, Any] = {"id": len(lines), "text": add("jsonl", text), "score": rng.choice([1.5, float("nan"), 1 << 70])}
         lines.append(json.dumps(row, ensure_ascii=rng.random() < 0.5).encode("utf-8"))
-        kind = rng.randrange(400)
-        odd = {
-            0: (b'{"text": "cut', "not JSON"), 1: (b'{"text": "na\xefve"}', "not UTF-8"), 2: (b"[1, 2]", "not a JSON object"),
-            3: (b'{"content": "x"}', "without text_key=text"), 4: (b'{"text": null}', "null"), 5: (b'{"text": " \\n"}', "empty"),
-            6: (b'{"text": ["a"]}', "of type list in place of a string"), 7: (b'{"text": 5}', "of type int in place of a string"),
-            8: (b'{"text": "\\ud800 alone"}', "with lone surrogates"), 9: (b"[" * 9999, "not JSON"), 10: (b"\xff\xfe", "not UTF-8"),
-            11: (b'{"text": {"a": "b"}}', "of type dict in place of a string"), 12: (b'"text"', "not a JSON object"),
-        }.get(kind)  # fmt: skip
+        odd = dict(enumerate(ODD_LINES)).get(rng.randrange(400))
         if odd:
             lines.append(odd[0])
             drop("jsonl", odd[1])
-        if kind == 13:
+        if rng.random() < 0.003:
             lines.append(rng.choice([b"", b"  \t"]))
     return rng.choice([b"", b"\xef\xbb\xbf"]) + rng.choice([b"\n", b"\r\n"]).join(lines)
 
@@ -166,7 +178,9 @@ def _write_parquet(folder: Path, number: int, texts: list[str], rng: random.Rand
             drop("parquet", ["null", "empty", "not UTF-8"][kind])
     column = pyarrow.array(values, pyarrow.binary()).view(pyarrow.string())
     table = pyarrow.table({"id": list(range(len(values))), "text": column, "media": ["odd"] * len(values)})
-    parquet.write_table(table, folder / f"{number}.parquet", compression=rng.choice(["snappy", "zstd", "gzip"]), row_group_size=97)
+    parquet.write_table(
+        table, folder / f"{number}.parquet", compression=rng.choice(["snappy", "zstd", "gzip"]), row_group_size=97
+    )
 
 
 def corpus_yaml(folder: Path) -> None:
