@@ -126,7 +126,7 @@ def _check_kind(written: dict[str, Any], index: str) -> None:
         if all(written.get(key) != kind[key] for kind in kinds):
             raise ValueError(
                 f"{index} is of other shards than blocks: {key} is {written.get(key)!s:.200}, expected {kinds[0][key]}; read "
-                "them with MosaicML streaming, pip install 'modernenc[streaming]', and prepare their text with python -m data_prep"
+                "them with MosaicML streaming, pip install 'modernenc[streaming]', and prepare their text anew"
             )
 
 
