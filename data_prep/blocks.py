@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
-from streaming import MDSWriter
 
 from data_prep import encode
 from data_prep.buckets import Bucket, slice_of
 from data_prep.read import FILE
 from data_prep.split import held_out_draw
-from modernenc.data.blocks import SHARD_HASH, VALIDATION, columns
+from modernenc.data.blocks import VALIDATION
+from modernenc.data.mds import Block, Writer
 
 
 class BlockWriter:
@@ -34,9 +34,7 @@ class BlockWriter:
         self._unfinished = folder.with_name(folder.name + ".tmp")
         for leftover in (folder, self._unfinished):
             shutil.rmtree(leftover, ignore_errors=True)
-        self._writer = MDSWriter(
-            out=str(self._unfinished), columns=columns(dtype), hashes=[SHARD_HASH], size_limit=shard_mb << 20
-        )
+        self._writer = Writer(self._unfinished, dtype, shard_mb << 20)
         self._tokens = np.empty(block_tokens, dtype=dtype)
         self._filled = 0
         self._ends: list[int] = []
@@ -63,7 +61,7 @@ class BlockWriter:
 
     def _flush(self, continues: bool) -> None:
         ends = np.array(self._ends, dtype=np.uint32)
-        self._writer.write({"tokens": self._tokens[: self._filled].copy(), "ends": ends, "continues": int(continues)})
+        self._writer.write(Block(self._tokens[: self._filled], ends, continues))
         self.counts["blocks"] += 1
         self.counts["cuts"] += continues
         self._filled = 0

@@ -214,17 +214,13 @@ def _advise_precision(device: torch.device, precision: str) -> None:
     """Say when the other precision would be faster here; nothing is switched."""
     if device.type != "cpu":
         return
-    fast = _fast_bf16()
-    if precision == "bf16-mixed" and not fast:
+    known = Path("/proc/cpuinfo")  # Linux's: elsewhere nothing is said
+    flags = known.read_text() if known.exists() else ""
+    fast = any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))  # the last: ARM
+    if precision == "bf16-mixed" and flags and not fast:
         log.warning("this processor has no bf16 matrix instructions: trainer.precision=32-true may be faster")
     if precision == "32-true" and fast:
         log.info("this processor multiplies bf16 matrices several times faster: consider trainer.precision=bf16-mixed")
-
-
-def _fast_bf16() -> bool:
-    cpu = Path("/proc/cpuinfo")
-    flags = cpu.read_text() if cpu.exists() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags  # the last: ARM
 
 
 def _loggers(run: Run) -> list[Logger]:
@@ -281,8 +277,7 @@ def _lock(file: logging.FileHandler, run_dir: Path) -> None:
 def _quiet_libraries() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # The loader is one process by design: more would repeat the packing. Its state is saved by the module.
-    for message in ("does not have many workers", "`IterableDataset` has `__len__`", "your dataloader is not resumable"):
-        warnings.filterwarnings("ignore", f".*{message}")
+    # The loader's state is saved by the module.
+    warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
     warnings.filterwarnings("ignore", ".*`srun` command is available")  # not every run on a cluster's node is a job
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.* is deprecated")  # Lightning about torch

@@ -1,7 +1,9 @@
 """Remote corpora: fetched whole or not at all, whatever the remote does; a failure names the file and never hangs."""
 
 import http.server
+import json
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -12,10 +14,13 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote
 
-import boto3
+import fsspec
 import pytest
 from conftest import SMALL, command
+from fsspec.implementations.memory import MemoryFileSystem
 
 from modernenc.data.blocks import Corpus
 from modernenc.data.store import Store
@@ -55,6 +60,8 @@ class Server:
 def s3(monkeypatch: pytest.MonkeyPatch, corpus_root: Path) -> Iterator[Server]:
     for name, value in (("AWS_ACCESS_KEY_ID", "x"), ("AWS_SECRET_ACCESS_KEY", "x"), ("AWS_DEFAULT_REGION", "us-east-1")):
         monkeypatch.setenv(name, value)
+    boto3 = pytest.importorskip("boto3", reason="serves a corpus from S3")
+    pytest.importorskip("s3fs", reason="reads a corpus from S3: the extra [s3]")
     server = Server()
     monkeypatch.setenv("S3_ENDPOINT_URL", server.url)
     client = boto3.client("s3", endpoint_url=server.url)
@@ -67,6 +74,8 @@ def s3(monkeypatch: pytest.MonkeyPatch, corpus_root: Path) -> Iterator[Server]:
 
 
 def upload(server: Server, key: str, path: Path) -> None:
+    import boto3
+
     boto3.client("s3", endpoint_url=server.url).upload_file(str(path), "corpora", key)
 
 
@@ -98,7 +107,7 @@ def test_a_run_from_s3_is_the_run_from_disk(s3, corpus_root, small_run, tmp_path
 def test_a_missing_object_is_named_after_some_tries(s3, tmp_path):
     store = Store("s3://corpora/small", str(tmp_path), timeout_s=2)
     with pytest.raises(
-        ConnectionError, match=r"s3://corpora/small/nothing.mds could not be fetched, tried 3 times: .*not found"
+        ConnectionError, match=r"s3://corpora/small/nothing.mds could not be fetched, tried 3 times: .*does not exist"
     ):
         store.shard("nothing.mds", 10, "0" * 16)
     assert files(tmp_path) == []
@@ -144,6 +153,8 @@ def test_a_server_that_falls_silent_is_given_up_on(s3, tmp_path):
 @pytest.mark.slow
 def test_a_run_stops_with_the_name_of_what_s3_lacks(s3, small_run, tmp_path, corpus_root):
     """In the trainer's process and in a loader worker."""
+    import boto3
+
     client = boto3.client("s3", endpoint_url=s3.url)
     for path in corpus_root.glob("docstrings/slice-000/bucket-*/*.mds"):
         client.delete_object(Bucket="corpora", Key=f"small/{path.relative_to(corpus_root)}")
@@ -242,11 +253,84 @@ def test_a_full_cache_disk_is_said(corpus_root, small_disk):
     [
         ("s3://corpora/small", r"data.root=s3://corpora/small is remote: give data.cache=FOLDER"),
         ("hf://datasets/org/name/small", r"expected hf://datasets/<org>/<name>@<revision>"),
+        ("hf://models/org/name@1/small", r"expected hf://datasets/<org>/<name>@<revision>"),
+        ("azure://container/small", r"data.root=azure://container/small: no file system for azure://; expected s3://, gs://.*"),
+        ("C://small", r"data.root=C://small: no file system for C://"),
+        ("simplecache::s3://small", r"data.root=simplecache::s3://small: no file system for simplecache::s3://"),
     ],
 )
-def test_a_remote_needs_a_cache_and_a_dataset_its_revision(root, message, tmp_path):
+def test_a_remote_needs_a_cache_and_a_dataset_its_revision_and_both_a_file_system(root, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         Store(root, "" if root.startswith("s3") else str(tmp_path))
+
+
+def test_a_library_that_is_missing_is_named_with_what_to_install(tmp_path):
+    """In a process of its own, in which none can be imported."""
+    libraries = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "sftp": "paramiko"}
+    code = (
+        "import sys; from modernenc.data.store import Store\n"
+        f"for scheme, library in {libraries}.items():\n"
+        "    sys.modules[library] = None\n"
+        "    try: Store(f'{scheme}://x/y', sys.argv[1])\n"
+        "    except ValueError as error: print(error)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    said = result.stdout.splitlines()
+    for line, (scheme, library), extra in zip(said, libraries.items(), ("s3", "gcs", "azure", "azure", "sftp"), strict=True):
+        assert line.startswith(f"data.root={scheme}://x/y: ") and library in line
+        assert line.endswith(f"; pip install 'modernenc[{extra}]'")
+
+
+class Odd(MemoryFileSystem):
+    """A file system that fails as no other does, or says nothing for ever."""
+
+    protocol = "odd"
+
+    def get_file(self, rpath: str, lpath: Any, **kwargs: Any) -> None:
+        if "silent" in rpath:
+            threading.Event().wait()
+        raise type("OddError", (Exception,), {})("out of tokens")
+
+
+@pytest.fixture
+def odd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modernenc.data.store._FIRST_PAUSE_S", 0.01)
+    fsspec.register_implementation("odd", Odd, clobber=True)
+
+
+def test_whatever_a_library_raises_is_a_try_that_failed(odd, tmp_path):
+    with pytest.raises(ConnectionError, match=r"odd://x/a could not be fetched, tried 3 times: OddError: out of tokens"):
+        Store("odd://x", str(tmp_path)).file("a")
+    assert files(tmp_path) == []
+
+
+def test_a_library_that_never_returns_is_given_up_on(odd, tmp_path):
+    started = time.monotonic()
+    with pytest.raises(
+        ConnectionError, match=r"odd://x/silent could not be fetched, tried 3 times: silent for data.timeout_s="
+    ):
+        Store("odd://x", str(tmp_path), timeout_s=0.3).file("silent")
+    assert time.monotonic() - started < 5
+
+
+def test_a_process_ends_though_a_remote_is_silent(tmp_path):
+    """Neither what is fetched now nor what is fetched ahead holds it."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[2]); import fsspec, test_store; from modernenc.data.store import Store;"
+        "fsspec.register_implementation('odd', test_store.Odd);"
+        "store = Store('odd://x', sys.argv[1], timeout_s=60); store.prefetch('silent', 1, ''); store.close()"
+    )
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)], check=True, timeout=60)
+    assert time.monotonic() - started < 40
+
+
+def test_a_store_goes_to_another_process_with_nothing_under_way(corpus_root, tmp_path, shard):
+    store = Store(str(corpus_root), str(tmp_path))
+    store.prefetch(shard, (corpus_root / shard).stat().st_size, hash_file(corpus_root / shard))
+    other = pickle.loads(pickle.dumps(store))
+    assert other.shard(shard, (corpus_root / shard).stat().st_size, "").read_bytes() == (corpus_root / shard).read_bytes()
+    assert (other.root, other.cache, other.timeout_s) == (store.root, store.cache, store.timeout_s)
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -259,14 +343,42 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self._answer(body=False)
 
     def do_GET(self) -> None:
-        self._answer(body=True)
+        if self.path.startswith(f"/api/datasets/org/name/revision/{self.REVISION}"):
+            self._say({"id": "org/name", "sha": self.REVISION, "private": False, "siblings": []})
+        elif self.path.startswith(f"/api/datasets/org/name/tree/{self.REVISION}"):
+            folder = unquote(self.path.partition("?")[0].partition(self.REVISION)[2]).strip("/")
+            inside = self.root / folder.removeprefix("small").strip("/")
+            self._say([self._entry(path) for path in sorted(inside.iterdir())] if inside.is_dir() else None)
+        else:
+            self._answer(body=True)
+
+    def do_POST(self) -> None:
+        asked = self.rfile.read(int(self.headers["Content-Length"]))
+        named = json.loads(asked)["paths"] if asked[:1] == b"{" else parse_qs(asked.decode())["paths"]
+        if self.path != f"/api/datasets/org/name/paths-info/{self.REVISION}":
+            self.send_error(404)
+            return
+        paths = [self.root / name.removeprefix("small").strip("/") for name in named]
+        self._say([self._entry(path) for path in paths if path.exists()])
+
+    def _entry(self, path: Path) -> dict[str, Any]:
+        kind = {"type": "file", "size": path.stat().st_size} if path.is_file() else {"type": "directory"}
+        return {**kind, "path": str(Path("small") / path.relative_to(self.root)), "oid": "0" * 40}
+
+    def _say(self, value: object) -> None:
+        content = json.dumps(value).encode()
+        self.send_response(404 if value is None else 200)
+        for name, said in (("Content-Type", "application/json"), ("Content-Length", str(len(content)))):
+            self.send_header(name, said)
+        self.end_headers()
+        self.wfile.write(content)
 
     def log_message(self, format: str, *arguments: object) -> None:
         pass
 
     def _answer(self, body: bool) -> None:
         prefix = f"/datasets/org/name/resolve/{self.REVISION}/small/"
-        path = self.root / self.path.removeprefix(prefix)
+        path = self.root / self.path.partition("?")[0].removeprefix(prefix)
         if not self.path.startswith(prefix) or not path.is_file():
             self.send_error(404)
             return

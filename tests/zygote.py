@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import streaming.base.format  # noqa: F401
 from conftest import composed
 
 from modernenc import checkpoints

@@ -10,13 +10,13 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from modernenc.bench.turns import peak_bytes
 from modernenc.config import Data, Phase, Run, Trainer
 
 BLOCKS_PER_SHARD, SHARDS, BLOCK_TOKENS, RANKS, LANES = 1_024, 60_000, 32_768, 8, 64
@@ -43,7 +43,6 @@ def main() -> None:
 def first_batch(folder: Path, rank: int, share: float) -> tuple[float, int]:
     """Seconds from opening to the first step's batch, and the process's peak memory in bytes."""
     import torch
-    from streaming.base.format import reader_from_json  # noqa: F401
 
     from modernenc.curriculum import Curriculum
     from modernenc.data.blocks import Corpus
@@ -57,7 +56,7 @@ def first_batch(folder: Path, rank: int, share: float) -> tuple[float, int]:
     state = midway(run, curriculum, share) if share else DataState()
     steps = iter(Steps(run, curriculum, corpus, rank, RANKS, state))
     assert next(steps).targets
-    return time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return time.perf_counter() - started, peak_bytes()
 
 
 def the_run(folder: Path) -> Run:
@@ -88,25 +87,19 @@ def midway(run: Run, curriculum: Any, share: float) -> Any:
 
 def write(folder: Path) -> None:
     """One shard, its many names, the index and the manifest."""
-    from streaming import MDSWriter
-
-    from modernenc.data.blocks import SHARD_HASH, columns
-    from modernenc.hashing import hash_file
+    from modernenc.data.mds import Block, Writer
 
     rng = np.random.default_rng(0)
     slice_folder = folder / "web" / "slice-000"
-    with MDSWriter(out=str(folder / "one"), columns=columns("uint16"), hashes=[SHARD_HASH], size_limit="1gb") as writer:
-        for _ in range(BLOCKS_PER_SHARD):
-            lengths = rng.lognormal(6, 1, BLOCK_TOKENS // 300).astype(int) + 1
-            ends = np.unique(np.append(np.cumsum(lengths)[np.cumsum(lengths) < BLOCK_TOKENS], BLOCK_TOKENS))
-            writer.write({
-                "tokens": rng.integers(5, 50_000, BLOCK_TOKENS).astype(np.uint16),
-                "ends": ends.astype(np.uint32),
-                "continues": 0,
-            })  # fmt: skip
+    writer = Writer(folder / "one", "uint16", 1 << 30)
+    for _ in range(BLOCKS_PER_SHARD):
+        lengths = rng.lognormal(6, 1, BLOCK_TOKENS // 300).astype(int) + 1
+        ends = np.unique(np.append(np.cumsum(lengths)[np.cumsum(lengths) < BLOCK_TOKENS], BLOCK_TOKENS))
+        tokens = rng.integers(5, 50_000, BLOCK_TOKENS).astype(np.uint16)
+        writer.write(Block(tokens, ends.astype(np.uint32), continues=False))
+    writer.finish()
     shard = next((folder / "one").glob("*.mds"))
     entry = json.loads((folder / "one" / "index.json").read_text())["shards"][0]
-    assert entry["raw_data"]["hashes"][SHARD_HASH] == hash_file(shard)
     slice_folder.mkdir(parents=True)
     entries = []
     for number in range(SHARDS):
@@ -121,7 +114,12 @@ def write(folder: Path) -> None:
             "vocab_size": 50_368, "sha256": "", "special_ids": [0, 1, 2, 3, 4],
             "roles": {"cls": 0, "sep": 1, "pad": 2, "mask": 3, "unk": 4},
         },
-        "sources": {"web": {"slices": {"slice-000": {"blocks": blocks, "tokens": blocks * BLOCK_TOKENS}}}},
+        "sources": {
+            "web": {
+                "slices": {"slice-000": {"blocks": blocks, "tokens": blocks * BLOCK_TOKENS}},
+                "validation": {"blocks": 0, "tokens": 0, "unigram_nats": 0},
+            }
+        },
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest))
 

@@ -1,7 +1,9 @@
 """Contestants in processes of their own, one of which works at a time: what one does to its memory is no other's matter."""
 
 import multiprocessing
+import os
 import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -123,8 +125,7 @@ def _serve(pipe: Connection, contestant: Contestant) -> None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - started
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            pipe.send((work, seconds, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak))
+            pipe.send((work, seconds, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_bytes()))
     except RuntimeError as error:
         if "allocate memory" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
             raise
@@ -165,11 +166,20 @@ def device() -> "torch.device":
 
 
 def available_bytes() -> int:
-    """Bytes of memory that a process may still take."""
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    """Bytes of memory that a process may still take; all that there is, where the system does not say."""
+    told = Path("/proc/meminfo")  # Linux's
+    if not told.exists():
+        return os.sysconf("SC_PHYS_PAGES") * resource.getpagesize()
+    lines = dict(line.split(":") for line in told.read_text().splitlines())
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 
+def peak_bytes() -> int:
+    """The most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def _held() -> int:
-    """Bytes of data that this process has taken already."""
-    return int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    """Bytes of data that this process has taken already, where the system says."""
+    told = Path("/proc/self/statm")
+    return int(told.read_text().split()[5]) * resource.getpagesize() if told.exists() else 0

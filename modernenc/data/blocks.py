@@ -1,49 +1,36 @@
 """The contract with data_prep: a folder of block shards, read by random access.
 
-`<root>/manifest.json`, `<root>/tokenizer.json`, `<root>/<source>/slice-NNN/` and `<root>/<source>/validation/`. One MDS sample
-is a block: `tokens`, `ends` (of the documents in it, exclusive offsets), `continues` (1 when the last document goes on in
+`<root>/manifest.json`, `<root>/tokenizer.json`, `<root>/<source>/slice-NNN/` and `<root>/<source>/validation/`. One sample of a
+shard is a block: `tokens`, `ends` (of the documents in it, exclusive offsets), `continues` (1 when the last document goes on in
 the next block written). Text tokens only; no special tokens.
 
-Shards are read with streaming's own MDS reader, by index. StreamingDataset is not used: the order is ours, its shared
-memory and lock files outlive a killed run, and it deletes raw shards whose index names compressed ones
-(mosaicml/streaming#330, #400).
+The shards are MosaicML streaming's, but StreamingDataset is not used: the order is ours, its shared memory and lock files
+outlive a killed run, and it deletes raw shards whose index names compressed ones (mosaicml/streaming#330, #400).
 """
 
-import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 from jaxtyping import Integer
 
 from modernenc.config import Data
+from modernenc.data.expected import NUMBER, parse
+from modernenc.data.mds import INDEX, SHARD_HASH, TOKEN_DTYPES, Block, Shard, settings
 from modernenc.data.store import Store
 from modernenc.hashing import hash_file
 
-if TYPE_CHECKING:
-    from streaming.base.format.mds import MDSReader
-
 MANIFEST = "manifest.json"
-SHARD_HASH = "xxh3_64"
 VALIDATION = "validation"
+REMEDY = "restore it from a copy or prepare the data again"
 
-
-class Block(NamedTuple):
-    """One MDS sample: text tokens of consecutive documents."""
-
-    tokens: Integer[np.ndarray, " tokens"]
-    ends: Integer[np.ndarray, " docs"]
-    continues: bool
-
-
-def columns(dtype: str) -> dict[str, str]:
-    """MDS columns of a block whose tokens are of `dtype`, uint16 or uint32."""
-    return {"tokens": f"ndarray:{dtype}", "ends": "ndarray:uint32", "continues": "uint8"}
+_INDEX = {"shards": [{"samples": NUMBER, "raw_data": {"basename": str, "bytes": range(1 << 32), "hashes": {str: str}}}]}
+_COUNTS = {"blocks": NUMBER, "tokens": NUMBER}
 
 
 class Entry(NamedTuple):
@@ -53,6 +40,8 @@ class Entry(NamedTuple):
     bytes: int
     digest: str
     samples: int
+    settings: dict[str, Any]
+    """How it was written."""
 
 
 class Shards:
@@ -65,14 +54,15 @@ class Shards:
     def __init__(self, store: Store, folder: str) -> None:
         self.store = store
         self.folder = folder
-        content = store.file(f"{folder}/index.json").read_bytes()
+        content = store.file(f"{folder}/{INDEX}").read_bytes()
         self.digest = xxhash.xxh3_64_hexdigest(content)
         """Hash of the index, which holds those of the shards."""
-        self._index: dict[str, Any] = json.loads(content)
-        self._entries = [self._entry(entry) for entry in self._index["shards"]]
+        index = parse(content, _INDEX, store.where(f"{folder}/{INDEX}"), REMEDY)
+        self._settings: list[dict[str, Any]] = []
+        self._entries = [self._entry(entry) for entry in index["shards"]]
         self.sizes = [entry.samples for entry in self._entries]
         """Blocks of each shard."""
-        self._readers: dict[int, MDSReader] = {}
+        self._opened: dict[int, Shard] = {}
         self._first = [0, *accumulate(self.sizes)]
 
     def __len__(self) -> int:
@@ -81,11 +71,11 @@ class Shards:
 
     def read(self, shard: int, index: int) -> Block:
         """The block at `index` of `shard`."""
-        if shard not in self._readers:
+        if shard not in self._opened:
             self.check(shard)
-            self._readers[shard] = self._open(shard)
-        sample: dict[str, Any] = self._readers[shard][index]
-        return Block(sample["tokens"], sample["ends"], bool(sample["continues"]))
+            entry = self._entries[shard]
+            self._opened[shard] = Shard(self.store.path(entry.name), entry.samples, entry.settings)
+        return self._opened[shard][index]
 
     def check(self, shard: int) -> None:
         """Compare the shard's hash with the index, fetching it where it is remote; ValueError when they differ."""
@@ -94,43 +84,50 @@ class Shards:
         if (found := hash_file(path)) == entry.digest:
             return
         if self.store.cache is None:
-            raise ValueError(
-                f"{path} is corrupt: {SHARD_HASH} {found}, expected {entry.digest}; "
-                "restore it from a copy or prepare the data again"
-            )
+            raise ValueError(f"{path} is corrupt: {SHARD_HASH} {found}, expected {entry.digest}; {REMEDY}")
         self.store.replace(*entry[:3])  # which compares the new copy itself
 
     def prefetch(self, shard: int) -> None:
         """Say that a shard will be read soon."""
-        if shard not in self._readers:
+        if shard not in self._opened:
             self.store.prefetch(*self._entries[shard][:3])
 
     def _entry(self, entry: dict[str, Any]) -> Entry:
-        index = self.store.where(f"{self.folder}/index.json")
-        if entry["zip_data"] is not None:
+        index, raw, samples = self.store.where(f"{self.folder}/{INDEX}"), entry["raw_data"], entry["samples"]
+        if entry.get("zip_data") is not None or entry.get("compression"):
             raise ValueError(
-                f"{index} names compressed shards ({entry['zip_data']['basename']}), but blocks are "
-                "read raw; decompress them and set compression and zip_data to null in the index"
+                f"{index} names compressed shards ({entry.get('compression')}), but blocks are read raw; decompress them and "
+                "set compression and zip_data to null in the index"
             )
-        raw = entry["raw_data"]
+        written = {key: value for key, value in entry.items() if key not in ("samples", "raw_data", "zip_data")}
+        if written not in self._settings:  # nearly always the same for all shards
+            _check_kind(written, index)
+            self._settings.append(written)
         name = f"{self.folder}/{raw['basename']}"
         if SHARD_HASH not in raw["hashes"]:
             raise ValueError(f"{index} has no {SHARD_HASH} for {raw['basename']}; prepare the data again")
+        if {"", ".."} & set(raw["basename"].split("/")):
+            raise ValueError(f"{index} names {raw['basename']}, which is not in its folder; {REMEDY}")
         if self.store.cache is None:
             path = self.store.path(name)
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is named by {index} but absent; restore it")
             if (size := path.stat().st_size) != raw["bytes"]:
                 raise ValueError(f"{path} has {size} bytes, expected {raw['bytes']}; restore it from a copy")
-        return Entry(name, raw["bytes"], raw["hashes"][SHARD_HASH], entry["samples"])
+        if 4 * samples > raw["bytes"]:  # before as many are put into an order
+            raise ValueError(f"{index}: {samples} samples in the {raw['bytes']} bytes of {raw['basename']}; {REMEDY}")
+        return Entry(name, raw["bytes"], raw["hashes"][SHARD_HASH], samples, self._settings[self._settings.index(written)])
 
-    def _open(self, shard: int) -> "MDSReader":
-        from streaming.base.format import reader_from_json  # 4 s to import: `plan` and a config error do without
 
-        folder = self.store.path(self.folder)
-        reader = cast("MDSReader", reader_from_json(str(folder), "", self._index["shards"][shard]))
-        reader.validate(allow_unsafe_types=False)
-        return reader
+def _check_kind(written: dict[str, Any], index: str) -> None:
+    """Raise ValueError when shards that were written so hold something else than blocks."""
+    kinds = [settings(dtype, size_limit=0) for dtype in TOKEN_DTYPES]
+    for key in ("format", "version", "column_names", "column_encodings", "column_sizes"):
+        if all(written.get(key) != kind[key] for kind in kinds):
+            raise ValueError(
+                f"{index} is of other shards than blocks: {key} is {written.get(key)!s:.200}, expected {kinds[0][key]}; read "
+                "them with MosaicML streaming, pip install 'modernenc[streaming]', and prepare their text anew"
+            )
 
 
 @dataclass(frozen=True)
@@ -142,6 +139,17 @@ class Roles:
     pad: int
     mask: int
     unk: int
+
+
+_MANIFEST = {
+    "block_tokens": range(1, 1 << 32),
+    "tokenizer": {
+        "vocab_size": range(1, 1 << 32),
+        "roles": {role.name: NUMBER for role in fields(Roles)},
+        "special_ids": [NUMBER],
+    },
+    "sources": {str: {"slices": {str: _COUNTS}, VALIDATION: {**_COUNTS, "unigram_nats": float}}},
+}
 
 
 class Corpus:
@@ -156,10 +164,13 @@ class Corpus:
             self._manifest = store.file(MANIFEST).read_bytes()
         except FileNotFoundError:
             raise FileNotFoundError(f"data.root={store}: no {MANIFEST} there; {hint}") from None
-        self.manifest: dict[str, Any] = json.loads(self._manifest)
+        self.manifest: dict[str, Any] = parse(self._manifest, _MANIFEST, store.where(MANIFEST), REMEDY)
         self.block_tokens: int = self.manifest["block_tokens"]
         self.vocab_size: int = self.manifest["tokenizer"]["vocab_size"]
-        self.roles = Roles(**self.manifest["tokenizer"]["roles"])
+        self.roles = Roles(**{role.name: self.manifest["tokenizer"]["roles"][role.name] for role in fields(Roles)})
+        for role, token in vars(self.roles).items():
+            if token >= self.vocab_size:
+                raise ValueError(f"{store.where(MANIFEST)}: {role} is token {token} of {self.vocab_size}; {REMEDY}")
         self._opened: dict[str, Shards] = {}
 
     @classmethod
@@ -186,7 +197,7 @@ class Corpus:
         """Hash of the manifest and of the index of every slice in the mixes: it changes with any token of theirs."""
         digest = xxhash.xxh3_64(self._manifest)
         for folder in sorted({path for mix in mixes for path in self.slices(mix)}):
-            digest.update(self.open(folder).digest)
+            digest.update(self.open(folder).digest.encode())
         return digest.hexdigest()
 
     def slices(self, mix: dict[str, float], key: str = "mix") -> dict[str, float]:

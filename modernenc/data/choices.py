@@ -6,9 +6,9 @@
 """
 
 import csv
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from modernenc.curriculum import CHOICES
 from modernenc.data.blocks import Corpus
 from modernenc.data.lanes import seed_of
 from modernenc.data.masking import MicroBatch
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 COLUMNS = ("sent1", "sent2", *(f"ending{number}" for number in range(CHOICES)), "label")
 """What is read of a file; sent2 is how each ending begins."""
@@ -78,17 +81,27 @@ class Choices:
         self.items = read(Path(path), f"tasks.{name}.{key}")
         if validation:
             self.items = self.items[: task.validation_items]
+        self._tokenizer_file = corpus.tokenizer_file
+        self._seed = (seed, seed_of(name))
+        self._order: tuple[int, list[int]] = (-1, [])
+        """The last pass asked for, and its order: items are drawn one after another."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the tokenizer, which would forget on its way that what is written like a special token is text."""
+        return {name: value for name, value in vars(self).items() if name != "_tokenizer"}
+
+    @cached_property
+    def _tokenizer(self) -> "Tokenizer":
         from data_prep.encode import load
 
-        self._tokenizer = load(corpus.tokenizer_file)
-        self._order = lru_cache(2)(
-            lambda turn: np.random.default_rng([seed, seed_of(name), turn]).permutation(len(self.items)).tolist()
-        )
+        return load(self._tokenizer_file)
 
     def drawn(self, number: int) -> Item:
         """Item `number` of a run."""
         turn, place = divmod(number, len(self.items))
-        return self.items[self._order(turn)[place]]
+        if self._order[0] != turn:
+            self._order = (turn, np.random.default_rng([*self._seed, turn]).permutation(len(self.items)).tolist())
+        return self.items[self._order[1][place]]
 
     def encoded(self, item: Item) -> list[Choice]:
         """Each ending after its context, of which the beginning is cut where both are too long for a row."""

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -50,8 +50,13 @@ class BlockOrder:
         self.blocks = int(self.sizes.sum())
         self.lanes = lanes
         self.seed = (seed, seed_of(name))
+        self._arguments = (sizes, lanes, seed, name)
         self._shards = lru_cache(4)(self._shard_order)
         self._group = lru_cache(16)(self._group_order)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process makes it anew: what is remembered here stays."""
+        return BlockOrder, self._arguments
 
     def block_at(self, lane: int, drawn: int) -> tuple[int, int]:
         """Shard and index of the block that `lane` takes after `drawn` blocks of this slice."""

@@ -5,16 +5,21 @@
 3. Rows are grouped into micro-batches; the lanes' state after the step travels with them.
 """
 
+import atexit
 import ctypes
+import multiprocessing
+import queue
 import signal
 import sys
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, IterableDataset
+import torch
 
 from modernenc.config import Run
 from modernenc.curriculum import MASKED_LM, Curriculum, Point, items_at_once, reads_text
@@ -112,8 +117,39 @@ class Step:
     state: dict[str, Any]
     """The `DataState` after the step."""
 
+    def pin_memory(self) -> "Step":
+        """The same in memory that a GPU copies from while it computes."""
+        return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
 
-class Steps(IterableDataset[Step]):
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A step crosses to another process as some arrays, however many micro-batches it has.
+
+        torch would hand over each tensor in shared memory of its own, of which a container has little, by a file descriptor of
+        its own, of which a process has few.
+        """
+        tensors = [[getattr(batch, name) for batch in self.micro_batches] for name in _TENSORS]
+        arrays = [np.concatenate([tensor.numpy() for tensor in same], dtype=np.int32) for same in tensors]
+        sizes = [[len(tensor) for tensor in same] for same in tensors]
+        others = [(batch.max_seqlen, batch.first_row, batch.objective) for batch in self.micro_batches]
+        return _arrived, (arrays, sizes, others, self.targets, self.tokens, self.state)
+
+
+_TENSORS = {"input_ids": torch.int64, "cu_seqlens": torch.int32, "target_positions": torch.int64, "targets": torch.int64}
+"""Of a micro-batch. All fit 32 bits: tokens, and places in a micro-batch."""
+
+
+def _arrived(arrays: list[np.ndarray], sizes: list[list[int]], others: list[tuple[Any, ...]], *rest: Any) -> Step:
+    """The inverse of `Step.__reduce__`: micro-batches are views of what came."""
+    whole = [torch.from_numpy(array).to(dtype) for array, dtype in zip(arrays, _TENSORS.values(), strict=True)]
+    parts = [tensor.split(own) for tensor, own in zip(whole, sizes, strict=True)]
+    micro_batches = [
+        MicroBatch(**dict(zip(_TENSORS, tensors, strict=True)), max_seqlen=max_seqlen, first_row=first_row, objective=objective)
+        for *tensors, (max_seqlen, first_row, objective) in zip(*parts, others, strict=True)
+    ]
+    return Step(micro_batches, *rest)
+
+
+class Steps:
     """The steps of one rank from a state on, in order, to the end of the curriculum."""
 
     def __init__(self, run: Run, curriculum: Curriculum, corpus: Corpus, rank: int, world_size: int, state: DataState) -> None:
@@ -279,29 +315,106 @@ def merge(states: list[DataState]) -> DataState:
     return merged
 
 
-class StepLoader(DataLoader[Step]):
-    """A loader of whole steps, made in this process (no worker) or ahead of it (one)."""
+class StepLoader:
+    """Whole steps, made in this process (no worker) or ahead of it (one).
+
+    Raises what the worker raises, and ChildProcessError when it is no more.
+    """
 
     def __init__(self, steps: Steps, workers: int, pin_memory: bool) -> None:
-        super().__init__(
-            steps,
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=2 if workers else None,
-            pin_memory=pin_memory,
-            worker_init_fn=_follow_the_trainer,
-        )
+        self.steps = steps
+        self.workers = workers
+        self.pin_memory = pin_memory
 
     def __len__(self) -> int:
         """Endless: tokens end a run. Lightning reads a loader without a length one item ahead of training."""
         return 10**12
 
+    def __iter__(self) -> Iterator[Step]:
+        """Make steps."""
+        if self.workers:
+            return _ahead(self.steps, torch.cuda.current_device() if self.pin_memory else None)
+        return (step.pin_memory() for step in self.steps) if self.pin_memory else iter(self.steps)
 
-def _follow_the_trainer(worker: int) -> None:
+
+def _ahead(steps: Steps, pin_for: int | None) -> Iterator[Step]:
+    """The steps that a process makes and a thread receives: two have come at most, one waits or is being made."""
+    reads, writes = multiprocessing.Pipe(duplex=False)
+    worker = multiprocessing.Process(target=_make, args=(steps, reads, writes), name="loader", daemon=True)
+    # A signal to stop is for the trainer alone: a worker that ended first would look like a failure.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        worker.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    writes.close()
+    atexit.register(worker.kill)  # Python would wait for it
+    received: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    room = threading.Semaphore(2)
+    threading.Thread(target=_receive, args=(reads, received, room, pin_for), name="loader", daemon=True).start()
+    try:
+        while isinstance(item := received.get(), Step):
+            room.release()
+            yield item
+        if isinstance(item, Exception):
+            raise item
+        if item == _ENDED:
+            worker.join(10)
+            raise ChildProcessError(_how_it_ended(worker.exitcode))
+    finally:
+        worker.kill()
+        worker.join(10)
+        room.release()
+        atexit.unregister(worker.kill)
+
+
+_DONE, _ENDED = "done", "ended"
+
+
+def _make(steps: Steps, reads: Connection, writes: Connection) -> None:
+    """Send the steps and that they are done, or what is wrong with the data: what the worker does."""
+    reads.close()  # a fork left it open: without a reader a write fails, so that a worker ends with its trainer
+    _follow_the_trainer()
+    try:
+        for step in steps:
+            writes.send(step)
+        writes.send(_DONE)
+    except BrokenPipeError:
+        return
+    except (ValueError, OSError) as error:
+        writes.send(error)
+
+
+def _receive(reads: Connection, received: "queue.SimpleQueue[Any]", room: threading.Semaphore, pin_for: int | None) -> None:
+    """Take what the worker sends, so that it need not wait for the trainer; whatever happens, the trainer is told."""
+    try:
+        if pin_for is not None:
+            torch.cuda.set_device(pin_for)
+        while True:
+            room.acquire()
+            item = reads.recv()
+            received.put(item.pin_memory() if pin_for is not None and isinstance(item, Step) else item)
+    except EOFError:
+        return
+    finally:
+        reads.close()
+        received.put(_ENDED)
+
+
+def _how_it_ended(code: int | None) -> str:
+    """What to tell of a worker that is no more."""
+    how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with status {code}"
+    why = ", as when there is not enough memory" if code == -signal.SIGKILL else ", as its own lines say"
+    return (
+        f"data.workers=1: the loader process {how}{why}; what was saved is whole: go on with python -m modernenc.resume, "
+        "with data.workers=0 if this happens again"
+    )
+
+
+def _follow_the_trainer() -> None:
     """End with the trainer, and not before it.
 
-    A signal to stop is for the trainer alone: a worker that died first would look like a failure. One that outlived a killed
-    trainer would hold its connections open, and other ranks would wait for it.
+    A worker that outlived a killed trainer would hold its connections open, and other ranks would wait for it.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

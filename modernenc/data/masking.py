@@ -39,9 +39,14 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device, but for `cu_seqlens`: what follows from it is worked out on the processor."""
-        moved = [(name, value) for name, value in vars(self).items() if isinstance(value, Tensor) and name != "cu_seqlens"]
-        tensors = {name: value.to(device, non_blocking=True) for name, value in moved}
-        return replace(self, **tensors)
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in self._moving()})
+
+    def pin_memory(self) -> "MicroBatch":
+        """The same with what moves to a device in memory that a GPU copies from while it computes."""
+        return replace(self, **{name: value.pin_memory() for name, value in self._moving()})
+
+    def _moving(self) -> list[tuple[str, Tensor]]:
+        return [(name, value) for name, value in vars(self).items() if isinstance(value, Tensor) and name != "cu_seqlens"]
 
 
 class Masker:
