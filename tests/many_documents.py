@@ -117,7 +117,7 @@ def write(folder: Path, count: int, seed: int = 1, files: int = 6) -> Written:
         written.read[source] += 1
         written.dropped[source][reason] += 1
 
-    each = count // len(FORMATS) // files
+    each = count // (len(FORMATS) - 1) // files  # text has a file for each document, so fewer
     for number in range(files):
         _write_lines(folder / "jsonl", number, _json_lines(rng, texts("jsonl", each), add, drop))
         _write_parquet(folder / "parquet", number, texts("parquet", each), rng, add, drop)
