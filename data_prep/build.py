@@ -77,7 +77,7 @@ def build(corpus: Corpus) -> None:
         tokenizer = _tokenizer(corpus, root, work, found)
         status.update("tokenize, shuffle and write blocks")
         _write(corpus, root, work, tokenizer, found)
-        status.update("merge")
+        status.update("merge and verify")
         passed_over = {name: entry.passed_over for name, entry in inputs.items()}
         manifest = manifest_of(corpus, root, work, tokenizer, fingerprint, accounts, found, passed_over)
     unfinished = root / f"{MANIFEST}.tmp"

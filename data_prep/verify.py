@@ -7,8 +7,10 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 from rich.progress import track
 
+from data_prep import encode
 from modernenc.cli import one_line_errors
 from modernenc.data.blocks import VALIDATION, Block, Corpus, Shards
 from modernenc.data.store import Store
@@ -22,7 +24,9 @@ def verify(root: Path) -> None:
         for source, entry in corpus.sources.items()
         for split, counts in {**entry["slices"], VALIDATION: entry[VALIDATION]}.items()
     }
-    for folder, counts in track(expected.items(), description="verify", transient=True):
+    encode.load(corpus.tokenizer_file)
+    console = Console(stderr=True)
+    for folder, counts in track(expected.items(), "verify", console=console, transient=True, disable=not console.is_terminal):
         found = _count(corpus, folder)
         for name, value in found.items():
             if value != counts[name]:

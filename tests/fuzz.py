@@ -1,6 +1,6 @@
 """Random damage to every kind of file that is read: `python tests/fuzz.py [COUNT]`, 3,000 unless given.
 
-Bytes are flipped, cut out, doubled or put in; keys of JSON are dropped or get a value of another type. Each damaged file must end
+Bytes are flipped, cut out, doubled or put in; keys of JSON are dropped or get a value of another type. Each must end
 in one clear line that names it, or in what a plain independent reader gets from the same bytes. Anything else, such as another
 kind of error, a document that is not accounted for, or no end, is a failure.
 """
@@ -17,10 +17,10 @@ import signal
 import struct
 import sys
 import tempfile
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +198,7 @@ def plain_shard(content: bytes, code: str) -> Any:
     count = struct.unpack_from("=I", content)[0]
     offsets = struct.unpack_from(f"={count + 1}I", content, 4)
     blocks = []
-    for begin, end in zip(offsets, offsets[1:], strict=False):
+    for begin, end in pairwise(offsets):
         ends, _ = struct.unpack_from("=II", content, begin)
         first = begin + 9
         arrays = [plain_array(content[first : first + ends], "I"), plain_array(content[first + ends : end], code)]

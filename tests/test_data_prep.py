@@ -226,6 +226,13 @@ def test_a_truncated_or_absent_shard_is_named_before_anything_is_read(damaged):
         Shards(Store(str(damaged)), "code/slice-000")
 
 
+def test_a_tokenizer_that_is_not_the_one_that_made_the_ids_is_found(damaged):
+    path = damaged / "tokenizer.json"
+    path.write_text(path.read_text().replace("[CLS]", "[CLZ]"))
+    with pytest.raises(ValueError, match=r"tokenizer.json is not what made the ids: sha256 .*; restore it"):
+        verify(damaged)
+
+
 def test_a_manifest_that_counts_otherwise_is_found(damaged):
     path = damaged / "manifest.json"
     manifest = json.loads(path.read_text())

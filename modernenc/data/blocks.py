@@ -8,6 +8,7 @@ The shards are MosaicML streaming's, but StreamingDataset is not used: the order
 outlive a killed run, and it deletes raw shards whose index names compressed ones (mosaicml/streaming#330, #400).
 """
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -185,8 +186,14 @@ class Corpus:
 
     @property
     def tokenizer_file(self) -> Path:
-        """The tokenizer that made the ids."""
-        return self.store.file("tokenizer.json")
+        """The tokenizer that made the ids; ValueError when it is another one."""
+        path = self.store.file("tokenizer.json")
+        expected = self.manifest["tokenizer"].get("sha256")
+        if expected and (found := hashlib.sha256(path.read_bytes()).hexdigest()) != expected:
+            raise ValueError(
+                f"{self.store.where(path.name)} is not what made the ids: sha256 {found}, expected {expected}; {REMEDY}"
+            )
+        return path
 
     @cached_property
     def ordinary_ids(self) -> Integer[np.ndarray, " ids"]:
