@@ -186,7 +186,7 @@ class Corpus:
         """Hash of the manifest and of the index of every slice in the mixes: it changes with any token of theirs."""
         digest = xxhash.xxh3_64(self._manifest)
         for folder in sorted({path for mix in mixes for path in self.slices(mix)}):
-            digest.update(self.open(folder).digest)
+            digest.update(self.open(folder).digest.encode())
         return digest.hexdigest()
 
     def slices(self, mix: dict[str, float], key: str = "mix") -> dict[str, float]:
