@@ -181,6 +181,14 @@ class ModernBERT(nn.Module):
         """The same model for transformers, of the shape only, as it stands now: with the thetas of the phase reached."""
         from transformers import ModernBertConfig, ModernBertForMaskedLM  # 3 s to import
 
+        thetas = {"full_attention": float(self.global_rope_theta), "sliding_attention": float(self.local_rope_theta)}
+        both = {  # transformers 4 reads the first three, 5 the others; either writes, as they are set, what it does not read
+            "global_attn_every_n_layers": self.global_attn_every_n_layers,
+            "global_rope_theta": thetas["full_attention"],
+            "local_rope_theta": thetas["sliding_attention"],
+            "layer_types": ["full_attention" if kind == "global" else "sliding_attention" for kind in self.layer_kinds()],
+            "rope_parameters": {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in thetas.items()},
+        }
         config = ModernBertConfig(
             **{"pad_token_id": 0, **special_ids},
             vocab_size=self.vocab_size,
@@ -190,13 +198,13 @@ class ModernBERT(nn.Module):
             num_attention_heads=self.num_attention_heads,
             max_position_embeddings=self.max_position,
             norm_eps=self.norm_eps,
-            global_attn_every_n_layers=self.global_attn_every_n_layers,
             local_attention=self.local_attention,
             initializer_range=self.init_std,
-            global_rope_theta=float(self.global_rope_theta),
-            local_rope_theta=float(self.local_rope_theta),
             classifier_pooling="mean",
+            **both,
         )
+        for name, value in both.items():
+            setattr(config, name, value)
         return ModernBertForMaskedLM(config)
 
     def _init_weights(self) -> None:
