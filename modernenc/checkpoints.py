@@ -261,7 +261,7 @@ def _is_finished(checkpoint: Path) -> bool:
 
 def _sum(manifest: dict[str, Any]) -> str:
     """Hash of a manifest's own content."""
-    return xxhash.xxh3_64_hexdigest(json.dumps(manifest, sort_keys=True))
+    return xxhash.xxh3_64_hexdigest(json.dumps(manifest, sort_keys=True).encode())
 
 
 def _unfinished(path: Path) -> Path:

@@ -5,7 +5,9 @@ a rollback also what it changed, what it skipped and where the steps that it gav
 """
 
 import json
+import platform
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,21 @@ def add(run_dir: Path, event: dict[str, Any], ranks: int, tokens_seen: int) -> N
         **event,
         "tokens_seen": tokens_seen,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "modernenc": modernenc.__version__,
-        "torch": torch.__version__,
+        "versions": versions(),
         "threads": torch.get_num_threads(),
         "ranks": ranks,
     }
     write(run_dir, [*read(run_dir), entry])
+
+
+def versions() -> dict[str, str]:
+    """What numbers may depend on, by name; ask after torch was imported, or pay for it."""
+    import torch
+
+    others = {name: version(name) for name in ("lightning", "numpy")}
+    return {"modernenc": modernenc.__version__, "python": platform.python_version(), "torch": str(torch.__version__), **others}
+
+
+def described(of: dict[str, str]) -> str:
+    """Versions in words."""
+    return ", ".join(f"{name} {number}" for name, number in of.items())

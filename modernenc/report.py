@@ -11,6 +11,7 @@ from modernenc.cli import one_line_errors
 from modernenc.config import CONFIG, Run, load
 from modernenc.curriculum import CHOICES, MASKED_LM, Curriculum
 from modernenc.data.blocks import VALIDATION, Corpus
+from modernenc.lineage import described
 from modernenc.lineage import read as read_lineage
 from modernenc.metrics import ALL, Table
 from modernenc.plots import (
@@ -174,6 +175,7 @@ def _lineage(run_dir: Path, curriculum: Curriculum, training: list[dict[str, str
         if entry.get("skipped_tokens"):
             notes.append(f"skipped {entry['skipped_tokens']:,} tokens of data")
         notes += [f"{word} {entry[key]}" for key, word in (("abandoned", "gave up"), ("into", "into")) if key in entry]
+        notes.append(described(entry.get("versions", {})))
         cells = (
             entry["time"],
             entry["event"],

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from modernenc import optim, ranks
+from modernenc import lineage, optim, ranks
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum, Point
 from modernenc.data.blocks import Corpus
@@ -79,8 +79,8 @@ class Pretraining(L.LightningModule):
         self.unrecorded: dict[str, Unrecorded] = {}
         """By objective."""
         self._optimizer_states: list[dict[str, Any]] = []
-        self._ranks_before = ""
-        """Ranks and threads that saved what this run goes on from."""
+        self._before = ""
+        """Ranks, threads and versions that saved what this run goes on from."""
         self._unrecorded_losses: dict[str, list[float]] = {}
         """Of the same ranks, by objective."""
         if checkpoint is not None:
@@ -133,9 +133,9 @@ class Pretraining(L.LightningModule):
     def on_fit_start(self) -> None:
         """Take up the unrecorded losses: each rank its own, where there are as many as there were; so their sum is the same."""
         by_objective, self._unrecorded_losses = self._unrecorded_losses, {}
-        now = ranks.described(self.trainer.world_size, torch.get_num_threads())
-        if self._ranks_before and now != self._ranks_before:
-            log.warning("%s, but %s before: weights will agree closely, not to the bit", now, self._ranks_before)
+        now = _described(self.trainer.world_size, torch.get_num_threads(), lineage.versions())
+        if self._before and now != self._before:
+            log.warning("%s, but %s before: weights will agree closely, not to the bit", now, self._before)
         for objective, losses in by_objective.items():
             if len(losses) != self.trainer.world_size:
                 losses = [sum(losses)] + [0.0] * (self.trainer.world_size - 1)
@@ -225,6 +225,7 @@ class Pretraining(L.LightningModule):
             "data": data,
             **self.fingerprint,
             "threads": torch.get_num_threads(),
+            "versions": lineage.versions(),
         }
         run = OmegaConf.to_container(OmegaConf.structured(self.run))
         return {"state": state, "run": run, **tensors}
@@ -255,7 +256,7 @@ class Pretraining(L.LightningModule):
                     f"tasks.{name}.train={self.run.tasks[name].train}: not the items that the checkpoint was trained with; "
                     "restore the file, or start another run"
                 )
-        self._ranks_before = ranks.described(state["ranks"], state["threads"])
+        self._before = _described(state["ranks"], state["threads"], state.get("versions", {}))
         load_weights(self.objectives, checkpoint["weights"])
         self._optimizer_states = checkpoint["optimizers"]
         self.tokens_seen = state["tokens_seen"]
@@ -307,6 +308,11 @@ class Pretraining(L.LightningModule):
         if self.run.clip_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.run.clip_grad_norm, norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _described(number: int, threads: int, versions: dict[str, str]) -> str:
+    """What the bits of a run may depend on, in words."""
+    return f"{ranks.described(number, threads)}, {lineage.described(versions)}"
 
 
 def _copied(value: Any, shares: bool, first: bool) -> Any:

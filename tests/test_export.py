@@ -1,13 +1,17 @@
 """An exported folder is a Hugging Face model."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
+from modernenc.backbones.modernbert import ModernBERT
 from modernenc.checks import check_run
-from modernenc.export import TOLERANCE, export
+from modernenc.export import TOLERANCE, compare, export, hugging_face_names
 from modernenc.fit import fit, start
+from modernenc.objectives.masked_lm import MaskedLM
 
 
 def trained(run) -> Path:
@@ -29,7 +33,8 @@ def test_every_phase_exports_to_a_model_that_fills_masks(run_dir, tmp_path):
         out = tmp_path / phase
         assert export([run_dir / "checkpoints" / f"end-of-{phase}.ckpt"], out) <= TOLERANCE
         model, tokenizer = AutoModelForMaskedLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
-        assert model.config.global_rope_theta == theta
+        config = json.loads((out / "config.json").read_text())  # as transformers 4 spells it, and as 5 does
+        assert config["global_rope_theta"] == config["rope_parameters"]["full_attention"]["rope_theta"] == theta
         assert model.config.pad_token_id == tokenizer.pad_token_id
         ids = tokenizer("def main(): return 0")["input_ids"]
         assert (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
@@ -40,6 +45,31 @@ def test_every_phase_exports_to_a_model_that_fills_masks(run_dir, tmp_path):
         batch = tokenizer(["a longer line of text here", "short"], padding=True, return_tensors="pt")
         with torch.no_grad():
             assert torch.isfinite(model(**batch).logits[batch["attention_mask"].bool()]).all()
+
+
+@pytest.mark.parametrize(
+    "other", [["layer_types", "rope_parameters"], ["global_attn_every_n_layers", "global_rope_theta", "local_rope_theta"]]
+)
+def test_a_config_is_whole_in_the_words_of_transformers_4_and_of_5(tmp_path, other):
+    from transformers import AutoModelForMaskedLM
+
+    torch.manual_seed(0)
+    thetas = {"global_rope_theta": 4_000.0, "local_rope_theta": 300.0}
+    ours = MaskedLM(ModernBERT(300, 32, 48, 5, 2, 256, **thetas, global_attn_every_n_layers=2, local_attention=16)).eval()
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
+    model = ours.backbone.hugging_face_model()
+    model.load_state_dict(hugging_face_names(ours.state_dict(), ours.backbone.HUGGING_FACE_NAMES))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    own = {key: value for key, value in config.items() if key not in other}
+    assert len(own) == len(config) - len(other)
+    settings = ModernBERT.settings_from_hugging_face(own)
+    assert {key: settings[key] for key in thetas} == thetas and settings["global_attn_every_n_layers"] == 2
+    version_4 = "layer_types" in other
+    if version_4 == (int(transformers.__version__.split(".")[0]) == 4):  # the other would fall back to defaults
+        (tmp_path / "config.json").write_text(json.dumps(own))
+        assert compare(ours, AutoModelForMaskedLM.from_pretrained(tmp_path), 300) <= TOLERANCE
 
 
 def test_an_existing_folder_is_not_overwritten(run_dir, tmp_path):

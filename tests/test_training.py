@@ -77,6 +77,20 @@ def test_each_checkpoint_resumes_to_the_same_bits(small_run, tmp_path, recipe, o
         assert [entry["event"] for entry in read_lineage(copied)] == ["start", event]
 
 
+def test_a_checkpoint_and_the_report_say_the_versions_that_made_it(small_run):
+    folder = train(small_run())
+    (checkpoint, *_) = sorted((folder / "checkpoints").glob("step-*.ckpt"), key=tokens_seen)
+    content = read(checkpoint)
+    made_by = content["state"]["versions"]
+    assert made_by["torch"] == torch.__version__ and set(made_by) == {"modernenc", "python", "torch", "lightning", "numpy"}
+    assert f"torch {torch.__version__}" in (folder / "report.html").read_text()
+    content["state"]["versions"] = {**made_by, "torch": "2.10.0"}
+    write(content, checkpoint)
+    resume(checkpoint, [])
+    assert f"torch {torch.__version__}" in (folder / "log.txt").read_text()
+    assert "torch 2.10.0" in (folder / "log.txt").read_text()
+
+
 def metrics(folder: Path) -> list[dict[str, str | None]]:
     """All figures but times."""
     rows = Table(folder / "metrics.csv").read()

@@ -21,6 +21,7 @@ from modernenc.backbones.rotary import Rotation, rotate
 from modernenc.backbones.transfer import lengths_of, on_gpu, sent
 
 _HALF = (torch.float16, torch.bfloat16)
+_HAS_FLASH = importlib.util.find_spec("flash_attn") is not None  # not asked where it is used: the compiler cannot trace that
 
 
 class Layout:
@@ -69,7 +70,7 @@ def path_for(device: torch.device, dtype: torch.dtype) -> str:
     """The path that `attention` takes on this device in this precision."""
     if not on_gpu(device) or dtype not in _HALF:
         return "blocks"
-    return "flash" if importlib.util.find_spec("flash_attn") else "varlen"
+    return "flash" if _HAS_FLASH else "varlen"
 
 
 def attention(

@@ -14,13 +14,11 @@ from torch import Tensor, nn
 
 from modernenc.backbones.attention import Layout, attention, path_for
 from modernenc.backbones.dropout import Dropout
+from modernenc.backbones.initial import INIT_STD, truncated_normal_
 from modernenc.backbones.rotary import Rotation, positions_of, rotation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-INIT_STD = 0.02
-"""As published."""
 
 
 class ModernBERT(nn.Module):
@@ -183,6 +181,14 @@ class ModernBERT(nn.Module):
         """The same model for transformers, of the shape only, as it stands now: with the thetas of the phase reached."""
         from transformers import ModernBertConfig, ModernBertForMaskedLM  # 3 s to import
 
+        thetas = {"full_attention": float(self.global_rope_theta), "sliding_attention": float(self.local_rope_theta)}
+        both = {  # transformers 4 reads the first three, 5 the others; either writes, as they are set, what it does not read
+            "global_attn_every_n_layers": self.global_attn_every_n_layers,
+            "global_rope_theta": thetas["full_attention"],
+            "local_rope_theta": thetas["sliding_attention"],
+            "layer_types": ["full_attention" if kind == "global" else "sliding_attention" for kind in self.layer_kinds()],
+            "rope_parameters": {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in thetas.items()},
+        }
         config = ModernBertConfig(
             **{"pad_token_id": 0, **special_ids},
             vocab_size=self.vocab_size,
@@ -192,25 +198,25 @@ class ModernBERT(nn.Module):
             num_attention_heads=self.num_attention_heads,
             max_position_embeddings=self.max_position,
             norm_eps=self.norm_eps,
-            global_attn_every_n_layers=self.global_attn_every_n_layers,
             local_attention=self.local_attention,
             initializer_range=self.init_std,
-            global_rope_theta=float(self.global_rope_theta),
-            local_rope_theta=float(self.local_rope_theta),
             classifier_pooling="mean",
+            **both,
         )
+        for name, value in both.items():
+            setattr(config, name, value)
         return ModernBertForMaskedLM(config)
 
     def _init_weights(self) -> None:
         """Megatron's: output projections are smaller by sqrt(2 x layers), so that the residual stream keeps its scale."""
-        _init_matrix(self.embeddings.tok_embeddings.weight, self.init_std)
+        truncated_normal_(self.embeddings.tok_embeddings.weight, self.init_std)
         out_std = self.init_std / math.sqrt(2 * len(self.layers))
         for layer in self.layers:
             assert isinstance(layer, Layer)
-            _init_matrix(layer.attn.Wqkv.weight, self.init_std)
-            _init_matrix(layer.attn.Wo.weight, out_std)
-            _init_matrix(layer.mlp.Wi.weight, self.init_std)
-            _init_matrix(layer.mlp.Wo.weight, out_std)
+            truncated_normal_(layer.attn.Wqkv.weight, self.init_std)
+            truncated_normal_(layer.attn.Wo.weight, out_std)
+            truncated_normal_(layer.mlp.Wi.weight, self.init_std)
+            truncated_normal_(layer.mlp.Wo.weight, out_std)
 
 
 class Embeddings(nn.Module):
@@ -300,11 +306,7 @@ class PredictionHead(nn.Module):
         super().__init__()
         self.dense = nn.Linear(hidden_size, hidden_size, bias=False)
         self.norm = nn.LayerNorm(hidden_size, norm_eps, bias=False)
-        _init_matrix(self.dense.weight, init_std)
+        truncated_normal_(self.dense.weight, init_std)
 
     def forward(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
         return self.norm(F.gelu(self.dense(hidden)))
-
-
-def _init_matrix(weight: Tensor, std: float) -> None:
-    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)

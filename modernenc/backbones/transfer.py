@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import numpy as np
 import torch
@@ -10,22 +9,23 @@ from torch import Tensor
 
 from .shapes import Int
 
-_TRACED: ContextVar[bool] = ContextVar("traced", default=False)
+_traced = False  # a plain variable: torch's compiler cannot trace a ContextVar
 
 
 def on_gpu(device: torch.device) -> bool:
     """Whether kernels for a GPU are taken: on one, and where a step on one is traced without it."""
-    return device.type == "cuda" or _TRACED.get()
+    return device.type == "cuda" or _traced
 
 
 @contextmanager
 def traced_as_on_a_gpu() -> Iterator[None]:
     """Have tensors on the CPU, which must have shapes only, go the ways that they would go on a GPU."""
-    before = _TRACED.set(True)
+    global _traced
+    before, _traced = _traced, True
     try:
         yield
     finally:
-        _TRACED.reset(before)
+        _traced = before
 
 
 def lengths_of(cu_seqlens: Int[Tensor, " docs_plus_1"]) -> list[int]:

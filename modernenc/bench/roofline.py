@@ -109,7 +109,7 @@ def step_of(run: Run, length: int, tokens: int) -> list[Kernel]:
     return trace.kernels
 
 
-def _flops(func: Any, named: dict[str, Any], out: Any) -> float:
+def _flops(func: Any, args: Any, kwargs: Any, named: dict[str, Any], out: Any) -> float:
     """Of an operation: as torch counts products; attention by what each query sees, backward with the scores made again."""
     from torch.utils.flop_counter import flop_registry
 
@@ -118,7 +118,7 @@ def _flops(func: Any, named: dict[str, Any], out: Any) -> float:
         reach = named["max_k"] if left < 0 else min(named["max_k"], left + right + 1)
         return (10.0 if "grad_out" in named else 4.0) * named["query"].numel() * reach
     counts = flop_registry.get(func._overloadpacket)
-    return float(counts(*named.values(), out_val=out)) if counts else 0.0
+    return float(counts(*args, **kwargs, out_val=out)) if counts else 0.0
 
 
 def _tensors(tree: Any) -> list[Any]:
@@ -140,15 +140,16 @@ def _trace() -> Any:
             self.kernels: list[Kernel] = []
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
+            kwargs = kwargs or {}
+            out = func(*args, **kwargs)
             name = func._schema.name.split("::")[1]
-            named = dict(zip((one.name for one in func._schema.arguments), args, strict=False)) | (kwargs or {})
+            named = dict(zip((one.name for one in func._schema.arguments), args, strict=False)) | kwargs
             aliases = {one.name: one.alias_info.is_write for one in func._schema.arguments if one.alias_info is not None}
             changed = [named.get(one) for one, is_written in aliases.items() if is_written]
             read, written = _tensors(named), {id(leaf): leaf for leaf in _tensors([out, changed])}
             if all(aliases.values()) and (read or written) and not name.startswith(_NO_WORK):  # else a view
                 moved = sum(tensor.nbytes for tensor in [*read, *written.values()])
-                self.kernels.append(Kernel(name, _flops(func, named, out), moved))
+                self.kernels.append(Kernel(name, _flops(func, args, kwargs, named, out), moved))
             return out
 
     return Trace()
