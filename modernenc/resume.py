@@ -10,6 +10,7 @@ data that hurt. What it gives up is kept in its folder `abandoned`. A branch, wh
 """
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any, cast
 
@@ -150,8 +151,17 @@ def _go_on(run: Run, content: dict[str, Any] | None, event: dict[str, Any]) -> N
 def changed(run: Run, overrides: list[str]) -> Run:
     """The run with KEY=VALUE settings changed."""
     from omegaconf import OmegaConf
+    from yaml import YAMLError
 
-    return cast(Run, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(run), OmegaConf.from_dotlist(overrides))))
+    merged = OmegaConf.structured(run)
+    for override in overrides:
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+        except YAMLError as error:
+            key, _, value = override.partition("=")
+            by_hand = shlex.quote(f"{key}='{value}'")
+            raise ValueError(f"{override}: the value is no YAML; to give it as plain text, quote it: {by_hand}") from error
+    return cast(Run, OmegaConf.to_object(merged))
 
 
 def _rescaled(before: Run, run: Run, overrides: list[str]) -> Run:
