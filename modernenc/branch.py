@@ -6,6 +6,7 @@ What was trained already must be what the new configuration would have trained i
 """
 
 import math
+import shlex
 import shutil
 from collections.abc import Iterator
 from itertools import zip_longest
@@ -26,7 +27,7 @@ ABANDONED = "abandoned"
 PLACE = (
     "run_dir", "branch_from", "rollbacks", "trainer", "checkpoint", "validation", "watch", "logger", "cluster",
     "estimate",
-    "data.root", "data.cache", "data.timeout_s", "data.workers", "data.hint",
+    "data.root", "data.cache", "data.timeout_s", "data.workers", "data.hint", "data.from_corpus",
 )  # fmt: skip
 """Settings that do not change what a run trains."""
 _HISTORY = ("seed", "backbone", "data.lanes", "data.window_rows", "optim._target_")
@@ -48,7 +49,7 @@ def check_same_run(run: Run, checkpoint: Path, content: dict[str, Any]) -> None:
         if not key.startswith(PLACE) and not TASK_FILES.match(key):
             raise ValueError(
                 f"{checkpoint} was trained with {key}={there}, but {Path(run.run_dir) / CONFIG} has {here}: it is of another "
-                f"run; start from it with python -m modernenc.train +recipe=NAME +from={checkpoint}"
+                f"run; start from it with python -m modernenc.train +recipe={run.recipe} +from={shlex.quote(str(checkpoint))}"
             )
 
 

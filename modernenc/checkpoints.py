@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import shlex
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,7 @@ def write(content: dict[str, Any], target: Path, share: Share = WHOLE) -> None:
         unfinished(path).unlink(missing_ok=True)
         raise OSError(
             f"checkpoint.{target.name} could not be written: {getattr(error, 'strerror', None) or error}; those before it are "
-            f"whole: make room or mend the disk, then python -m modernenc.resume {target.parent.parent}"
+            f"whole: make room or mend the disk, then python -m modernenc.resume {shlex.quote(str(target.parent.parent))}"
         ) from error
 
 
@@ -187,7 +188,7 @@ def newest(run_dir: Path) -> Path | None:
             log.warning("passed over: %s", error)
         else:
             return checkpoint
-    raise FileNotFoundError(f"{folder} holds no whole checkpoint; restore one, or start again with python -m modernenc.train")
+    raise FileNotFoundError(f"{folder} holds no whole checkpoint; restore one, or train again in another run_dir")
 
 
 def prune(run_dir: Path, keep_last: int) -> None:

@@ -128,8 +128,8 @@ class Data:
     """Settings that were 0 and are the corpus's now; filled in by `modernenc.sizes`, for who reads config.yaml."""
     workers: int = MISSING
     """Loader processes per rank: 0 or 1. The data do not depend on it."""
-    hint: str = "prepare it with: python -m data_prep +corpus=NAME"
-    """What to tell a user who lacks the data."""
+    hint: str = "prepare it with: python -m data_prep +corpus=jsonl input=DIR out=data/NAME sources.text.licence=LICENCE"
+    """What to tell a user who lacks the data: it ends with a command, of which names in capitals are to be replaced."""
 
 
 @dataclass

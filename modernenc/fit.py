@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import platform
 import secrets
+import shlex
 import shutil
 import sys
 import time
@@ -97,7 +98,7 @@ def _check_empty(folder: Path) -> None:
         held = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
         raise ValueError(
             f"run_dir={folder} holds a run of recipe {cast(dict, held).get('recipe')}; "
-            f"go on with it by python -m modernenc.resume {folder}, or choose another run_dir"
+            f"go on with it by python -m modernenc.resume {shlex.quote(str(folder))}, or choose another run_dir"
         )
 
 
@@ -156,7 +157,7 @@ def fit(
             if trainer.world_size > 1 and _is_of_another_rank(error):
                 raise ConnectionError(
                     f"another rank was lost after step {module.step}: its own last lines say why; what was saved is whole: "
-                    f"python -m modernenc.resume {run.run_dir}"
+                    f"python -m modernenc.resume {shlex.quote(run.run_dir)}"
                 ) from error
             raise
         finally:
@@ -169,7 +170,8 @@ def fit(
             log.error("stopped at step %d without saving: %s", module.step, module.instability)
             raise SystemExit(UNSTABLE)
         if module.interrupted and module.tokens_seen < curriculum.total_tokens:
-            log.warning("stopped at step %d and saved; go on with: python -m modernenc.resume %s", module.step, run.run_dir)
+            resume = f"python -m modernenc.resume {shlex.quote(run.run_dir)}"
+            log.warning("stopped at step %d and saved; go on with: %s", module.step, resume)
             raise SystemExit(STOPPED)
         from modernenc.report import write
 
@@ -294,7 +296,8 @@ def _check_as_it_was(run_dir: Path, content: dict[str, Any] | None, event: dict[
     newest = checkpoints.newest(run_dir)
     position = (content["run"]["rollbacks"], content["state"]["tokens_seen"]) if content else (0, 0)
     if newest and event["event"] != "rollback" and checkpoints.order(newest) > position:
-        raise ValueError(f"{run_dir} went on in another process until just now; python -m modernenc.resume {run_dir} goes on")
+        resume = f"python -m modernenc.resume {shlex.quote(str(run_dir))}"
+        raise ValueError(f"{run_dir} went on in another process until just now; go on with: {resume}")
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -29,6 +30,17 @@ def quoted(arguments: Sequence[str]) -> list[str]:
         else _mended(parser, argument, sweeps)
         for flag, argument in zip(before, arguments, strict=False)
     ]  # fmt: skip
+
+
+def assigned(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Keys and values where there is no Hydra to compose them, by the same grammar; what it takes for a sweep is text."""
+    parser = OverridesParser.create()
+    for argument in quoted(arguments):
+        if "=" not in argument or argument.startswith("~"):
+            raise ValueError(f"{argument}: expected KEY=VALUE")
+        override = parser.parse_overrides([argument])[0]
+        value = argument.partition("=")[2] if override.is_sweep_override() else override.value()
+        yield override.key_or_group, value
 
 
 def _reads(parser: OverridesParser, argument: str) -> bool:

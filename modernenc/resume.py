@@ -60,7 +60,8 @@ def resume(path: Path, overrides: list[str]) -> None:
         if not (override.startswith(FREE) or TASK_FILES.match(override)) or "=" not in override:
             raise ValueError(
                 f"{override}: a resumed run may change {', '.join(key.rstrip('=') for key in FREE)} only; anything else makes "
-                f"another run: add --rollback, or branch with python -m modernenc.train +recipe=NAME +from={path}"
+                "another run: add --rollback, or branch with python -m modernenc.train +recipe=NAME "
+                f"+from={_checkpoint_of(path)}"
             )
 
     from modernenc import checkpoints
@@ -91,7 +92,10 @@ def rollback(path: Path, overrides: list[str], skip_tokens: int) -> None:
         raise ValueError(f"--skip-tokens {skip_tokens}: expected a number of tokens, 0 or more")
     for override in overrides:
         if override.partition("=")[0] in _FIXED:
-            raise ValueError(f"{override}: a rollback stays in its run; branch with python -m modernenc.train +from={path}")
+            raise ValueError(
+                f"{override}: a rollback stays in its run; branch with python -m modernenc.train +recipe=NAME "
+                f"+from={_checkpoint_of(path)}"
+            )
 
     from modernenc import checkpoints
     from modernenc.branch import done_phases, fork, go_back, take_up
@@ -121,8 +125,16 @@ def _located(path: Path) -> tuple[Run, Path | None]:
 
     run, checkpoint = locate(path)
     if Path(run.run_dir).parent.name == ABANDONED:
-        raise ValueError(f"{path} was given up by a rollback; branch from it with python -m modernenc.train +from={path}")
+        raise ValueError(
+            f"{path} was given up by a rollback; branch from it with python -m modernenc.train +recipe={run.recipe} "
+            f"+from={_checkpoint_of(path)}"
+        )
     return run, checkpoint
+
+
+def _checkpoint_of(path: Path) -> str:
+    """What a command can name: the path of a checkpoint, or what stands for one of a folder's."""
+    return shlex.quote(str(path)) if path.suffix == ".ckpt" else f"{shlex.quote(str(path))}/checkpoints/NAME.ckpt"
 
 
 def _go_on(run: Run, content: dict[str, Any] | None, event: dict[str, Any]) -> None:
@@ -151,16 +163,14 @@ def _go_on(run: Run, content: dict[str, Any] | None, event: dict[str, Any]) -> N
 def changed(run: Run, overrides: list[str]) -> Run:
     """The run with KEY=VALUE settings changed."""
     from omegaconf import OmegaConf
-    from yaml import YAMLError
+
+    from modernenc.quoting import assigned
 
     merged = OmegaConf.structured(run)
-    for override in overrides:
-        try:
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
-        except YAMLError as error:
-            key, _, value = override.partition("=")
-            by_hand = shlex.quote(f"{key}='{value}'")
-            raise ValueError(f"{override}: the value is no YAML; to give it as plain text, quote it: {by_hand}") from error
+    for key, value in assigned(overrides):
+        change = OmegaConf.create()
+        OmegaConf.update(change, key, value)
+        merged = OmegaConf.merge(merged, change)
     return cast(Run, OmegaConf.to_object(merged))
 
 
