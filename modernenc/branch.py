@@ -6,6 +6,7 @@ What was trained already must be what the new configuration would have trained i
 """
 
 import math
+import shlex
 import shutil
 from collections.abc import Iterator
 from itertools import zip_longest
@@ -15,7 +16,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from modernenc import checkpoints, lineage, plan
-from modernenc.config import CONFIG, TASK_FILES, Run, plain, save
+from modernenc.config import CONFIG, TASK_FILES, Run, plain, save, unfinished
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.data.loader import DataState, Steps, fingerprint
@@ -26,7 +27,7 @@ ABANDONED = "abandoned"
 PLACE = (
     "run_dir", "branch_from", "rollbacks", "trainer", "checkpoint", "validation", "watch", "logger", "cluster",
     "estimate",
-    "data.root", "data.cache", "data.timeout_s", "data.workers", "data.hint",
+    "data.root", "data.cache", "data.timeout_s", "data.workers", "data.hint", "data.from_corpus",
 )  # fmt: skip
 """Settings that do not change what a run trains."""
 _HISTORY = ("seed", "backbone", "data.lanes", "data.window_rows", "optim._target_")
@@ -48,13 +49,21 @@ def check_same_run(run: Run, checkpoint: Path, content: dict[str, Any]) -> None:
         if not key.startswith(PLACE) and not TASK_FILES.match(key):
             raise ValueError(
                 f"{checkpoint} was trained with {key}={there}, but {Path(run.run_dir) / CONFIG} has {here}: it is of another "
-                f"run; start from it with python -m modernenc.train +recipe=NAME +from={checkpoint}"
+                f"run; start from it with python -m modernenc.train +recipe={run.recipe} +from={shlex.quote(str(checkpoint))}"
             )
 
 
 def done_phases(run: Run, tokens_seen: int) -> list[str]:
     """Phases that end at a position or before it."""
     return [name for name in run.phases if Curriculum.of(run).end_of(name) <= tokens_seen]
+
+
+def branched(run: Run, corpus: Corpus) -> dict[str, Any]:
+    """The content of the checkpoint `run.branch_from` as the run's start; FileNotFoundError, or ValueError as by `fork`."""
+    parent = Path(run.branch_from).resolve()
+    if parent.suffix != ".ckpt" or not parent.is_file():
+        raise FileNotFoundError(f"+from={run.branch_from}: no checkpoint; name one of RUN_DIR/checkpoints/*.ckpt")
+    return fork(run, corpus, checkpoints.read(parent))
 
 
 def fork(run: Run, corpus: Corpus, content: dict[str, Any], skip_tokens: int = 0) -> dict[str, Any]:
@@ -156,10 +165,10 @@ def settle(run: Run, curriculum: Curriculum, content: dict[str, Any] | None, eve
 
 def _point_latest(run_dir: Path) -> None:
     """Have `latest`, beside the run, lead to it."""
-    unfinished = run_dir.parent / ".latest"
-    unfinished.unlink(missing_ok=True)
-    unfinished.symlink_to(run_dir.name)
-    unfinished.replace(run_dir.parent / "latest")
+    latest = run_dir.parent / "latest"
+    unfinished(latest).unlink(missing_ok=True)
+    unfinished(latest).symlink_to(run_dir.name)
+    unfinished(latest).replace(latest)
 
 
 def give_up(run_dir: Path, number: int, tokens_seen: int) -> None:

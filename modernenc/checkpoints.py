@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import shlex
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,13 @@ from typing import Any
 import torch
 import xxhash
 
+from modernenc.config import UNFINISHED, unfinished
 from modernenc.hashing import hash_file
 
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 POSITION = ("tokens_seen", "step", "phase", "boundary")
-_UNFINISHED = ".tmp"
 _PART = ".part"
 
 
@@ -94,23 +95,23 @@ def write(content: dict[str, Any], target: Path, share: Share = WHOLE) -> None:
     path = _file(target, share.rank)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _unfinished(path).open("wb") as file:
+        with unfinished(path).open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        size, digest = _unfinished(path).stat().st_size, hash_file(_unfinished(path))
+        size, digest = unfinished(path).stat().st_size, hash_file(unfinished(path))
         manifest_of(path).unlink(missing_ok=True)
-        os.replace(_unfinished(path), path)
+        os.replace(unfinished(path), path)
         manifest = {"bytes": size, "xxh3_64": digest, "save": share.save, "ranks": share.ranks}
         if share.rank == 0:
             position = {key: content["state"][key] for key in POSITION}
             manifest |= {**position, "rollbacks": content.get("run", {}).get("rollbacks", 0)}
         write_json(manifest_of(path), {**manifest, "sum": _sum(manifest)})
     except (OSError, RuntimeError) as error:  # torch.save has the latter for a disk that is full when it ends
-        _unfinished(path).unlink(missing_ok=True)
+        unfinished(path).unlink(missing_ok=True)
         raise OSError(
             f"checkpoint.{target.name} could not be written: {getattr(error, 'strerror', None) or error}; those before it are "
-            f"whole: make room or mend the disk, then python -m modernenc.resume {target.parent.parent}"
+            f"whole: make room or mend the disk, then python -m modernenc.resume {shlex.quote(str(target.parent.parent))}"
         ) from error
 
 
@@ -187,7 +188,7 @@ def newest(run_dir: Path) -> Path | None:
             log.warning("passed over: %s", error)
         else:
             return checkpoint
-    raise FileNotFoundError(f"{folder} holds no whole checkpoint; restore one, or start again with python -m modernenc.train")
+    raise FileNotFoundError(f"{folder} holds no whole checkpoint; restore one, or train again in another run_dir")
 
 
 def prune(run_dir: Path, keep_last: int) -> None:
@@ -201,8 +202,8 @@ def prune(run_dir: Path, keep_last: int) -> None:
 
 def sweep(run_dir: Path) -> None:
     """Delete what a killed run left half written."""
-    for unfinished in run_dir.rglob(f"*{_UNFINISHED}"):
-        unfinished.unlink()
+    for left in run_dir.rglob(f"*{UNFINISHED}"):
+        left.unlink()
     for part in (run_dir / FOLDER).glob(f"*{_PART}"):
         if not _main(part).exists():
             remove(part)
@@ -210,12 +211,11 @@ def sweep(run_dir: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a small file whole or not at all."""
-    unfinished = path.with_suffix(path.suffix + _UNFINISHED)
-    with unfinished.open("w") as file:
+    with unfinished(path).open("w") as file:
         json.dump(content, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    os.replace(unfinished(path), path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -262,10 +262,6 @@ def _is_finished(checkpoint: Path) -> bool:
 def _sum(manifest: dict[str, Any]) -> str:
     """Hash of a manifest's own content."""
     return xxhash.xxh3_64_hexdigest(json.dumps(manifest, sort_keys=True).encode())
-
-
-def _unfinished(path: Path) -> Path:
-    return path.with_suffix(path.suffix + _UNFINISHED)
 
 
 def _joined(shares: list[Any]) -> Any:

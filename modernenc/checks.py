@@ -30,7 +30,7 @@ def check_run(run: Run) -> tuple[Curriculum, Corpus]:
     if corpus.vocab_size > run.backbone["vocab_size"]:
         raise ValueError(
             f"backbone.vocab_size={run.backbone['vocab_size']} is smaller than the {corpus.vocab_size} entries of "
-            f"{corpus.tokenizer_file}; raise it"
+            f"{corpus.tokenizer_file}; raise it, or set it to 0, which takes the corpus's"
         )
     for name, task in run.tasks.items():
         if name in corpus.sources:
@@ -45,7 +45,7 @@ def check_run(run: Run) -> tuple[Curriculum, Corpus]:
             if blocks < run.data.lanes:
                 raise ValueError(
                     f"data.lanes={run.data.lanes} exceeds the {blocks} blocks of {path} in phases.{name}.mix; "
-                    f"use fewer lanes, or prepare with smaller blocks than {corpus.block_tokens} tokens"
+                    f"use fewer lanes, as data.lanes=0 does, or prepare with smaller blocks than {corpus.block_tokens} tokens"
                 )
     return curriculum, corpus
 
@@ -88,10 +88,11 @@ def check_hardware(run: Run) -> None:
 
     ranks.environment(run.trainer.devices, run.trainer.num_nodes)
     devices = torch.cuda.device_count()
-    if run.trainer.accelerator == "gpu" and devices < run.trainer.devices:
+    accelerator = run.trainer.accelerator
+    if (accelerator == "gpu" or (accelerator == "auto" and devices)) and devices < run.trainer.devices:
         raise ValueError(
-            f"trainer.accelerator=gpu trainer.devices={run.trainer.devices}: this machine has {devices} CUDA devices; "
-            "ask for fewer, or for trainer.accelerator=cpu trainer.devices=1 trainer.strategy=auto"
+            f"trainer.accelerator={accelerator} trainer.devices={run.trainer.devices}: this machine has {devices} CUDA "
+            "devices; ask for fewer, or for trainer.accelerator=cpu trainer.devices=1 trainer.strategy=auto"
         )
 
 
@@ -105,13 +106,17 @@ def check_backbone(run: Run) -> None:
         build_objectives(run)
 
 
-def check_init(run: Run, corpus: Corpus) -> None:
-    """Raise ValueError or FileNotFoundError when the weights to begin with are not there, or do not fit."""
-    if run.init.source:
-        from modernenc.initialization import initialise
-        from modernenc.model import build_objectives
+def check_init(run: Run, corpus: Corpus) -> list[str]:
+    """What is to be said of the weights to begin with; ValueError or FileNotFoundError when there are none, or do not fit."""
+    if not run.init.source:
+        return []
+    from modernenc.initialization import check_source, fill, read_source
+    from modernenc.model import build_objectives
 
-        initialise(build_objectives(run).masked_lm, run, corpus.tokenizer_file)
+    source = read_source(Path(run.init.source), run)
+    notes = check_source(source, run)
+    fill(build_objectives(run).masked_lm, source, run, corpus.tokenizer_file)
+    return notes
 
 
 def check_optim(run: Run) -> None:

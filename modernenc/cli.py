@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from modernenc.config import CONF_DIR, RECIPES_DIR, Run
+from modernenc.quoting import quoted
 
 Config = TypeVar("Config")
 
@@ -42,9 +43,14 @@ def run(schema: type[Config], groups: tuple[str, ...], config_name: str, job: Ca
                 from modernenc.rehearsal import cut_down  # numpy takes a while to import
 
                 config = cast(Config, cut_down(config))
+            elif isinstance(config, Run):
+                from modernenc.sizes import settle_sizes
+
+                settle_sizes(config)
             job(config)
 
     with one_line_errors(verbose, composing=True):
+        sys.argv[1:] = quoted(sys.argv[1:])
         hydra.main(config_path=str(CONF_DIR), config_name=config_name, version_base="1.3")(main)()
 
 
@@ -122,7 +128,16 @@ def recipe(name: str) -> Run:
     cfg = hydra.compose("train", [f"+recipe={name}"])
     with open_dict(cfg):
         cfg["recipe"] = name
-    return typed(cfg, Run, ())
+    run = typed(cfg, Run, ())
+    from modernenc.sizes import settle_sizes
+
+    settle_sizes(run)
+    return run
+
+
+def given(key: str) -> bool:
+    """Whether the command line sets a key."""
+    return any(override.partition("=")[0].lstrip("+") == key for override in HydraConfig.get().overrides.task)
 
 
 def _check_keys(schema: Any, content: Any, prefix: str) -> None:

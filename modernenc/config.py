@@ -4,6 +4,7 @@
 `conf/`, chosen in a recipe. Token budgets are floats so that `5e9` may be written; they must be whole.
 """
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ _PACKAGE = Path(__file__).resolve().parent
 _ROOT = _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent  # installed wheel, else checkout
 CONF_DIR = _ROOT / "conf"
 RECIPES_DIR = _ROOT / "recipes"
+UNFINISHED = ".tmp"
+"""What the names of files end with that are not written to their end."""
 CONFIG = "config.yaml"
 """The file of a run folder that holds the resolved configuration."""
 TASK_FILES = re.compile(r"tasks\.\w+\.(train|validation)(=|$)")
@@ -118,13 +121,15 @@ class Data:
     """How long a remote may be silent before a read of it counts as failed; it is tried three times."""
     lanes: int = MISSING
     """Number of lanes: the unit of order, and the largest number of ranks. Rows of a step come from as many windows, so
-    few lanes mean few documents."""
+    few lanes mean few documents. 0 means as many as suit the corpus, by `modernenc.sizes`."""
     window_rows: int = MISSING
-    """Rows' worth of text that a lane packs at a time."""
+    """Rows' worth of text that a lane packs at a time. 0 likewise."""
+    from_corpus: list[str] = field(default_factory=list)
+    """Settings that were 0 and are the corpus's now; filled in by `modernenc.sizes`, for who reads config.yaml."""
     workers: int = MISSING
     """Loader processes per rank: 0 or 1. The data do not depend on it."""
-    hint: str = "prepare it with: python -m data_prep +corpus=NAME"
-    """What to tell a user who lacks the data."""
+    hint: str = "prepare it with: python -m data_prep +corpus=jsonl input=DIR out=data/NAME sources.text.licence=LICENCE"
+    """What to tell a user who lacks the data: it ends with a command, of which names in capitals are to be replaced."""
 
 
 @dataclass
@@ -204,6 +209,8 @@ class Logger:
     """Weights & Biases: off, offline, or online (falls back to offline without a login)."""
     project: str = "modernenc"
     """Weights & Biases project."""
+    run_id: str = ""
+    """Weights & Biases' id of the run, made when it starts, so that what is resumed is one run there; a branch has its own."""
 
 
 @dataclass
@@ -267,7 +274,8 @@ class Run:
     seed: int = MISSING
     """Seed of initialisation, data order, masks and dropout."""
     backbone: Any = MISSING
-    """`_target_`: a backbone class, and its arguments."""
+    """`_target_`: a backbone class, and its arguments. `vocab_size` 0 means that of the corpus's tokenizer, up to the next
+    multiple of 64."""
     optim: Any = MISSING
     """`_target_`: a function of `modernenc.optim`, and its arguments; `lr` and `weight_decay` among them."""
     clip_grad_norm: float = 0
@@ -304,9 +312,13 @@ def plain(run: Run) -> dict[str, Any]:
 def save(run: Run) -> None:
     """Write the resolved configuration, whole or not at all."""
     path = Path(run.run_dir) / CONFIG
-    unfinished = path.with_suffix(".yaml.tmp")
-    OmegaConf.save(OmegaConf.structured(run), unfinished)
-    unfinished.replace(path)
+    OmegaConf.save(OmegaConf.structured(run), unfinished(path))
+    unfinished(path).replace(path)
+
+
+def unfinished(path: Path) -> Path:
+    """Where a file is written before it has its name: beside it, and no other process writes there."""
+    return path.with_name(f"{path.name}.{os.getpid()}{UNFINISHED}")
 
 
 def load(run_dir: Path) -> Run:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from modernenc.config import Phase, Run
 from modernenc.curriculum import CHOICES, MASKED_LM, Curriculum, items_at_once, objectives_of, reads_text, tokens_of_cycle
 from modernenc.data.blocks import Corpus
+from modernenc.sizes import MULTIPLE, in_windows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 WARMUP, STEPS = 2, 10
 """Steps of each phase that are measured, and those before."""
+MOST_LEFT = 0.25
+"""Share of a phase's text above which it is said what lies in windows when it ends."""
 SAMPLE = 576
 """Tokens of the two forward passes that memory is measured on, and twice as many: enough for a document to take any path."""
 SAMPLE_RATIO = 0.3
@@ -144,6 +147,13 @@ def warnings(run: Run, curriculum: Curriculum, corpus: Corpus | None) -> Iterato
         if before and before[1] and first and not 0.2 <= first / before[1] <= 5:
             yield f"phases.{name}.lr: jumps from {before[1]:.3g} at the end of {before[0]} to {first:.3g}"
         before = name, curriculum.at(levels[-1].end_tokens - levels[-1].last_step_tokens).lr
+        left, tokens = in_windows(run, phase, corpus.block_tokens if corpus else 0), curriculum.text_of(name)
+        if left > MOST_LEFT * tokens:
+            yield (
+                f"phases.{name}: when its {tokens:,} tokens of text are over, up to {left:,} more lie in windows, drawn and "
+                f"not trained on: each of {run.data.lanes} lanes holds up to {run.data.window_rows} rows and a block. Fewer do "
+                "with lower data.window_rows or data.lanes (0 takes what suits the corpus), or with smaller blocks"
+            )
         if given := run.estimate.device:
             needed, there = memory(run, phase, corpus).total, DEVICES[given].memory
             if needed > there:
@@ -151,6 +161,11 @@ def warnings(run: Run, curriculum: Curriculum, corpus: Corpus | None) -> Iterato
                     f"phases.{name}: about {needed / 1e9:.0f} GB do not fit {given}'s {there / 1e9:.0f} GB; lower "
                     "trainer.micro_batch_tokens, or set trainer.recompute_every=1 or trainer.strategy=fsdp"
                 )
+    if corpus and run.backbone["vocab_size"] > 1.05 * corpus.vocab_size + MULTIPLE:
+        yield (
+            f"backbone.vocab_size={run.backbone['vocab_size']} is more than the {corpus.vocab_size} entries of the tokenizer: "
+            "the rest is never trained on; 0 takes the corpus's"
+        )
     if corpus:
         yield from _passes(run, curriculum, corpus)
 

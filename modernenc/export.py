@@ -120,6 +120,8 @@ def hugging_face_tokenizer(corpus: Any, max_position: int) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))
+    tokenizer.no_truncation()  # a given one may be set to cut texts, which transformers alone would not heed
+    tokenizer.no_padding()
     names = {role: tokenizer.id_to_token(number) for role, number in vars(corpus.roles).items()}
     cls, sep = names["cls"], names["sep"]
     tokenizer.post_processor = TemplateProcessing(

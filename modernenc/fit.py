@@ -7,14 +7,17 @@ import logging
 import multiprocessing
 import os
 import platform
+import secrets
+import shlex
 import shutil
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import count
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import lightning.pytorch as L
 import torch
@@ -25,7 +28,7 @@ from rich.logging import RichHandler
 
 from modernenc import checkpoints, lineage, ranks
 from modernenc.branch import settle
-from modernenc.config import CONFIG, Run, save
+from modernenc.config import CONFIG, Run, plain, save
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.preemption import STOPPED, Preemption
@@ -37,31 +40,66 @@ from modernenc.watch import UNSTABLE, Watch
 
 log = logging.getLogger("modernenc")
 
+LOG = "log.txt"
 _HOLD_S = 5
 """How long to wait for a run folder that another process still trains."""
 
 
-def start(run: Run, curriculum: Curriculum, content: dict[str, Any] | None = None) -> None:
+def start(run: Run, curriculum: Curriculum, content: dict[str, Any] | None = None, numbered: bool = False) -> None:
     """Make the run folder and write what the run is, with the checkpoint that it branches from; the configuration comes last.
 
-    ValueError when the folder holds a run already; OSError when it cannot be written.
+    With `numbered`, a folder that is there already is another run's, and this one's has a number at its end. ValueError when
+    the folder holds a run already, or another process starts one in it; OSError when it cannot be written.
     """
-    folder = Path(run.run_dir)
+    from modernenc.plan import text
+
+    folder = _made(Path(run.run_dir), numbered)
+    with _begun_here(folder):
+        run.run_dir = str(folder)
+        run.logger.run_id = secrets.token_hex(4)
+        shutil.rmtree(folder / checkpoints.FOLDER, ignore_errors=True)  # of a start that was cut short
+        if content is not None:
+            content["run"] = plain(run)
+            checkpoints.write(content, folder / checkpoints.FOLDER / "branch.ckpt")
+        (folder / "plan.txt").write_text(text(run, curriculum) + "\n")
+        lineage.write(folder, [])
+        save(run)
+
+
+def _made(folder: Path, numbered: bool) -> Path:
+    """The folder, made; one that another process has made counts as its own where there may be a number."""
+    if not numbered:
+        _check_empty(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    for number in count(1):
+        made = folder.with_name(f"{folder.name}-{number}") if number > 1 else folder
+        try:
+            made.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return made
+    raise AssertionError("numbers do not end")
+
+
+@contextmanager
+def _begun_here(folder: Path) -> Iterator[None]:
+    """Hold the folder's log meanwhile; ValueError when another process does, or has begun a run."""
+    with (folder / LOG).open("a") as file:
+        if not _locked(file, folder):
+            raise ValueError(f"run_dir={folder} is being started by another process; choose another run_dir")
+        _check_empty(folder)
+        yield
+
+
+def _check_empty(folder: Path) -> None:
+    """Raise ValueError when the folder holds a run."""
     if (folder / CONFIG).exists():
         held = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
         raise ValueError(
             f"run_dir={folder} holds a run of recipe {cast(dict, held).get('recipe')}; "
-            f"go on with it by python -m modernenc.resume {folder}, or choose another run_dir"
+            f"go on with it by python -m modernenc.resume {shlex.quote(str(folder))}, or choose another run_dir"
         )
-    from modernenc.plan import text
-
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / checkpoints.FOLDER, ignore_errors=True)  # of a start that was cut short
-    if content is not None:
-        checkpoints.write(content, folder / checkpoints.FOLDER / "branch.ckpt")
-    (folder / "plan.txt").write_text(text(run, curriculum) + "\n")
-    lineage.write(folder, [])
-    save(run)
 
 
 def fit(
@@ -78,7 +116,9 @@ def fit(
     stop before the end, with `watch.UNSTABLE` when it stopped by itself.
     """
     first = ranks.is_first()
-    with _held(Path(run.run_dir)) if first else nullcontext():
+    with _held(Path(run.run_dir)) if first else nullcontext(False) as waited:
+        if waited:
+            _check_as_it_was(Path(run.run_dir), content, event)
         _quiet_libraries()
         keep_freed_memory()
         _choose_determinism(run)
@@ -117,7 +157,7 @@ def fit(
             if trainer.world_size > 1 and _is_of_another_rank(error):
                 raise ConnectionError(
                     f"another rank was lost after step {module.step}: its own last lines say why; what was saved is whole: "
-                    f"python -m modernenc.resume {run.run_dir}"
+                    f"python -m modernenc.resume {shlex.quote(run.run_dir)}"
                 ) from error
             raise
         finally:
@@ -130,7 +170,8 @@ def fit(
             log.error("stopped at step %d without saving: %s", module.step, module.instability)
             raise SystemExit(UNSTABLE)
         if module.interrupted and module.tokens_seen < curriculum.total_tokens:
-            log.warning("stopped at step %d and saved; go on with: python -m modernenc.resume %s", module.step, run.run_dir)
+            resume = f"python -m modernenc.resume {shlex.quote(run.run_dir)}"
+            log.warning("stopped at step %d and saved; go on with: %s", module.step, resume)
             raise SystemExit(STOPPED)
         from modernenc.report import write
 
@@ -233,45 +274,71 @@ def _loggers(run: Run) -> list[Logger]:
     if not offline and not wandb.login(prompt=False):
         log.warning("logger.wandb=online, but there is no login: logging offline; run wandb login, then wandb sync")
         offline = True
+    if wandb.run is not None:  # of the run before, where several are trained in turn
+        wandb.finish()
     return [
-        WandbLogger(project=run.logger.project, name=run.recipe, save_dir=run.run_dir, mode="offline" if offline else "online")
+        WandbLogger(
+            project=run.logger.project,
+            name=run.recipe,
+            save_dir=run.run_dir,
+            id=run.logger.run_id or None,  # with which Lightning has wandb go on with a run that is there
+            mode="offline" if offline else "online",
+        )
     ]
 
 
-@contextmanager
-def _held(run_dir: Path) -> Iterator[None]:
-    """Log to the terminal and to a file, which is locked meanwhile; ValueError when another process trains the run.
+def _check_as_it_was(run_dir: Path, content: dict[str, Any] | None, event: dict[str, Any]) -> None:
+    """Raise ValueError when the run went on since its checkpoint was read."""
+    newest = checkpoints.newest(run_dir)
+    position = (content["run"]["rollbacks"], content["state"]["tokens_seen"]) if content else (0, 0)
+    if newest and event["event"] != "rollback" and checkpoints.order(newest) > position:
+        resume = f"python -m modernenc.resume {shlex.quote(str(run_dir))}"
+        raise ValueError(f"{run_dir} went on in another process until just now; go on with: {resume}")
 
-    The kernel undoes the lock however this process ends.
+
+@contextmanager
+def _held(run_dir: Path) -> Iterator[bool]:
+    """Log to the terminal and to a file, which is locked meanwhile, and tell whether another process had it until just now.
+
+    ValueError when another process trains the run. The kernel undoes the lock however this process ends.
     """
-    file = logging.FileHandler(run_dir / "log.txt")
+    file = logging.FileHandler(run_dir / LOG)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     screen: logging.Handler = RichHandler(show_path=False, log_time_format="%H:%M:%S")
     if not sys.stdout.isatty():  # no lines cut to a width, so that what they say to run can be copied
         screen = logging.StreamHandler(sys.stdout)
         screen.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     try:
-        _lock(file, run_dir)
+        waited = _lock(file, run_dir)
         log.setLevel(logging.INFO)
         log.handlers = [screen, file]
-        yield
+        yield waited
     finally:
         log.removeHandler(file)
         file.close()
 
 
-def _lock(file: logging.FileHandler, run_dir: Path) -> None:
+def _lock(file: logging.FileHandler, run_dir: Path) -> bool:
+    """Whether it had to wait."""
     assert file.stream is not None
-    for _ in range(_HOLD_S * 10):
-        try:
-            return fcntl.flock(file.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # workers of a process that was killed take a moment to go
-            time.sleep(0.1)
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                raise
-            return log.warning("%s is on a file system without locks: see that only one process trains it", run_dir)
+    for attempt in range(_HOLD_S * 10):
+        if _locked(file.stream, run_dir):
+            return attempt > 0
+        time.sleep(0.1)  # workers of a process that was killed take a moment to go
     raise ValueError(f"run_dir={run_dir} is being trained by another process; wait for it or end it")
+
+
+def _locked(file: IO[str], run_dir: Path) -> bool:
+    """Whether the lock of a file is this process's now; the kernel undoes it however the process ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+        log.warning("%s is on a file system without locks: see that only one process trains it", run_dir)
+    return True
 
 
 def _quiet_libraries() -> None:

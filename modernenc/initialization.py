@@ -6,6 +6,7 @@ the token that is written the same, or the mean of those that it is made of: Dob
 Random weights may begin with the frequencies of tokens.
 """
 
+import inspect
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from modernenc.backbones import Backbone
 from modernenc.config import Run
+from modernenc.config_json import settings_of
 from modernenc.curriculum import reads_text
 from modernenc.data.blocks import Corpus, Shards
 
@@ -40,6 +42,8 @@ class Source:
 
     backbone: Backbone
     """Of its shape; the weights are beside it."""
+    settings: dict[str, Any]
+    """Arguments of the backbone, as it stood when the weights were saved."""
     weights: dict[str, Tensor]
     """By their names in a `MaskedLM`."""
 
@@ -49,16 +53,61 @@ def read_source(path: Path, run: Run) -> Source:
     return _from_checkpoint(path) if path.suffix == ".ckpt" else _from_hugging_face(path, run)
 
 
-@torch.no_grad()
+def check_source(source: Source, run: Run) -> list[str]:
+    """Where the run's backbone begins as another function of the same weights than the source was, in words.
+
+    That may be meant for what a phase could change too, such as a rotary base. ValueError names any other setting that differs,
+    but for sizes: under another window, norm or activation the weights are not what they were trained to be.
+    """
+    kind, said = type(source.backbone), f"init.source={run.init.source}"
+    if kind is not get_class(run.backbone["_target_"]):
+        raise ValueError(f"{said} is a {kind.__name__}, which backbone._target_={run.backbone['_target_']} cannot begin with")
+    parameters = inspect.signature(kind).parameters
+    first = next(iter(run.phases))
+    begins = {**run.backbone, **run.phases[first].backbone}
+    here, there = (
+        {name: settings.get(name, parameter.default) for name, parameter in parameters.items()}
+        for settings in (begins, source.settings)
+    )
+    notes = []
+    for key in (key for key in parameters if key not in kind.MAY_DIFFER and here[key] != there[key]):
+        place = f"phases.{first}.backbone" if key in run.phases[first].backbone else "backbone"
+        if key not in kind.PHASE_ATTRIBUTES:
+            raise ValueError(
+                f"{said} has {key}={there[key]}, the run {here[key]}: its weights would compute something else; set "
+                f"{place}.{key}={there[key]}"
+            )
+        notes.append(
+            f"{said} has {key}={there[key]}, the run begins with {here[key]}: at first its weights compute something else; "
+            f"unless that is meant, set {place}.{key}={there[key]}"
+        )
+    if "num_attention_heads" in parameters and here["hidden_size"] >= there["hidden_size"]:
+        widths = [settings["hidden_size"] / settings["num_attention_heads"] for settings in (here, there)]
+        if widths[0] != widths[1]:
+            raise ValueError(
+                f"{said} has heads of {widths[1]:g}, backbone.num_attention_heads={here['num_attention_heads']} makes heads of "
+                f"{widths[0]:g}: its weights would compute something else; set backbone.num_attention_heads="
+                f"{round(here['hidden_size'] / widths[1])} and a backbone.hidden_size that divides so"
+            )
+    return notes
+
+
 def initialise(model: Any, run: Run, tokenizer: Path) -> list[str]:
     """Fill a `MaskedLM` as `run.init` says; the names of weights that the source has nothing for, which stay as they are.
 
-    `tokenizer` is the file of the run's. ValueError names a weight that the source has too much of, or a vocabulary that does
-    not fit.
+    `tokenizer` is the file of the run's. ValueError as by `fill`.
+    """
+    return fill(model, read_source(Path(run.init.source), run), run, tokenizer)
+
+
+@torch.no_grad()
+def fill(model: Any, source: Source, run: Run, tokenizer: Path) -> list[str]:
+    """The same from a source that was read.
+
+    ValueError names a weight that the source has too much of, or a vocabulary that does not fit.
     """
     from modernenc.model import weights_of
 
-    source = read_source(Path(run.init.source), run)
     layers = layer_map(source.backbone.layer_kinds(), model.backbone.layer_kinds(), run.init.layers)
     weights = _under_tokenizer(source, model, run, tokenizer)
     left = []
@@ -131,12 +180,16 @@ def _counts(shards: Shards, size: int) -> Integer[np.ndarray, " vocab"]:
 
 def _from_checkpoint(path: Path) -> Source:
     from modernenc import checkpoints
+    from modernenc.branch import take_up
+    from modernenc.curriculum import Curriculum
     from modernenc.model import masked_lm_weights, masked_lm_with
 
     content = checkpoints.read(path)
+    trained = take_up(content, "")
     with torch.device("meta"):
-        backbone = masked_lm_with(content["run"]["backbone"]).backbone
-    return Source(backbone, masked_lm_weights(content["weights"]))
+        backbone = masked_lm_with(trained.backbone).backbone
+    reached = Curriculum.of(trained).at(max(0, content["state"]["tokens_seen"] - 1)).backbone
+    return Source(backbone, {**trained.backbone, **reached}, masked_lm_weights(content["weights"]))
 
 
 def _from_hugging_face(folder: Path, run: Run) -> Source:
@@ -154,15 +207,19 @@ def _from_hugging_face(folder: Path, run: Run) -> Source:
         )
     weights = our_names(dict(_tensors(folder)), kind.HUGGING_FACE_NAMES)
     try:
+        settings = settings_of(kind, config)
         with torch.device("meta"):
-            backbone = kind(**kind.settings_from_hugging_face(config))
+            backbone = kind(**settings)
     except KeyError as error:
         raise ValueError(f"{folder / 'config.json'} has no {error}; expected what save_pretrained writes") from error
     own = {f"backbone.{name}" for name, _ in backbone.named_parameters()}
     lacking = sorted(own - weights.keys())
     if lacking:
         raise ValueError(f"init.source={folder} has no {lacking[0]}; expected a masked-LM model of transformers")
-    return Source(backbone, weights)
+    unknown = sorted(name for name in weights if name.startswith("backbone.") and name not in own)
+    if unknown:
+        raise ValueError(f"init.source={folder} has {unknown[0]}, which {kind.__name__} has not here: other logits")
+    return Source(backbone, settings, weights)
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -194,7 +251,10 @@ def _under_tokenizer(source: Source, model: Any, run: Run, tokenizer: Path) -> d
 
     if not Path(run.init.tokenizer).is_file():
         raise FileNotFoundError(f"init.tokenizer={run.init.tokenizer} does not exist; name the tokenizer.json of the source")
-    parts = made_of(Tokenizer.from_file(run.init.tokenizer), Tokenizer.from_file(str(tokenizer)))
+    old, new = Tokenizer.from_file(run.init.tokenizer), Tokenizer.from_file(str(tokenizer))
+    old.no_padding()  # a token is made of nothing else
+    old.no_truncation()
+    parts = made_of(old, new)
     by_token = {name for name in (embedding, *_BY_TOKEN) if name in source.weights}
     size = model.backbone.vocab_size
     return {**source.weights, **{name: transferred(source.weights[name], parts, size) for name in by_token}}

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from modernenc.cli import given
 from modernenc.cli import run as run_cli
 from modernenc.config import Run, register
 
@@ -46,7 +47,7 @@ def submit(run: Run) -> None:
 
     from modernenc.fit import start
 
-    start(run, curriculum)
+    start(run, curriculum, numbered=not given("run_dir"))
     path = Path(run.run_dir) / JOB
     path.write_text(script(run))
     result = subprocess.run(["sbatch", "--parsable", path], capture_output=True, text=True, check=False)

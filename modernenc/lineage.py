@@ -4,9 +4,13 @@ An entry says what happened (`event`), from which checkpoint and position, when,
 a rollback also what it changed, what it skipped and where the steps that it gave up lie; a branch whose child it is.
 """
 
+import fcntl
 import json
+import os
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,7 +45,8 @@ def add(run_dir: Path, event: dict[str, Any], ranks: int, tokens_seen: int) -> N
         "threads": torch.get_num_threads(),
         "ranks": ranks,
     }
-    write(run_dir, [*read(run_dir), entry])
+    with _alone(run_dir):
+        write(run_dir, [*read(run_dir), entry])
 
 
 def versions() -> dict[str, str]:
@@ -55,3 +60,15 @@ def versions() -> dict[str, str]:
 def described(of: dict[str, str]) -> str:
     """Versions in words."""
     return ", ".join(f"{name} {number}" for name, number in of.items())
+
+
+@contextmanager
+def _alone(run_dir: Path) -> Iterator[None]:
+    """Keep others from adding meanwhile, as branches of one run do at once; not where the file system has no locks."""
+    folder = os.open(run_dir, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)

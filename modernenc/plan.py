@@ -24,6 +24,7 @@ from modernenc.config import Phase, Run, plain, register
 from modernenc.curriculum import MASKED_LM, Curriculum, reads_text
 from modernenc.data.blocks import VALIDATION, Corpus
 from modernenc.metrics import standard_error
+from modernenc.sizes import corpus_of, in_windows
 
 _WIDTH = 100
 
@@ -41,14 +42,15 @@ def main() -> None:
 
 
 def show(config: Run, asked: argparse.Namespace) -> None:
-    """Check the settings and print the plan."""
-    from modernenc.checks import check_backbone, check_run, check_settings
+    """Check all that training would, but for the hardware, and print the plan."""
+    from modernenc.checks import check_backbone, check_optim, check_settings
 
-    curriculum = check_settings(config)
+    check_settings(config)
     check_backbone(config)
-    corpus = _corpus(config)
-    if corpus:
-        check_run(config)
+    check_optim(config)
+    corpus = corpus_of(config.data)
+    notes = _opened(config, corpus) if corpus else _unopened(config)
+    curriculum = check_settings(config)  # phases that a branch's checkpoint has done are its now
     if asked.png:
         from modernenc.plots import draw_curriculum
 
@@ -56,7 +58,36 @@ def show(config: Run, asked: argparse.Namespace) -> None:
     if asked.against:
         return print(_compared(config, asked.against))
     planned = figures(config, curriculum, corpus, estimate.measure(config) if asked.measure else None)
+    planned["warnings"] = [*notes, *planned["warnings"]]
     print(json.dumps(planned, indent=1) if asked.json else f"{text(config, curriculum)}\n{_estimates(config, planned)}")
+
+
+def _opened(run: Run, corpus: Corpus) -> list[str]:
+    """Open what the run would open, with the errors that it would have; notes on what it would begin with."""
+    from modernenc.branch import branched
+    from modernenc.checks import check_init, check_run
+    from modernenc.data.loader import open_mixes
+
+    check_run(run)
+    open_mixes(run, corpus)
+    if run.branch_from:
+        branched(run, corpus)
+        return []
+    return check_init(run, corpus)
+
+
+def _unopened(run: Run) -> list[str]:
+    """What a plan without a corpus leaves out; the weights to begin with are looked at when they are there."""
+    from modernenc.initialization import check_source, read_source
+
+    notes = [f"data.root={run.data.root}: there is no corpus yet; {run.data.hint}"]
+    if run.branch_from:
+        notes.append(f"+from={run.branch_from}: not looked at without the corpus")
+    elif run.init.source and not Path(run.init.source).exists():
+        notes.append(f"init.source={run.init.source}: there is nothing yet; a run needs it")
+    elif run.init.source:
+        notes += check_source(read_source(Path(run.init.source), run), run)
+    return notes
 
 
 def figures(
@@ -132,7 +163,7 @@ def _compared(run: Run, name: str) -> str:
     table = Table(title=f"{run.recipe} and {name}", title_justify="left")
     for column in ("", run.recipe, name):
         table.add_column(column, overflow="fold")
-    totals = [figures(one, check_settings(one), _corpus(one)) for one in (run, other)]
+    totals = [figures(one, check_settings(one), corpus_of(one.data)) for one in (run, other)]
     for key in ("parameters", "tokens", "steps"):
         table.add_row(key, *(f"{total[key]:,}" for total in totals))
     table.add_row("FLOPs", *(f"{total['flops']:.3g}" for total in totals))
@@ -154,16 +185,18 @@ def text(run: Run, curriculum: Curriculum) -> str:
     parameters, states = estimate.parameters(run)
     checkpoint_bytes = 4 * (parameters + states)
     console.print(f"recipe {run.recipe}: {parameters:,} parameters, {curriculum.total_tokens:,} tokens, "
-                  f"{curriculum.total_steps:,} optimizer steps\n")  # fmt: skip
-    console.print(_phases(run, curriculum))
-    console.print(_mixes(run, curriculum))
+                  f"{curriculum.total_steps:,} optimizer steps")  # fmt: skip
+    corpus = corpus_of(run.data)
+    console.print(_sizes(run, corpus) + "\n")
+    console.print(_phases(run, curriculum, corpus))
+    console.print(_mixes(run, curriculum, corpus))
     console.print(_checkpoints(run, curriculum, checkpoint_bytes))
-    if corpus := _corpus(run):
+    if corpus:
         console.print(_validation(run, curriculum, corpus))
     return out.getvalue().rstrip()
 
 
-def _phases(run: Run, curriculum: Curriculum) -> Table:
+def _phases(run: Run, curriculum: Curriculum, corpus: Corpus | None) -> Table:
     table = Table(title="phases", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("")
     for name in run.phases:
@@ -192,7 +225,8 @@ def _phases(run: Run, curriculum: Curriculum) -> Table:
     attributes = [{**run.backbone, **curriculum.at(curriculum.start_of(name)).backbone} for name in run.phases]
     for key in sorted({key for phase in run.phases.values() for key in phase.backbone}):
         table.add_row(key, *(f"{values[key]:g}" for values in attributes))
-    row("unserved at end", lambda _, phase: f"<= {_unserved(run, phase):.1%}")
+    block = corpus.block_tokens if corpus else 0
+    row("drawn, not trained on", lambda _, phase: f"<= {in_windows(run, phase, block):,}")
     return table
 
 
@@ -205,23 +239,15 @@ def _lr(curriculum: Curriculum, phase: str) -> str:
     return " -> ".join(f"{lr:.3g}" for number, lr in enumerate(steps) if number == 0 or lr != steps[number - 1])
 
 
-def _corpus(run: Run) -> Corpus | None:
-    """What data_prep made, if it has."""
-    try:
-        return Corpus.of(run.data)
-    except FileNotFoundError:
-        return None
+def _sizes(run: Run, corpus: Corpus | None) -> str:
+    """Lanes, rows and vocabulary, and where they are from."""
+    data, vocabulary = run.data, run.backbone["vocab_size"]
+    where = "from the corpus" if corpus else f"assumed, until {data.root} is prepared"
+    taken = f" ({', '.join(data.from_corpus)}: {where})" if data.from_corpus else ""
+    return f"{data.lanes:,} lanes of {data.window_rows:,} rows, a vocabulary of {vocabulary:,}{taken}"
 
 
-def _unserved(run: Run, phase: Phase) -> float:
-    """Tokens drawn but left in open windows at the phase's end, at most one window per lane, as a share of the phase."""
-    if not reads_text(phase):
-        return 0
-    return run.data.lanes * run.data.window_rows * phase.seq_len / phase.tokens
-
-
-def _mixes(run: Run, curriculum: Curriculum) -> Table:
-    corpus = _corpus(run)
+def _mixes(run: Run, curriculum: Curriculum, corpus: Corpus | None) -> Table:
     from modernenc.data import choices  # with torch
 
     state = " and passes over what the corpus holds" if corpus else f" ({run.data.root} is not prepared yet)"

@@ -10,52 +10,102 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning.fabric.plugins.environments import ClusterEnvironment
 
+_SRUN = "SLURM_STEP_NUM_TASKS"
+_PLACES = (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+"""Variables of torchrun's that say a place, and those that say of how many."""
+
 
 def is_first() -> bool:
     """Whether this process makes the run folder: rank 0, as far as can be told before the ranks meet."""
     adopt_srun()
-    place = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or os.environ.get("NODE_RANK") or "0"
-    return int(place) == 0
+    place = next((name for name in ("RANK", "LOCAL_RANK", "NODE_RANK") if os.environ.get(name)), "")
+    return not place or _number(place) == 0
 
 
 def adopt_srun() -> None:
-    """Say in torchrun's variables what srun says in its own; nothing for a process that srun started alone."""
+    """Say in torchrun's variables what srun says in its own; nothing for a process that srun started alone.
+
+    A shell that `srun --pty` opened has the variables of a task, but what is typed there is one process. ValueError names a
+    variable that is missing or no number.
+    """
     step = os.environ
-    ranks = int(step.get("SLURM_STEP_NUM_TASKS", "1"))
-    if ranks == 1 or "RANK" in step:
+    if _SRUN not in step or "RANK" in step or "SLURM_PTY_PORT" in step:
         return
+    ranks = _number(_SRUN, least=1)
+    if ranks == 1:
+        return
+    rank, local_rank, node = (_number(name) for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"))
+    nodes = _number("SLURM_STEP_NUM_NODES", least=1)
     from lightning.fabric.plugins.environments import SLURMEnvironment  # seconds to import
 
-    nodes = int(step["SLURM_STEP_NUM_NODES"])
-    slurm = SLURMEnvironment(auto_requeue=False)
+    hosts = step.get("SLURM_STEP_NODELIST") or step.get("SLURM_NODELIST", "127.0.0.1")
+    step.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(hosts))
+    step.setdefault("MASTER_PORT", str(15_000 + int(step.get("SLURM_JOB_ID", "0")[-4:])))
     step.update(
-        RANK=step["SLURM_PROCID"],
+        RANK=str(rank),
         WORLD_SIZE=str(ranks),
-        LOCAL_RANK=step["SLURM_LOCALID"],
+        LOCAL_RANK=str(local_rank),
         LOCAL_WORLD_SIZE=str(ranks // nodes),
-        GROUP_RANK=step["SLURM_NODEID"],
-        MASTER_ADDR=slurm.main_address,
-        MASTER_PORT=str(slurm.main_port),
+        GROUP_RANK=str(node),
     )
 
 
 def environment(devices: int, num_nodes: int) -> "ClusterEnvironment":
     """What tells Lightning who launched the processes.
 
-    Raises ValueError when that was something else, with another number of ranks than `trainer.devices` x `trainer.num_nodes`.
+    Raises ValueError when that was something else, with another number of ranks than `trainer.devices` x `trainer.num_nodes`,
+    or when its variables do not make a whole.
     """
     from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
     adopt_srun()
+    _check_launched()
     if "RANK" not in os.environ:
         return LightningEnvironment()
-    world, on_this_node = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", devices))
+    world = _number("WORLD_SIZE", least=1)
+    on_this_node = _number("LOCAL_WORLD_SIZE", least=1) if "LOCAL_WORLD_SIZE" in os.environ else devices
     if (world, on_this_node) != (devices * num_nodes, devices):
+        by_srun = _SRUN in os.environ and os.environ[_SRUN] == str(world)
         raise ValueError(
             f"trainer.devices={devices} trainer.num_nodes={num_nodes}, but {world} processes were launched, "
             f"{on_this_node} of them on this node; give both the same numbers"
+            + (f", or, in a shell that srun opened, set {_SRUN}=1 to train as one process" if by_srun else "")
         )
     return TorchElasticEnvironment()
+
+
+def _check_launched() -> None:
+    """Raise ValueError where variables of a launcher contradict each other, or some of them are missing."""
+    said = os.environ
+    if "RANK" not in said:
+        # Lightning's own launcher sets WORLD_SIZE and NODE_RANK, and no RANK.
+        if "WORLD_SIZE" in said and "NODE_RANK" not in said and (world := _number("WORLD_SIZE", least=1)) > 1:
+            raise ValueError(
+                f"WORLD_SIZE={world} is set, but RANK is not: a launcher sets both; set RANK, from 0 to {world - 1}, or unset "
+                "WORLD_SIZE to train as one process"
+            )
+        return
+    if "WORLD_SIZE" not in said:
+        raise ValueError(
+            f"RANK={said['RANK']} is set, but WORLD_SIZE is not: a launcher sets both; set WORLD_SIZE to the number of ranks, "
+            "or unset RANK to train as one process"
+        )
+    if _number("WORLD_SIZE", least=1) > 1 and "LOCAL_RANK" not in said:
+        raise ValueError(
+            f"RANK={said['RANK']} WORLD_SIZE={said['WORLD_SIZE']} are set, but LOCAL_RANK is not: set it, from 0 on each node"
+        )
+    for place, of in _PLACES:
+        if place in said and of in said and _number(place) >= _number(of, least=1):
+            raise ValueError(f"{place}={said[place]}, but {of}={said[of]}: expected less; let one launcher set both")
+
+
+def _number(name: str, least: int = 0) -> int:
+    """The number that an environment variable holds; ValueError, naming it, when there is none."""
+    value = os.environ.get(name, "")
+    if not (value.isascii() and value.isdigit() and int(value) >= least):
+        was = f"{name}={value}" if value else f"{name} is not set"
+        raise ValueError(f"{was}: expected a number, {least} or more; launchers of ranks set this environment variable")
+    return int(value)
 
 
 def described(ranks: int, threads: int) -> str:

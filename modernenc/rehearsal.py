@@ -6,6 +6,7 @@ shrink in proportion; the corpus's sources stand in for the recipe's, in turn, a
 
 import csv
 import logging
+import shlex
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ _LENGTHS = ("max_position", "chunk_size", "local_attention")
 def cut_down(run: Run) -> Run:
     """The rehearsal of a run on the corpus `run.rehearse`; FileNotFoundError or ValueError when there is none."""
     run = deepcopy(run)
-    run.data.root, run.data.cache, run.data.hint = run.rehearse, "", "prepare it with: python -m data_prep +corpus=demo"
+    run.data.root, run.data.cache = run.rehearse, ""
+    run.data.hint = f"prepare it with: python -m data_prep +corpus=demo out={shlex.quote(run.rehearse)}"
     run.data.lanes, run.data.window_rows, run.data.workers = 4, 4, 0
     corpus = Corpus.of(run.data)
     sources = list(corpus.sources)

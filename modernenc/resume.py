@@ -10,6 +10,7 @@ data that hurt. What it gives up is kept in its folder `abandoned`. A branch, wh
 """
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,7 +60,8 @@ def resume(path: Path, overrides: list[str]) -> None:
         if not (override.startswith(FREE) or TASK_FILES.match(override)) or "=" not in override:
             raise ValueError(
                 f"{override}: a resumed run may change {', '.join(key.rstrip('=') for key in FREE)} only; anything else makes "
-                f"another run: add --rollback, or branch with python -m modernenc.train +recipe=NAME +from={path}"
+                "another run: add --rollback, or branch with python -m modernenc.train +recipe=NAME "
+                f"+from={_checkpoint_of(path)}"
             )
 
     from modernenc import checkpoints
@@ -90,7 +92,10 @@ def rollback(path: Path, overrides: list[str], skip_tokens: int) -> None:
         raise ValueError(f"--skip-tokens {skip_tokens}: expected a number of tokens, 0 or more")
     for override in overrides:
         if override.partition("=")[0] in _FIXED:
-            raise ValueError(f"{override}: a rollback stays in its run; branch with python -m modernenc.train +from={path}")
+            raise ValueError(
+                f"{override}: a rollback stays in its run; branch with python -m modernenc.train +recipe=NAME "
+                f"+from={_checkpoint_of(path)}"
+            )
 
     from modernenc import checkpoints
     from modernenc.branch import done_phases, fork, go_back, take_up
@@ -120,8 +125,16 @@ def _located(path: Path) -> tuple[Run, Path | None]:
 
     run, checkpoint = locate(path)
     if Path(run.run_dir).parent.name == ABANDONED:
-        raise ValueError(f"{path} was given up by a rollback; branch from it with python -m modernenc.train +from={path}")
+        raise ValueError(
+            f"{path} was given up by a rollback; branch from it with python -m modernenc.train +recipe={run.recipe} "
+            f"+from={_checkpoint_of(path)}"
+        )
     return run, checkpoint
+
+
+def _checkpoint_of(path: Path) -> str:
+    """What a command can name: the path of a checkpoint, or what stands for one of a folder's."""
+    return shlex.quote(str(path)) if path.suffix == ".ckpt" else f"{shlex.quote(str(path))}/checkpoints/NAME.ckpt"
 
 
 def _go_on(run: Run, content: dict[str, Any] | None, event: dict[str, Any]) -> None:
@@ -151,7 +164,14 @@ def changed(run: Run, overrides: list[str]) -> Run:
     """The run with KEY=VALUE settings changed."""
     from omegaconf import OmegaConf
 
-    return cast(Run, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(run), OmegaConf.from_dotlist(overrides))))
+    from modernenc.quoting import assigned
+
+    merged = OmegaConf.structured(run)
+    for key, value in assigned(overrides):
+        change = OmegaConf.create()
+        OmegaConf.update(change, key, value)
+        merged = OmegaConf.merge(merged, change)
+    return cast(Run, OmegaConf.to_object(merged))
 
 
 def _rescaled(before: Run, run: Run, overrides: list[str]) -> Run:

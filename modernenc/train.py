@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from modernenc import lineage, ranks
-from modernenc.cli import run
+from modernenc.cli import given, run
 from modernenc.config import Run, register
 
 log = logging.getLogger(__name__)
@@ -38,16 +38,13 @@ def main(config: Run) -> None:
     parent = Path(config.branch_from).resolve()
     content, event = None, {"event": "start", "checkpoint": ""}
     if config.branch_from:
-        if parent.suffix != ".ckpt" or not parent.is_file():
-            raise FileNotFoundError(f"+from={config.branch_from}: no checkpoint; name one of RUN_DIR/checkpoints/*.ckpt")
-        from modernenc import checkpoints
-        from modernenc.branch import fork
+        from modernenc.branch import branched
 
-        content = fork(config, corpus, checkpoints.read(parent))
+        content = branched(config, corpus)
         curriculum = check_settings(config)  # phases that are done are the checkpoint's now
         event = {"event": "branch", "checkpoint": str(parent)}
     if ranks.is_first():  # the folder's name holds the time: the other ranks learn of it when they meet
-        start(config, curriculum, content)
+        start(config, curriculum, content, numbered=not given("run_dir"))
         if content is not None and (parent.parent.parent / lineage.LINEAGE).is_file():
             into = {"event": "branched", "checkpoint": parent.stem, "into": str(Path(config.run_dir).resolve())}
             try:

@@ -4,6 +4,7 @@ import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as L
@@ -20,7 +21,7 @@ from modernenc.config import Run
 from modernenc.curriculum import Curriculum, Point
 from modernenc.data.blocks import Corpus
 from modernenc.data.loader import DataState, Step, StepLoader, Steps, fingerprint, merge
-from modernenc.initialization import begin_at_unigrams, initialise
+from modernenc.initialization import begin_at_unigrams, check_source, fill, read_source
 from modernenc.model import build_objectives, compile_parts, load_weights, recompute, set_backbone, weights_of
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,10 @@ class Pretraining(L.LightningModule):
         if checkpoint is not None:
             self._take_up(checkpoint)
         elif run.init.source:
-            left = initialise(self.objectives.masked_lm, run, corpus.tokenizer_file)
+            source = read_source(Path(run.init.source), run)
+            for note in check_source(source, run):
+                log.warning(note)
+            left = fill(self.objectives.masked_lm, source, run, corpus.tokenizer_file)
             log.info("begins with the weights of %s%s", run.init.source, f", but for {', '.join(left)}" if left else "")
         elif run.init.unigram:
             begin_at_unigrams(self.objectives.masked_lm, run, corpus)

@@ -6,6 +6,7 @@ median in units of the median absolute deviation times 1.4826, which for normal 
 
 import logging
 import math
+import shlex
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, cast
@@ -130,8 +131,9 @@ class Watch(L.Callback):
             return f"unstable since {first:,} tokens, and no checkpoint is older; start again with a lower learning rate"
         last = max(good, key=tokens_seen)
         return (
-            f"unstable since {first:,} tokens; go back to {last} with: python -m modernenc.resume {last} --rollback "
-            f"and optim.lr=... or --skip-tokens {module.tokens_seen - int(tokens_seen(last))}"
+            f"unstable since {first:,} tokens; go back to {last} under another learning rate, or past data that hurt: "
+            f"python -m modernenc.resume {shlex.quote(str(last))} --rollback --skip-tokens "
+            f"{module.tokens_seen - int(tokens_seen(last))} optim.lr={self.run.optim['lr'] / 2:g}"
         )
 
 

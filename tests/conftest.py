@@ -29,6 +29,7 @@ _hook.__enter__()
 
 from modernenc.config import CONF_DIR, Run, register  # noqa: E402
 from modernenc.data.choices import COLUMNS  # noqa: E402
+from modernenc.sizes import settle_sizes  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -76,7 +77,10 @@ def composed(overrides: list[str], config_name: str = "train") -> Run:
     with open_dict(cfg):
         del cfg["hydra"]
     OmegaConf.resolve(cfg)
-    return cast(Run, OmegaConf.to_object(cfg))
+    run = cast(Run, OmegaConf.to_object(cfg))
+    if config_name == "train":
+        settle_sizes(run)
+    return run
 
 
 @pytest.fixture(scope="session")

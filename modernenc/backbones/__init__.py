@@ -26,6 +26,13 @@ class Backbone(Protocol):
     """What names of weights begin with, here and in transformers' masked-LM model, where they differ."""
     HUGGING_FACE_TYPES: ClassVar[tuple[str, ...]]
     """The `model_type`s of transformers that `settings_from_hugging_face` reads."""
+    HUGGING_FACE_FIXED: ClassVar[dict[str, Any]]
+    """What is the same in every one here, by the keys of transformers' config.json."""
+    HUGGING_FACE_IRRELEVANT: ClassVar[tuple[str, ...]]
+    """Keys there that change no logit."""
+    MAY_DIFFER: ClassVar[tuple[str, ...]]
+    """Arguments that need not be those of a model whose weights it begins with: sizes, which these are fitted to, and what no
+    logit depends on."""
     vocab_size: int
     hidden_size: int
     max_position: int
@@ -82,7 +89,10 @@ class Backbone(Protocol):
 
     @classmethod
     def settings_from_hugging_face(cls, config: dict[str, Any]) -> dict[str, Any]:
-        """The arguments that a config.json of transformers, 4 or 5, describes; ValueError when it has more."""
+        """The arguments that a config.json of transformers, 4 or 5, describes; ValueError for values that are none of them.
+
+        Keys that it does not ask for are looked after by `modernenc.config_json`.
+        """
         ...
 
     def path(self, device: torch.device, dtype: torch.dtype) -> str:

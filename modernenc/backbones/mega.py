@@ -22,12 +22,6 @@ from .transfer import lengths_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PUBLISHED = {
-    "bidirectional": True, "truncation": None, "activation": "silu", "normalize_before_mega": True,
-    "normalize_before_ffn": True, "use_normalized_ffn": True, "add_token_type_embeddings": False,
-    "add_lm_hidden_dense_layer": True,
-}  # fmt: skip
-"""What is the same in every MEGA here, by transformers' names."""
 NORM_EPS = 1e-5
 
 
@@ -44,6 +38,20 @@ class Mega(nn.Module):
     PHASE_ATTRIBUTES: ClassVar[tuple[str, ...]] = ()
     HUGGING_FACE_NAMES: ClassVar[dict[str, str]] = {"backbone.": "mega.", "head.dense.": "dense.", "decoder.": "mlm_head."}
     HUGGING_FACE_TYPES: ClassVar[tuple[str, ...]] = ("mega", "modernenc-mega")
+    HUGGING_FACE_FIXED: ClassVar[dict[str, Any]] = {
+        "activation": "silu", "add_lm_hidden_dense_layer": True, "add_token_type_embeddings": False, "bidirectional": True,
+        "norm_affine": True, "normalize_before_ffn": True, "normalize_before_mega": True, "truncation": None,
+        "use_normalized_ffn": True,
+    }  # fmt: skip
+    HUGGING_FACE_IRRELEVANT: ClassVar[tuple[str, ...]] = (
+        "auto_map", "ema_beta_range", "ema_delta_alpha_range", "ema_gamma_omega_range", "initializer_range",
+        "num_attention_heads", "type_vocab_size", "use_feature_dropout",
+    )  # fmt: skip
+    MAY_DIFFER: ClassVar[tuple[str, ...]] = (
+        "vocab_size", "hidden_size", "intermediate_size", "nffn_hidden_size", "num_hidden_layers",
+        "shared_representation_size", "ema_projection_size", "max_position", "dropout_prob", "hidden_dropout_prob",
+        "attention_probs_dropout_prob", "nffn_activation_dropout_prob", "ema",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -174,14 +182,14 @@ class Mega(nn.Module):
     @classmethod
     def settings_from_hugging_face(cls, config: dict[str, Any]) -> dict[str, Any]:
         """transformers' MEGA as it is by default, within chunks or not."""
-        for key, expected in _PUBLISHED.items():
-            if config.get(key, expected) != expected:
-                raise ValueError(f"{key}={config[key]} in config.json: MEGA has {expected} here")
-        if config["model_type"] == "mega" and config.get("normalization_type") == "rmsnorm":
-            raise ValueError("normalization_type=rmsnorm in config.json: in transformers' MEGA it does nothing, here it does")
-        names = set(inspect.signature(cls.__init__).parameters) - {"self", "max_position"}
-        settings = {name: config[name] for name in names if name in config}
-        if not config.get("use_chunking", True):
+        own = inspect.signature(cls.__init__).parameters
+        names = [name for name in own if name not in ("self", "max_position")]
+        for key, value in (("normalization_type", "rmsnorm"), ("normalize_attention", True), ("two_hop_residual", True)):
+            if config["model_type"] == "mega" and config.get(key) == value:
+                raise ValueError(f"{key}={value} in config.json: in transformers' MEGA it does nothing, here it does")
+        ours = ("normalize_attention", "two_hop_residual", "ema")  # which transformers' has not
+        settings = {name: config.get(name, own[name].default) if name in ours else config[name] for name in names}
+        if not config["use_chunking"]:
             settings["chunk_size"] = config["max_positions"]
         return {**settings, "max_position": config["max_positions"]}
 

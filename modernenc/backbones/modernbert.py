@@ -32,6 +32,19 @@ class ModernBERT(nn.Module):
     PHASE_ATTRIBUTES: ClassVar[tuple[str, ...]] = ("global_rope_theta", "local_rope_theta")
     HUGGING_FACE_NAMES: ClassVar[dict[str, str]] = {"backbone.": "model."}
     HUGGING_FACE_TYPES: ClassVar[tuple[str, ...]] = ("modernbert",)
+    HUGGING_FACE_FIXED: ClassVar[dict[str, Any]] = {
+        "attention_bias": False, "causal_mask": False, "decoder_bias": True, "hidden_activation": "gelu", "mlp_bias": False,
+        "norm_bias": False, "classifier_activation": "gelu", "classifier_bias": False,  # of the masked-LM head too
+    }  # fmt: skip
+    HUGGING_FACE_IRRELEVANT: ClassVar[tuple[str, ...]] = (
+        "attention_dropout", "deterministic_flash_attn", "embedding_dropout", "initializer_cutoff_factor", "mlp_dropout",
+        "reference_compile", "repad_logits_with_grad", "sparse_pred_ignore_index", "sparse_prediction",
+        "layer_norm_eps", "position_embedding_type",  # stand in the published config.json, and transformers reads neither
+    )  # fmt: skip
+    MAY_DIFFER: ClassVar[tuple[str, ...]] = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position",
+        "attention_out_dropout", "init_std",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -146,28 +159,18 @@ class ModernBERT(nn.Module):
 
     @classmethod
     def settings_from_hugging_face(cls, config: dict[str, Any]) -> dict[str, Any]:
-        """transformers 4 has one theta per kind of layer and `global_attn_every_n_layers`; 5 has them per kind and layer."""
-        for key in ("attention_bias", "mlp_bias", "norm_bias", "decoder_bias"):
-            if config.get(key, key == "decoder_bias") != (key == "decoder_bias"):
-                raise ValueError(f"{key}={config[key]} in config.json: ModernBERT has no biases here but the decoder's")
-        every = config.get("global_attn_every_n_layers", 3)
-        kinds = config.get("layer_types") or []
-        if kinds:
-            every = kinds[1:].index("full_attention") + 1 if "full_attention" in kinds[1:] else len(kinds)
-            if kinds != ["full_attention" if index % every == 0 else "sliding_attention" for index in range(len(kinds))]:
-                raise ValueError(f"layer_types={kinds} in config.json: expected full_attention at every so many-th layer")
-        thetas = {
-            kind: (config.get("rope_parameters") or {}).get(kind, {}).get("rope_theta")
-            for kind in ("full_attention", "sliding_attention")
-        }
-        global_theta = thetas["full_attention"] or config.get("global_rope_theta", 160_000.0)
+        """transformers 4 has one theta per kind of layer and `global_attn_every_n_layers`; 5 has them per kind and layer.
+
+        Where a config.json has both, they must agree.
+        """
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        thetas = _thetas(config)
         return {
             **{name: config[name] for name in names},
             "max_position": config["max_position_embeddings"],
-            "global_rope_theta": global_theta,
-            "local_rope_theta": thetas["sliding_attention"] or config.get("local_rope_theta") or global_theta,
-            "global_attn_every_n_layers": every,
+            "global_rope_theta": thetas["full_attention"],
+            "local_rope_theta": thetas["sliding_attention"],
+            "global_attn_every_n_layers": _period(config),
             "local_attention": config.get("local_attention", 128),
             "norm_eps": config.get("norm_eps", 1e-5),
             "init_std": config.get("initializer_range", INIT_STD),
@@ -310,3 +313,40 @@ class PredictionHead(nn.Module):
 
     def forward(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
         return self.norm(F.gelu(self.dense(hidden)))
+
+
+def _thetas(config: dict[str, Any]) -> dict[str, float]:
+    """Rotary bases by kind of layer, in transformers 5's words; ValueError for rotations of another form."""
+    fives = config.get("rope_parameters") or {}
+    for kind, rope in fives.items():
+        known = kind in ("full_attention", "sliding_attention") and isinstance(rope, dict)
+        if not known or {**rope, "rope_theta": 0} not in ({"rope_theta": 0}, {"rope_type": "default", "rope_theta": 0}):
+            raise ValueError(
+                f"rope_parameters.{kind}={rope} in config.json: expected rope_type default and a rope_theta, of full_attention "
+                "and sliding_attention"
+            )
+    thetas, defaults = {}, {"global_rope_theta": 160_000.0, "local_rope_theta": 10_000.0}
+    for kind, key in (("full_attention", "global_rope_theta"), ("sliding_attention", "local_rope_theta")):
+        said = fives.get(kind, {}).get("rope_theta")
+        four = config.get(key, defaults[key])
+        four = config.get("global_rope_theta", defaults["global_rope_theta"]) if four is None else four
+        if said is not None and key in config and said != four:
+            raise ValueError(f"{key}={four} in config.json, but rope_parameters.{kind} has {said}; which is it?")
+        thetas[kind] = four if said is None else said
+    return thetas
+
+
+def _period(config: dict[str, Any]) -> int:
+    """At every so many-th layer, from the first on, attention is global; ValueError when it is at others."""
+    every, kinds = config.get("global_attn_every_n_layers"), config.get("layer_types")
+    if kinds is None:
+        return 3 if every is None else every
+    if every is None:
+        every = kinds[1:].index("full_attention") + 1 if "full_attention" in kinds[1:] else len(kinds)
+    layers = range(config["num_hidden_layers"])
+    if kinds != ["sliding_attention" if index % every else "full_attention" for index in layers]:
+        raise ValueError(
+            f"layer_types={kinds} in config.json: expected full_attention at every so many-th of {len(layers)} layers, as "
+            "global_attn_every_n_layers says where it is there too"
+        )
+    return every

@@ -113,8 +113,8 @@ def main() -> None:
             sources[name] = Source(reader=reader, licence="Apache-2.0", url="https://github.com/modernenc/modernenc")
         build(
             Corpus(
-                name="saved", out=sys.argv[1], sources=sources, tokenizer=Tokenizer(vocab_size=400, train_mb=1), block_tokens=256,
-                validation_error=0.02, validation_share=0.1, max_dropped=0.01, buckets=1, workers=1,
+                name="saved", out=sys.argv[1], sources=sources, tokenizer=Tokenizer(vocab_size=400, train_mb=1),
+                block_tokens=256, validation_error=0.02, validation_share=0.1, max_dropped=0.01, buckets=1, workers=1,
             )
         )  # fmt: skip
 

@@ -1,0 +1,56 @@
+"""What a config.json of transformers says, as settings of a backbone: all of it, or it is refused.
+
+A key that nobody here has heard of may change the model. So each must be one that the backbone reads, have the one value that
+the backbone computes with, or be known to change no logit.
+"""
+
+from typing import Any
+
+from modernenc.backbones import Backbone
+
+FIXED = {
+    "add_cross_attention": False, "is_causal": False, "is_decoder": False, "is_encoder_decoder": False, "pruned_heads": {},
+    "tie_encoder_decoder": False, "tie_word_embeddings": True,
+}  # fmt: skip
+"""What is the same in every encoder here, by transformers' names."""
+IRRELEVANT = frozenset({
+    "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "architectures", "chunk_size_feed_forward",
+    "classifier_dropout", "classifier_pooling", "dtype", "finetuning_task", "gradient_checkpointing", "id2label", "label2id",
+    "model_type", "output_attentions", "output_hidden_states", "prefix", "problem_type", "return_dict",
+    "task_specific_params", "tf_legacy_loss", "tokenizer_class", "torch_dtype", "torchscript", "transformers_version",
+    "use_bfloat16", "use_cache",
+})  # fmt: skip
+"""Keys of any model that no masked-LM logit depends on, besides the ids of special tokens."""
+
+
+class _Noting(dict[str, Any]):
+    """A dictionary that knows which of its keys were asked for."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        super().__init__(content)
+        self.asked: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+
+def settings_of(kind: type[Backbone], config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a backbone; ValueError names a key that it cannot follow, KeyError one that is missing; null is not said."""
+    noting = _Noting(config)
+    settings = kind.settings_from_hugging_face(noting)
+    fixed = {**FIXED, **kind.HUGGING_FACE_FIXED}
+    for key, value in config.items():
+        if key in fixed and value != fixed[key]:
+            raise ValueError(f"{key}={value} in config.json: {kind.__name__} has {fixed[key]} here, so logits would be others")
+        known = key in noting.asked or key in fixed or key in kind.HUGGING_FACE_IRRELEVANT or key in IRRELEVANT
+        if not known and value is not None and not key.endswith("_token_id"):
+            raise ValueError(
+                f"{key}={value} in config.json: {kind.__name__} has no such setting, so logits may be others; where it is "
+                "known to change none, delete it there"
+            )
+    return settings

@@ -1,0 +1,71 @@
+"""KEY=VALUE of a command line for Hydra, whose grammar has no é, #, or second = in a value that is not quoted."""
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
+
+_FLAGS_WITH_A_VALUE = (
+    "--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p", "--experimental-rerun",
+)  # fmt: skip
+_MEANT_FOR_HYDRA = re.compile(r"[\[{'\"]|\w+\(")
+"""How a list, a dict, a quoted string and a function begin."""
+
+
+def quoted(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a program of Hydra's, with quotes around values that it could not read without.
+
+    What it can read stays as it is. ValueError names an argument that quotes alone do not mend, or that could mean several
+    things: a list, a dict, a sweep.
+    """
+    parser = OverridesParser.create()
+    sweeps = bool({"--multirun", "-m"} & set(arguments))
+    before = ["", *arguments]
+    return [
+        argument if argument.startswith("-") or "=" not in argument or flag in _FLAGS_WITH_A_VALUE or _reads(parser, argument)
+        else _mended(parser, argument, sweeps)
+        for flag, argument in zip(before, arguments, strict=False)
+    ]  # fmt: skip
+
+
+def assigned(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Keys and values where there is no Hydra to compose them, by the same grammar; what it takes for a sweep is text."""
+    parser = OverridesParser.create()
+    for argument in quoted(arguments):
+        if "=" not in argument or argument.startswith("~"):
+            raise ValueError(f"{argument}: expected KEY=VALUE")
+        override = parser.parse_overrides([argument])[0]
+        value = argument.partition("=")[2] if override.is_sweep_override() else override.value()
+        yield override.key_or_group, value
+
+
+def _reads(parser: OverridesParser, argument: str) -> bool:
+    try:
+        parser.parse_overrides([argument])
+    except HydraException:
+        return False
+    return True
+
+
+def _mended(parser: OverridesParser, argument: str, sweeps: bool) -> str:
+    key, _, value = argument.partition("=")
+    if not _reads(parser, f"{key}=0"):
+        raise ValueError(f"{argument}: {key} is no key; expected KEY=VALUE, +KEY=VALUE or ~KEY")
+    as_text = shlex.quote(f"{key}={_text(value)}")
+    if _MEANT_FOR_HYDRA.match(value):
+        raise ValueError(
+            f"{argument}: the value begins like a list, a dict, a quoted text or a function, and is none; mend it, or, to give "
+            f"it as plain text, write {as_text}"
+        )
+    if sweeps and "," in value:
+        each = shlex.quote(f"{key}={','.join(_text(part) for part in value.split(','))}")
+        raise ValueError(f"{argument}: one value, or, with --multirun, several? write {as_text} or {each}")
+    return f"{key}={_text(value, Quote.single)}"
+
+
+def _text(value: str, quote: Quote = Quote.double) -> str:
+    return QuotedString(value, quote).with_quotes()
