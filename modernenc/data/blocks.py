@@ -234,7 +234,14 @@ class Corpus:
         return self.sources[source]["slices"][name]
 
     def open(self, folder: str) -> Shards:
-        """The blocks of `source/slice-NNN` or `source/validation`."""
+        """The blocks of `source/slice-NNN` or `source/validation`; ValueError when there are not as many as the manifest says."""
         if folder not in self._opened:
-            self._opened[folder] = Shards(self.store, folder)
+            shards = Shards(self.store, folder)
+            source, _, name = folder.partition("/")
+            entry = self.sources[source]
+            expected = (entry[VALIDATION] if name == VALIDATION else entry["slices"][name])["blocks"]
+            if len(shards) != expected:
+                index = self.store.where(f"{folder}/{INDEX}")
+                raise ValueError(f"{index} has {len(shards)} blocks, but {MANIFEST} says {expected}; {REMEDY}")
+            self._opened[folder] = shards
         return self._opened[folder]
