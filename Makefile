@@ -1,19 +1,34 @@
 PYTHON ?= python3
+OLDEST_PYTHON ?= python3.10
 BIN := .venv/bin
 READY := .venv/.ready
+OLDEST := .venv-oldest/bin
+OLDEST_READY := .venv-oldest/.ready
+PYTEST := pytest --numprocesses auto --maxprocesses 4 --maxschedchunk 1
+TOLD_BY := compile initial_weights parity export mega mega_export backbones attention kernels roofline checkpoints store data_prep
 
-.PHONY: help setup demo check test
+.PHONY: help setup demo check test test-oldest
 
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## Build .venv with everything that demo, check and test need
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable '.[dev,demo,bench]'
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[dev]'
 	$(BIN)/pip check
 	@touch $(READY)
+
+# The lowest version of everything that pyproject.toml names, with MosaicML streaming, which wants what is old.
+$(OLDEST_READY): pyproject.toml
+	$(OLDEST_PYTHON) -m venv .venv-oldest
+	grep -oE '"[a-z0-9-]+(\[[a-z]+\])?>=[0-9.]+' pyproject.toml | sed -E 's/^"//; s/\[.*\]//; s/>=/==/' > .venv-oldest/constraints.txt
+	$(OLDEST)/pip install --quiet --upgrade pip
+	$(OLDEST)/pip install --quiet --constraint .venv-oldest/constraints.txt --editable '.[dev,streaming]'
+	$(OLDEST)/pip check
+	@touch $(OLDEST_READY)
 
 demo: $(READY) ## Prepare text that is on this machine anyway, and train the demo on it: minutes on a laptop
 	$(BIN)/python -m data_prep +corpus=demo
@@ -26,4 +41,7 @@ check: $(READY) ## Lint and type-check
 	$(BIN)/pyright
 
 test: $(READY) ## Run all tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --maxschedchunk 1
+	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST)
+
+test-oldest: $(OLDEST_READY) ## Run what tells most of versions, under the lowest one of Python and of every library
+	OMP_NUM_THREADS=1 $(OLDEST)/$(PYTEST) -m 'not slow' $(TOLD_BY:%=tests/test_%.py)

@@ -195,6 +195,8 @@ def _check_values(run: Run) -> None:
     require(data.lanes > 0, "data.lanes", data.lanes, "1 or more")
     require(data.window_rows > 0, "data.window_rows", data.window_rows, "1 or more")
     require(run.logger.wandb in WANDB_MODES, "logger.wandb", run.logger.wandb, f"one of {', '.join(WANDB_MODES)}")
+    if run.logger.wandb != "off" and importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"logger.wandb={run.logger.wandb}: wandb is not installed; pip install 'modernenc[wandb]'")
     require(run.logger.every_steps > 0, "logger.every_steps", run.logger.every_steps, "1 or more")
     require(run.checkpoint.keep_last > 0, "checkpoint.keep_last", run.checkpoint.keep_last, "1 or more")
     require(run.validation.tokens_per_source > 0, "validation.tokens_per_source", run.validation.tokens_per_source, "1 or more")

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import cast
 
 import pytest
+import transformers
 from conftest import command
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 
-from modernenc.bench import inference, time_to_loss
+from modernenc.bench import inference, step, time_to_loss
 from modernenc.bench.settings import Bench, register_bench
 from modernenc.bench.turns import Result, Turn, Work, take_turns
 from modernenc.config import CONF_DIR
@@ -101,6 +102,13 @@ def bench(corpus_root, tmp_path) -> Iterator[Callable[..., Bench]]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         yield make
+
+
+def test_a_peer_that_transformers_has_not_is_told_before_anything_is_measured(bench, tmp_path):
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("transformers 4 has a MEGA")
+    with pytest.raises(ValueError, match=r"backbones=mega_tiny: transformers 5.* has no mega .*install 'transformers<5'"):
+        step.measure(bench("backbones=[mega_tiny]", "lengths=[64]"), tmp_path)
 
 
 @pytest.mark.slow

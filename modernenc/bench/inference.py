@@ -14,6 +14,7 @@ from rich.table import Table
 
 from modernenc.bench import output
 from modernenc.bench.settings import Bench, the_run
+from modernenc.bench.step import check_peer
 from modernenc.bench.turns import Result, Turn, Work, available_bytes, device, take_turns
 from modernenc.config import Run
 
@@ -44,6 +45,7 @@ def measure(bench: Bench, folder: Path) -> None:
     for backbone in bench.backbones:
         for length in LENGTHS:
             run = the_run(bench, backbone, length)
+            check_peer(backbone, run)
             for kind in KINDS:
                 documents = max(4, bench.inference_tokens // length)
                 lengths = lengths_of(kind, length, documents)

@@ -8,7 +8,7 @@ where each ends. Each has a process of its own, as a training script would.
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -47,6 +47,8 @@ def measure(bench: Bench, folder: Path) -> None:
     for backbone in bench.backbones:
         for length in bench.lengths:
             run = the_run(bench, backbone, length)
+            if bench.peers:
+                check_peer(backbone, run)
             peers = [[Theirs(peer, run)] for peer in bench.peers] or [[]]
             for peer in peers:  # one at a time: two may need more memory than there is
                 contestants = [MatrixProducts(precision=bench.precision), Ours(run), *peer]
@@ -168,6 +170,20 @@ class Theirs:
             return work(ours, step)
 
         return turn
+
+
+def check_peer(backbone: str, run: Run) -> None:
+    """ValueError where transformers has no such model of its own: 5 has no MEGA."""
+    import transformers
+    from hydra.utils import get_class
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    types = cast(Any, get_class(run.backbone["_target_"])).HUGGING_FACE_TYPES
+    if not set(types) & set(CONFIG_MAPPING_NAMES):
+        raise ValueError(
+            f"backbones={backbone}: transformers {transformers.__version__} has no {types[0]} to measure beside it; "
+            "install 'transformers<5', or take the parts that need no peer: step with peers=[], growth, data, loop, roofline"
+        )
 
 
 def new_transformers_model(ours: "MaskedLM") -> Any:

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from modernenc.bench import output
 from modernenc.bench.settings import Bench, the_run
+from modernenc.bench.step import check_peer
 from modernenc.config import Run
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def measure(bench: Bench, folder: Path) -> None:
     console, written = Console(), []
     for backbone in bench.backbones:
         documents = the_run(bench, backbone, WHOLE_DOCUMENT)
+        check_peer(backbone, documents)
         rows = the_run(bench, backbone, ROW)
         rows.validation.tokens_per_source = bench.validation_tokens
         runs = {optimizer: ours_with(bench, backbone, optimizer) for optimizer in bench.optimizers}
