@@ -205,7 +205,7 @@ KEYS = {
     "layer_types": ["full_attention", "sliding_attention"] * 2, "global_attn_every_n_layers": 2,
     "classifier_pooling": "mean", "classifier_dropout": 0.5, "embedding_dropout": 0.5, "mlp_dropout": 0.5,
     "attention_dropout": 0.5, "initializer_range": 0.5, "initializer_cutoff_factor": 1.0, "sparse_pred_ignore_index": -7,
-    "dtype": "bfloat16", "id2label": {"0": "a"}, "label2id": {"a": 0}, "problem_type": "regression",
+    "return_dict": True, "dtype": "bfloat16", "id2label": {"0": "a"}, "label2id": {"a": 0}, "problem_type": "regression",
     "rope_parameters": {
         "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 160_000.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
@@ -254,10 +254,11 @@ def test_whatever_a_config_json_says_logits_are_equal_or_it_is_refused_by_name(t
     ours = begun(tmp_path / "source", plain).logits(tokens, ends, 150, torch.arange(150))
     assert torch.allclose(ours, theirs(input_ids=tokens[None]).logits[0], atol=1e-4)
     sizes = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
-    keys = {*ModernBertConfig().to_dict(), *plain, *FOUR, "is_decoder", "quantization_config", "rope_scaling", "logit_scale"}
+    defaults = {**ModernBertConfig().to_dict(), **FOUR, **plain}
+    keys = {*defaults, "is_decoder", "quantization_config", "rope_scaling", "logit_scale"}
     outcomes = Counter()
     for key in sorted(keys - sizes - {"model_type", "max_position_embeddings"}):
-        value = plain.get(key, FOUR.get(key))
+        value = defaults.get(key)
         changed = KEYS.get(key, not value if isinstance(value, bool) else value * 2 if isinstance(value, int | float) else "x")
         config = {**plain, key: changed}
         if key in FOUR and "layer_types" in plain:  # in transformers 4's dialect
