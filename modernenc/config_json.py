@@ -19,6 +19,11 @@ IRRELEVANT = frozenset({
     "model_type", "output_attentions", "output_hidden_states", "prefix", "problem_type", "return_dict",
     "task_specific_params", "tf_legacy_loss", "tokenizer_class", "torch_dtype", "torchscript", "transformers_version",
     "use_bfloat16", "use_cache",
+    # Of generation, which transformers 4 writes where a whole configuration is written.
+    "begin_suppress_tokens", "cross_attention_hidden_size", "diversity_penalty", "do_sample", "early_stopping",
+    "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "length_penalty", "max_length", "min_length",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "remove_invalid_values",
+    "repetition_penalty", "return_dict_in_generate", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
 })  # fmt: skip
 """Keys of any model that no masked-LM logit depends on, besides the ids of special tokens."""
 

@@ -1,11 +1,13 @@
 """An exported folder is a Hugging Face model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
 
 from modernenc.backbones.modernbert import ModernBERT
 from modernenc.checks import check_run
@@ -76,3 +78,18 @@ def test_an_existing_folder_is_not_overwritten(run_dir, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="out exists"):
         export([run_dir], tmp_path / "out")
+
+
+def test_a_tokenizer_that_cuts_and_pads_is_exported_without(small_run, corpus_root, tmp_path):
+    """A file as sentence-transformers ships it: other libraries heed what it says, where transformers does not."""
+    root = tmp_path / "corpus"
+    shutil.copytree(corpus_root, root)
+    cutting = Tokenizer.from_file(str(root / "tokenizer.json"))
+    cutting.enable_truncation(16)
+    cutting.enable_padding(length=16)
+    cutting.save(str(root / "tokenizer.json"))
+    run = small_run(f"data.root={root}", "phases.stable.tokens=3000", "phases.extend.tokens=1000", "phases.decay.tokens=1000")
+    export([trained(run)], tmp_path / "out")
+    exported = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert exported.truncation is None and exported.padding is None
+    assert len(exported.encode("import os, sys; " * 40).ids) > 64 and len(exported.encode("a").ids) == 3

@@ -1,8 +1,12 @@
 """Weights to begin with: of a checkpoint, of a Hugging Face model, of a smaller one, under another tokenizer."""
 
 import json
+import re
 import shutil
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +16,14 @@ from tokenizers import Tokenizer
 from modernenc.backbones.mega import Mega
 from modernenc.backbones.modernbert import ModernBERT
 from modernenc.checks import check_init, check_run
+from modernenc.config import Init
+from modernenc.config_json import settings_of
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.export import export
 from modernenc.initialization import begin_at_unigrams, initialise, layer_map, made_of, tiled, transferred
 from modernenc.metrics import Table
-from modernenc.model import build_objectives, load_masked_lm, weights_of
+from modernenc.model import build_objectives, load_masked_lm, masked_lm_with, weights_of
 from modernenc.validation import Validator
 
 BASE_TO_LARGE = [0, 1, 2, 2, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12, 13, 13, 14, 15, 16, 16, 17, 18, 19, 20, 20, 21]
@@ -192,3 +198,157 @@ def test_what_cannot_be_begun_with_is_named(small_run, tmp_path):
             check_init(run, corpus)
     with pytest.raises(ValueError, match=r"init\.layers=random: expected one of spread, by_kind"):
         check_run(small_run(source, "init.layers=random"))
+
+
+KEYS = {
+    "hidden_activation": "silu", "classifier_activation": "silu", "norm_eps": 1e-2, "local_attention": 32,
+    "layer_types": ["full_attention", "sliding_attention"] * 2, "global_attn_every_n_layers": 2,
+    "classifier_pooling": "mean", "classifier_dropout": 0.5, "embedding_dropout": 0.5, "mlp_dropout": 0.5,
+    "attention_dropout": 0.5, "initializer_range": 0.5, "initializer_cutoff_factor": 1.0, "sparse_pred_ignore_index": -7,
+    "return_dict": True, "dtype": "bfloat16", "id2label": {"0": "a"}, "label2id": {"a": 0}, "problem_type": "regression",
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 160_000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    },
+}  # fmt: skip
+"""Values of keys that need another kind of value than a flag turned, a number doubled or a name that nobody knows."""
+FOUR = {"global_attn_every_n_layers": 3, "global_rope_theta": 160_000.0, "local_rope_theta": 10_000.0}
+
+
+def modernbert_source(folder: Path, **settings: Any) -> tuple[Any, dict[str, Any]]:
+    """A small ModernBERT of transformers', as saved, with weights that make every setting matter; and its config.json."""
+    from transformers import ModernBertConfig, ModernBertForMaskedLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
+    ids = {"pad_token_id": 2, "cls_token_id": 0, "sep_token_id": 1, "bos_token_id": 0, "eos_token_id": 1}
+    config = ModernBertConfig(**sizes, **ids, max_position_embeddings=512, **settings)
+    config._attn_implementation = "sdpa"
+    model = ModernBertForMaskedLM(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn_like(weight) * 0.3 if weight.ndim > 1 else 1 + 0.1 * torch.randn_like(weight))
+    model.save_pretrained(folder)
+    return model, json.loads((folder / "config.json").read_text())
+
+
+def begun(folder: Path, config: dict[str, Any]) -> Any:
+    """Masked LM that begins with a folder, under the backbone that its config describes; ValueError as a run would have it."""
+    (folder / "config.json").write_text(json.dumps(config))
+    settings = settings_of(ModernBERT, config)
+    model = masked_lm_with({"_target_": "modernenc.backbones.modernbert.ModernBERT", **settings}).eval()
+    backbone = {"_target_": "modernenc.backbones.modernbert.ModernBERT", **settings}
+    run: Any = SimpleNamespace(backbone=backbone, init=Init(source=str(folder)))
+    initialise(model, run, Path("none"))
+    return model
+
+
+@torch.no_grad()
+def test_whatever_a_config_json_says_logits_are_equal_or_it_is_refused_by_name(tmp_path):
+    """Each key that transformers' configuration has, changed, and some that it has not."""
+    from transformers import ModernBertConfig, ModernBertForMaskedLM
+
+    tokens = torch.randint(3, 200, (150,))
+    theirs, plain = modernbert_source(tmp_path / "source")
+    ends = torch.tensor([0, 150]).int()
+    ours = begun(tmp_path / "source", plain).logits(tokens, ends, 150, torch.arange(150))
+    assert torch.allclose(ours, theirs(input_ids=tokens[None]).logits[0], atol=1e-4)
+    sizes = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+    defaults = {**ModernBertConfig().to_dict(), **FOUR, **plain}
+    keys = {*defaults, "is_decoder", "quantization_config", "rope_scaling", "logit_scale"}
+    outcomes = Counter()
+    for key in sorted(keys - sizes - {"model_type", "max_position_embeddings"}):
+        value = defaults.get(key)
+        changed = KEYS.get(key, not value if isinstance(value, bool) else value * 2 if isinstance(value, int | float) else "x")
+        config = {**plain, key: changed}
+        if key in FOUR and "layer_types" in plain:  # in transformers 4's dialect
+            config = {**{k: v for k, v in plain.items() if k not in ("layer_types", "rope_parameters")}, **FOUR, key: changed}
+        try:
+            ours = begun(tmp_path / "source", config)
+        except ValueError as refused:
+            outcomes["refused"] += 1
+            assert key in str(refused)
+            continue
+        outcomes["equal"] += 1
+        read = ModernBertConfig.from_dict(config)
+        read._attn_implementation = "sdpa"
+        model = ModernBertForMaskedLM(read).eval()
+        assert not model.load_state_dict(theirs.state_dict(), strict=False).missing_keys
+        expected = model(input_ids=tokens[None], return_dict=True).logits[0]
+        assert torch.allclose(ours.logits(tokens, ends, 150, torch.arange(150)), expected, atol=1e-4), key
+    assert outcomes["refused"] > 8 and outcomes["equal"] > 15, outcomes
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_parameters.rope_type=default"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "rope_theta": 1e4}}}, "expected rope_type default"),
+        ({"global_rope_theta": 1e4, "rope_parameters": {"full_attention": {"rope_theta": 2e4}}}, "which is it?"),
+        ({"layer_types": ["full_attention"] * 3}, "layer_types="),
+        ({"global_attn_every_n_layers": 2, "layer_types": ["full_attention", *["sliding_attention"] * 3]}, "layer_types="),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
+        ({"classifier_bias": True}, "classifier_bias=True"),
+        ({"a_new_setting": 3}, "a_new_setting=3 in config.json: ModernBERT has no such setting"),
+    ],
+)
+def test_what_a_config_json_says_otherwise_is_refused_by_name(config, said):
+    sizes = {
+        "model_type": "modernbert", "vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+        "num_attention_heads": 2, "max_position_embeddings": 512,
+    }  # fmt: skip
+    assert settings_of(ModernBERT, {**sizes, "a_new_setting": None})["local_rope_theta"] == 10_000
+    assert settings_of(ModernBERT, {**sizes, "local_rope_theta": None})["local_rope_theta"] == 160_000
+    with pytest.raises(ValueError, match=re.escape(said)):
+        settings_of(ModernBERT, {**sizes, **config})
+
+
+def test_mega_says_all_that_its_config_json_has_or_it_is_refused():
+    from modernenc.backbones.modeling_mega import MegaConfig
+
+    config = MegaConfig().to_dict()
+    assert settings_of(Mega, config)["chunk_size"] == 1_024
+    for key, value in (("norm_affine", False), ("activation", "gelu"), ("a_new_setting", 1), ("normalize_attention", True)):
+        with pytest.raises(ValueError, match=f"{key}={value} in config.json"):
+            settings_of(Mega, {**config, key: value})
+    with pytest.raises(KeyError, match="relative_positional_bias"):  # of which transformers' default is not ours
+        settings_of(Mega, {key: value for key, value in config.items() if key != "relative_positional_bias"})
+
+
+def test_a_source_that_computes_something_else_is_said_or_refused(small_run, tmp_path, caplog):
+    """A rotary base, which a phase could change, is said; any other setting is refused. Of checkpoints and exports alike."""
+    folder = train(small_run(f"run_dir={tmp_path / 'source'}"))  # which ends with a global theta of 160,000
+    export([folder], tmp_path / "exported")
+    for path in (folder / FINAL, tmp_path / "exported"):
+        source = f"init.source={path}"
+        run = small_run(source)
+        _, corpus = check_run(run)
+        (note,) = check_init(run, corpus)
+        assert f"{source} has global_rope_theta=160000" in note and "set backbone.global_rope_theta=160000" in note
+        assert not check_init(small_run(source, "backbone.global_rope_theta=160_000"), corpus)
+        assert not check_init(small_run(source, "+phases.stable.backbone.global_rope_theta=160_000"), corpus)
+        for change, said in (
+            ("backbone.local_attention=64", "has local_attention=32, the run 64"),
+            ("backbone.norm_eps=1e-6", "has norm_eps=1e-05, the run 1e-06"),
+            ("backbone.global_attn_every_n_layers=2", "has global_attn_every_n_layers=3, the run 2"),
+            ("backbone.num_attention_heads=1", "has heads of 16, backbone.num_attention_heads=1 makes heads of 32"),
+        ):
+            with pytest.raises(ValueError, match=re.escape(said)):
+                check_init(small_run(source, change), corpus)
+    caplog.clear()
+    train(small_run(f"init.source={folder / FINAL}"))
+    assert "has global_rope_theta=160000" in caplog.text
+    with pytest.raises(ValueError, match="is a ModernBERT, which backbone"):
+        check_init(small_run(f"init.source={folder / FINAL}", recipe="demo_mega"), corpus)
+
+
+def test_a_padded_tokenizer_of_the_source_pads_no_token(small_run, corpus_root, tmp_path):
+    folder = train(small_run(f"run_dir={tmp_path / 'source'}"))
+    tokenizer = Tokenizer.from_file(str(corpus_root / "tokenizer.json"))
+    tokenizer.enable_padding(length=16)
+    tokenizer.enable_truncation(16)
+    tokenizer.save(str(tmp_path / "padded.json"))
+    run = small_run(f"init.source={folder / FINAL}", f"init.tokenizer={tmp_path / 'padded.json'}")
+    plain = small_run(f"init.source={folder / FINAL}", f"init.tokenizer={corpus_root / 'tokenizer.json'}")
+    one, other = filled(run), filled(plain)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())

@@ -87,10 +87,10 @@ def test_a_run_writes_down_its_sizes_and_what_is_resumed_or_branched_keeps_them(
     assert "16 lanes of 8 rows, a vocabulary of 512 (backbone.vocab_size, data.lanes, data.window_rows: from the corpus)" in (
         " ".join((folder / "plan.txt").read_text().split())
     )
-    longer = composed([*settings, "phases.decay.tokens=900_000_000", f"+from={folder / 'checkpoints/end-of-extend.ckpt'}"])
-    assert longer.data.window_rows == 8, "as the run that it leaves, though for itself it would take more"
-    alone = composed([*settings, *(f"phases.{name}.tokens=900_000_000" for name in run.phases)])
-    assert alone.data.window_rows > 8
+    longer = [*settings, *(f"phases.{name}.tokens=900_000_000" for name in run.phases)]
+    assert composed(longer).data.window_rows > 8
+    branch = composed([*longer, f"branch_from={folder / 'checkpoints/end-of-extend.ckpt'}"])
+    assert branch.data.window_rows == 8, "as the run that it leaves"
     assert (folder / FINAL).exists()
 
 

@@ -150,7 +150,7 @@ def test_a_run_is_one_run_of_weights_and_biases_over_resumes_and_rollbacks(small
     rollback(boundary, ["optim.lr=1e-3"], 0)
     assert len(ids(folder)) == 3 and set(ids(folder)) == {run.logger.run_id}
     assert load(folder).logger.run_id == run.logger.run_id
-    branch = small_run("logger.wandb=offline", f"+from={boundary}", f"run_dir={tmp_path / 'branch'}")
+    branch = small_run("logger.wandb=offline", f"branch_from={boundary}", f"run_dir={tmp_path / 'branch'}")
     main(branch)
     resume(tmp_path / "branch" / "checkpoints" / "branch.ckpt", [])
     assert len(set(ids(tmp_path / "branch"))) == 1 and ids(tmp_path / "branch")[0] != run.logger.run_id
