@@ -1,5 +1,6 @@
 """An exported folder is a Hugging Face model."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -88,6 +89,9 @@ def test_a_tokenizer_that_cuts_and_pads_is_exported_without(small_run, corpus_ro
     cutting.enable_truncation(16)
     cutting.enable_padding(length=16)
     cutting.save(str(root / "tokenizer.json"))
+    manifest = json.loads((root / "manifest.json").read_text())
+    manifest["tokenizer"]["sha256"] = hashlib.sha256((root / "tokenizer.json").read_bytes()).hexdigest()
+    (root / "manifest.json").write_text(json.dumps(manifest))
     run = small_run(f"data.root={root}", "phases.stable.tokens=3000", "phases.extend.tokens=1000", "phases.decay.tokens=1000")
     export([trained(run)], tmp_path / "out")
     exported = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))

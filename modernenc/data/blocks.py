@@ -234,7 +234,7 @@ class Corpus:
         return self.sources[source]["slices"][name]
 
     def open(self, folder: str) -> Shards:
-        """The blocks of `source/slice-NNN` or `source/validation`; ValueError when there are not as many as the manifest says."""
+        """The blocks of `source/slice-NNN` or `source/validation`; ValueError when the manifest says that there are others."""
         if folder not in self._opened:
             shards = Shards(self.store, folder)
             source, _, name = folder.partition("/")
