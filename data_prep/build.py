@@ -38,6 +38,7 @@ NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 _WORK = ".work"
 _MEASURED_BYTES = 1 << 18
 """Of each source, encoded to learn how many bytes a token has."""
+_BLOCKS, _LEAST_BLOCK_TOKENS, _MOST_BLOCK_TOKENS = 512, 4_096, 32_768
 _MUCH_CHANGED = 0.01
 """Share of characters that a given tokenizer may change before that is said."""
 
@@ -104,8 +105,9 @@ def check(corpus: Corpus) -> None:
     require(0 < corpus.validation_share < 1, "validation_share", corpus.validation_share, "a share in (0, 1)")
     require(corpus.validation_error > 0, "validation_error", corpus.validation_error, "a number of nats above 0, such as 0.02")
     require(0 <= corpus.max_dropped <= 1, "max_dropped", corpus.max_dropped, "a share in [0, 1]")
-    for key in ("block_tokens", "slices", "buckets", "workers", "shard_mb"):
+    for key in ("slices", "buckets", "workers", "shard_mb"):
         require(getattr(corpus, key) > 0, key, getattr(corpus, key), "1 or more")
+    require(corpus.block_tokens >= 0, "block_tokens", corpus.block_tokens, "1 or more, or 0 for what suits the corpus")
     require(bool(corpus.sources), "sources", {}, "one source at least")
     for name, source in corpus.sources.items():
         require(bool(NAME.fullmatch(name)) and name != ALL, "sources", name,
@@ -235,13 +237,23 @@ def _trained_on(file: Path, survey: Survey) -> Iterator[Document]:
             yield document
 
 
+def block_size(tokens: float) -> int:
+    """Tokens of a block for a source of so many: a power of two, with which it has `_BLOCKS` blocks or as many as it can."""
+    size = _MOST_BLOCK_TOKENS
+    while size > _LEAST_BLOCK_TOKENS and tokens < _BLOCKS * size:
+        size //= 2
+    return size
+
+
 def _write(corpus: Corpus, root: Path, work: Path, tokenizer: encode.Tokenizer, found: dict[str, Survey]) -> None:
-    tokens, sizes = tokens_for(corpus.validation_error), _bytes_per_token(corpus, work, tokenizer, found)
+    wanted, sizes = tokens_for(corpus.validation_error), _bytes_per_token(corpus, work, tokenizer, found)
     vocabulary = encode.vocab_size(tokenizer)
+    smallest = min(found[name].bytes / sizes[name] for name in corpus.sources)
+    corpus.block_tokens = corpus.block_tokens or block_size(smallest)
     step = WriteBlocks(
         root=root.resolve(),
         work=work.resolve(),
-        thresholds={name: found[name].threshold(name, corpus.slices, tokens, sizes[name]) for name in corpus.sources},
+        thresholds={name: found[name].threshold(name, corpus.slices, wanted, sizes[name]) for name in corpus.sources},
         block_tokens=corpus.block_tokens,
         vocab_size=vocabulary,
         dtype="uint16" if vocabulary <= 1 << 16 else "uint32",

@@ -63,7 +63,7 @@ class Corpus:
     """The sources. A document that occurs twice stays in the first source that has it."""
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
     block_tokens: int = MISSING
-    """Text tokens in a block."""
+    """Text tokens in a block; 0 takes 4,096 to 32,768, so that the smallest source has some hundred blocks."""
     shard_mb: int = 64
     """Size limit of a shard in MiB."""
     slices: int = 1

@@ -41,6 +41,8 @@ class Survey:
     """Documents of each file."""
     duplicates: Counter[str] = field(default_factory=Counter)
     """Duplicates of each file."""
+    bytes: int = 0
+    """Of all documents that are kept."""
     slices: Counter[str] = field(default_factory=Counter)
     """Documents of each slice that are no candidates."""
     candidates: list[Any] = field(default_factory=list)
@@ -50,6 +52,7 @@ class Survey:
         """Take in what another bucket holds of the source."""
         self.kept.update(other.kept)
         self.duplicates.update(other.duplicates)
+        self.bytes += other.bytes
         self.slices.update(other.slices)
         self.candidates = sorted([*self.candidates, *other.candidates])
 
@@ -109,6 +112,7 @@ class SurveyBucket(PipelineStep):
             name = document.metadata["source"]
             surveys[name].kept[document.metadata[FILE]] += 1
             entry = held_out_draw(document), len(document.text.encode()), slice_of(document, self.slices, self.seed)
+            surveys[name].bytes += entry[1]
             every[name].append(entry)
         for name, entries in every.items():
             entries.sort()
@@ -136,7 +140,7 @@ def surveys(work: Path, sources: list[str], share: float) -> dict[str, Survey]:
     for path in sorted((work / "surveys").glob("*.json")):
         for name, saved in json.loads(path.read_text()).items():
             counts = {key: Counter(saved[key]) for key in ("kept", "duplicates", "slices")}
-            total[name].add(Survey(**counts, candidates=saved["candidates"]))
+            total[name].add(Survey(**counts, bytes=saved["bytes"], candidates=saved["candidates"]))
     for survey in total.values():
         survey.keep_candidates(share)
     return total

@@ -17,7 +17,7 @@ from pyarrow import parquet
 from test_data_prep import corpus, jsonl, stored, texts, write_jsonl
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from data_prep.build import build
+from data_prep.build import block_size, build
 from data_prep.config import Roles, Source
 from data_prep.config import Tokenizer as TokenizerSettings
 from data_prep.read import inputs_of, reader_of
@@ -450,3 +450,9 @@ def test_preparing_works_however_processes_are_started(tmp_path, method):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert command("data_prep.verify", str(tmp_path / "out")).returncode == 0
+
+
+@pytest.mark.parametrize(("tokens", "size"), [(10_000, 4096), (3_000_000, 4096), (8_400_000, 16_384), (2e12, 32_768)])
+def test_blocks_are_as_large_as_leaves_the_smallest_source_many(tokens, size):
+    assert block_size(tokens) == size
+    assert size == 4096 or tokens / size >= 512
