@@ -80,19 +80,15 @@ class MegaConfig(PretrainedConfig):
         **settings: Any,
     ) -> None:
         # transformers 5 leaves these to each configuration.
-        self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
-        self.tie_word_embeddings = tie_word_embeddings
+        own = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+        own["tie_word_embeddings"] = tie_word_embeddings
+        for name, value in own.items():
+            setattr(self, name, value)
         self.max_positions = max_positions
         self.use_chunking = use_chunking
         self.add_lm_hidden_dense_layer = add_lm_hidden_dense_layer
         self.classifier_dropout = classifier_dropout
-        super().__init__(
-            pad_token_id=pad_token_id,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **{**_DEFAULTS, **settings},
-        )
+        super().__init__(**{**own, **_DEFAULTS, **settings})
 
     def to_dict(self) -> dict[str, Any]:
         """With the type that tells transformers 4 whether its own MEGA will do: there an RMS norm does nothing."""
@@ -119,7 +115,7 @@ class MegaPreTrainedModel(PreTrainedModel):
     config_class = MegaConfig
     base_model_prefix = "mega"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("Block",)
+    _no_split_modules = ["Block"]  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
         """New heads; the backbone initialises itself."""
@@ -250,7 +246,7 @@ class MegaForTokenClassification(MegaPreTrainedModel):
         super().__init__(config)
         self.mega = MegaModel(config, add_pooling_layer=False)
         self.dropout = Dropout(_classifier_dropout(config))
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)  # pyright: ignore[reportArgumentType]
         self.post_init()
 
     def forward(
@@ -311,7 +307,7 @@ class ClassificationHead(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = Dropout(_classifier_dropout(config))
-        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)  # pyright: ignore[reportArgumentType]
 
     def forward(self, hidden: Float[torch.Tensor, "batch length hidden"]) -> Float[torch.Tensor, "batch labels"]:
         return self.out_proj(self.dropout(self.dense(self.dropout(hidden[:, 0])).tanh()))
