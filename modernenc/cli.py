@@ -82,8 +82,6 @@ def _message(error: BaseException) -> str:
         text += f": {error.__cause__}"
     text = text.partition("\nConfig search path")[0]
     text = "\n".join(line for line in text.splitlines() if not line.strip().startswith(("object_type", "reference_type")))
-    if text.startswith("Caught "):  # a loader worker's error arrives with its traceback as text
-        text = text.splitlines()[-1].partition(": ")[2]
     return " ".join(text.split())
 
 

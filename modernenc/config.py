@@ -114,7 +114,7 @@ class Data:
     """Where the blocks are and how lanes cut them into rows."""
 
     root: str = MISSING
-    """Folder that `python -m data_prep` wrote, or the URL of a copy: s3://, gs://, hf://datasets/ORG/NAME@REVISION/, ..."""
+    """Folder that `python -m data_prep` wrote, or the URL of a copy: s3://, gs://, az://, sftp://, hf://datasets/ORG/NAME@REVISION/."""
     cache: str = ""
     """Folder on this machine for the shards of a remote root; empty for a local one, which is read in place."""
     timeout_s: float = 60

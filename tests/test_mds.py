@@ -100,7 +100,7 @@ def test_both_writers_write_the_same_bytes(tmp_path, dtype):
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 def test_both_readers_read_the_same_blocks(tmp_path, dtype):
     folder = by_streaming(tmp_path / "x", blocks(0, dtype), dtype)
-    from streaming.base.format import reader_from_json
+    from streaming.base.format import reader_from_json  # pyright: ignore[reportMissingImports]
 
     theirs = []
     for entry in json.loads((folder / "index.json").read_text())["shards"]:
@@ -112,7 +112,7 @@ def test_both_readers_read_the_same_blocks(tmp_path, dtype):
 
 def test_streaming_opens_our_shards_and_leaves_them(tmp_path):
     streaming = pytest.importorskip("streaming", reason="opens our shards with MosaicML streaming's: the extra [streaming]")
-    from streaming.base.util import clean_stale_shared_memory
+    from streaming.base.util import clean_stale_shared_memory  # pyright: ignore[reportMissingImports]
 
     written = blocks(1, "uint16")
     folder = write(tmp_path / "x", written, "uint16")

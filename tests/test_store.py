@@ -286,7 +286,7 @@ class Odd(MemoryFileSystem):
 
     protocol = "odd"
 
-    def get_file(self, rpath: str, lpath: Any, **kwargs: Any) -> None:
+    def get_file(self, rpath: Any, lpath: Any = None, callback: Any = None, outfile: Any = None, **kwargs: Any) -> None:
         if "silent" in rpath:
             threading.Event().wait()
         raise type("OddError", (Exception,), {})("out of tokens")

@@ -140,8 +140,8 @@ def _memory_map(run: Run) -> Iterator[int]:
 
 
 def _streaming(run: Run) -> Iterator[int]:
-    from streaming import Stream, StreamingDataset
-    from streaming.base.util import clean_stale_shared_memory
+    from streaming import Stream, StreamingDataset  # pyright: ignore[reportMissingImports]
+    from streaming.base.util import clean_stale_shared_memory  # pyright: ignore[reportMissingImports]
 
     from modernenc.data.blocks import Corpus
 
