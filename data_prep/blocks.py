@@ -6,6 +6,7 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from datatrove.data import Document
@@ -125,7 +126,7 @@ class WriteBlocks(PipelineStep):
         for writer in writers.values():
             writer.close()
         (self.work / "counts").mkdir(exist_ok=True)
-        np.savez(self.work / "counts" / f"{rank:05d}.npz", **unigrams)
+        np.savez(self.work / "counts" / f"{rank:05d}.npz", **cast(Any, unigrams))
         folders = {folder: writer.counts for folder, writer in writers.items()}
         report = json.dumps({"folders": folders, "texts": texts, "empty": empty})
         (self.work / "counts" / f"{rank:05d}.json").write_text(report)

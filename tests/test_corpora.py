@@ -40,11 +40,13 @@ def inputs(kind: str, folder: Path) -> list[str]:
     """Documents for a corpus, and the settings that its comment asks for."""
     small = ["validation_share=0.2", "block_tokens=128", "buckets=2", "workers=1"]
     rows = list(dict.fromkeys(texts(40, 1)))
-    if kind == "base":
-        for number, name in enumerate(OmegaConf.load(CONF_DIR / "corpus" / "base.yaml").sources):
+    if kind in ("base", "adapt", "mmbert"):
+        sources = list(OmegaConf.load(CONF_DIR / "corpus" / f"{kind}.yaml").sources)
+        for number, name in enumerate(sources):
             write_jsonl(folder / name / "0.jsonl", [f"{text} {number}" for text in rows])
         encode.save(encode.train(rows, 400), folder / "tokenizer.json")
-        return [f"input={folder}", f"tokenizer.file={folder / 'tokenizer.json'}", *small]
+        licences = [f"sources.{name}.licence=CC0-1.0" for name in sources] if kind == "adapt" else []
+        return [f"input={folder}", f"tokenizer.file={folder / 'tokenizer.json'}", *licences, *small]
     if kind == "parquet":
         import pyarrow
         from pyarrow import parquet

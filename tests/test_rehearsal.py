@@ -15,7 +15,8 @@ from modernenc.rehearsal import cut_down
 from modernenc.resume import rollback
 from modernenc.train import main
 
-RECIPES = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml") if not path.stem.startswith("demo"))
+RECIPES = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml") if path.stem not in ("demo", "demo_mega", "own"))
+"""All that are not for a laptop anyway."""
 SIZES = sorted(path.stem for path in (CONF_DIR / "ettin").glob("*.yaml"))
 
 
