@@ -2,11 +2,14 @@
 
 import resource
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, SMALL, command
+from conftest import ROOT, SMALL, command, composed
+
+from modernenc.checks import check_run
 
 
 @pytest.mark.parametrize(
@@ -172,3 +175,9 @@ def test_a_corrupt_shard_or_checkpoint_stops_the_run_by_name(corpus_root, tmp_pa
     result = command("modernenc.resume", str(tmp_path / "good"))
     assert result.returncode == 0, result.stderr
     assert "end-of-decay.ckpt is not whole" in result.stdout + result.stderr
+
+
+def test_a_logger_that_is_not_installed_is_told_before_training(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not there
+    with pytest.raises(ValueError, match=r"logger.wandb=offline: wandb is not installed; pip install 'modernenc\[wandb\]'"):
+        check_run(composed(["+recipe=demo", "logger.wandb=offline"]))
