@@ -90,7 +90,7 @@ def peak(run: Run, corpus: Corpus) -> int:
             optimizer.zero_grad()
 
     train()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         train()
     profiler: Any = profiled.profiler
     events = profiler.kineto_results.events()
