@@ -24,8 +24,9 @@ from data_prep import encode
 from data_prep.account import Account
 from data_prep.blocks import WriteBlocks
 from data_prep.config import Corpus
+from data_prep.inputs import Inputs, inputs_of, reader_of
 from data_prep.manifest import manifest_of, tables
-from data_prep.read import Inputs, Read, inputs_of, reader_of
+from data_prep.read import Read
 from data_prep.split import Survey, SurveyBucket, held_out_draw, surveys
 from data_prep.verify import verify
 from modernenc.data.blocks import MANIFEST

@@ -241,7 +241,8 @@ def reading(folder: Path, kind: str) -> Any:
     from data_prep.account import Account
     from data_prep.buckets import Bucket
     from data_prep.config import Source
-    from data_prep.read import Read, inputs_of, reader_of
+    from data_prep.inputs import inputs_of, reader_of
+    from data_prep.read import Read
 
     source = Source(reader={"_target_": f"data_prep.readers.{kind}", "data_folder": str(folder / "in")}, licence="x", url="x")
     files = [file.path for file in inputs_of("a", reader_of("a", source)).files]

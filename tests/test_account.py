@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from data_prep.build import block_size, build
 from data_prep.config import Roles, Source
 from data_prep.config import Tokenizer as TokenizerSettings
-from data_prep.read import inputs_of, reader_of
+from data_prep.inputs import inputs_of, reader_of
 from modernenc.metrics import standard_error, tokens_for
 
 
