@@ -109,7 +109,7 @@ class WriteBlocks(PipelineStep):
         unigrams: defaultdict[str, np.ndarray] = defaultdict(lambda: np.zeros(self.vocab_size, dtype=np.int64))
         texts: defaultdict[str, Counter[str]] = defaultdict(Counter)
         empty: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        tokenizer = encode.load(self.root / "tokenizer.json")
+        tokenizer = encode.load(self.work / "tokenizer.json")
         for document, tokens in self._encoded(bucket, tokenizer):
             source = document.metadata["source"]
             if not len(tokens):

@@ -76,10 +76,11 @@ def build(corpus: Corpus) -> None:
         status.update("survey")
         found = _survey(corpus, work)
         status.update("train the tokenizer" if not corpus.tokenizer.file else "take the given tokenizer")
-        tokenizer = _tokenizer(corpus, root, work, found)
+        tokenizer = _tokenizer(corpus, work, found)
         status.update("tokenize, shuffle and write blocks")
         _write(corpus, root, work, tokenizer, found)
         status.update("merge and verify")
+        shutil.copyfile(work / "tokenizer.json", root / "tokenizer.json")
         passed_over = {name: entry.passed_over for name, entry in inputs.items()}
         manifest = manifest_of(corpus, root, work, tokenizer, fingerprint, accounts, found, passed_over)
     unfinished = root / f"{MANIFEST}.tmp"
@@ -150,14 +151,20 @@ def _fingerprint(corpus: Corpus, inputs: dict[str, Inputs]) -> str:
 
 
 def _work_folder(root: Path, fingerprint: str) -> Path:
-    """The folder of unfinished work, made anew, with all that came of it, when it was for other inputs."""
+    """The folder of unfinished work, made anew when it was for other inputs.
+
+    ValueError when `root` holds anything else that is not of this work: nothing is deleted there.
+    """
     work = root / _WORK
     mark = work / "fingerprint"
-    if work.exists() and not (mark.is_file() and mark.read_text() == fingerprint):
-        log.warning("%s holds unfinished work on other inputs or settings; starting over", work)
-        shutil.rmtree(root)  # which was empty when that work began
-    elif not work.exists() and root.exists() and any(root.iterdir()):
-        raise ValueError(f"out={root} holds other files; choose an empty or new folder")
+    others = sorted(path.name for path in root.iterdir() if path != work) if root.exists() else []
+    if not (mark.is_file() and mark.read_text() == fingerprint):
+        if others:
+            whose = "blocks of unfinished work on other inputs or settings" if work.exists() else "other files"
+            raise ValueError(f"out={root} holds {whose} ({', '.join(others[:5])}); choose a new folder, or delete that one")
+        if work.exists():
+            log.warning("%s holds unfinished work on other inputs or settings; starting over", work)
+            shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
     mark.write_text(fingerprint)
     return work
@@ -186,8 +193,8 @@ def _survey(corpus: Corpus, work: Path) -> dict[str, Survey]:
     return surveys(work, list(corpus.sources), corpus.validation_share)
 
 
-def _tokenizer(corpus: Corpus, root: Path, work: Path, found: dict[str, Survey]) -> encode.Tokenizer:
-    path = root / "tokenizer.json"
+def _tokenizer(corpus: Corpus, work: Path, found: dict[str, Survey]) -> encode.Tokenizer:
+    path = work / "tokenizer.json"
     if not path.is_file():
         if corpus.tokenizer.file:
             made = encode.given(Path(corpus.tokenizer.file))

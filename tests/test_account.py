@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -287,14 +288,25 @@ def test_how_much_is_read_does_not_depend_on_the_workers(tmp_path):
     assert stored(tmp_path / "1") == stored(tmp_path / "3")
 
 
-def test_work_on_other_settings_leaves_nothing_behind(tmp_path, monkeypatch):
+@pytest.mark.parametrize("stage", ["_survey", "_write"])
+def test_unfinished_work_on_other_settings_leaves_nothing_behind_and_no_shard_is_deleted(tmp_path, monkeypatch, stage):
     from data_prep import build as module
+
+    def die(*arguments):
+        raise KeyboardInterrupt
 
     write_jsonl(tmp_path / "a" / "0.jsonl", texts(100, 1))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "manifest_of", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(module, stage, die)
         build(corpus(tmp_path / "out", {"a": jsonl(tmp_path / "a")}, buckets=4))
     settings = dict(buckets=1, tokenizer=TokenizerSettings(vocab_size=280, train_mb=1))
+    shard = tmp_path / "out" / "a" / "slice-000" / "bucket-00000" / "shard.00000.mds"
+    shard.parent.mkdir(parents=True)
+    shard.write_bytes(b"somebody's")
+    with pytest.raises(ValueError, match=r"holds blocks of unfinished work on other inputs or settings \(a\); choose a new"):
+        build(corpus(tmp_path / "out", {"a": jsonl(tmp_path / "a")}, **settings))
+    assert shard.read_bytes() == b"somebody's"
+    shutil.rmtree(tmp_path / "out" / "a")
     build(corpus(tmp_path / "out", {"a": jsonl(tmp_path / "a")}, **settings))
     build(corpus(tmp_path / "new", {"a": jsonl(tmp_path / "a")}, **settings))
     files = [sorted(path.relative_to(root) for path in root.rglob("*")) for root in (tmp_path / "out", tmp_path / "new")]
