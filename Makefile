@@ -5,7 +5,7 @@ READY := .venv/.ready
 OLDEST := .venv-oldest/bin
 OLDEST_READY := .venv-oldest/.ready
 PYTEST := pytest --numprocesses auto --maxprocesses 4 --maxschedchunk 1
-TOLD_BY := compile initial_weights parity export mega mega_export backbones attention kernels roofline checkpoints store data_prep
+TOLD_BY := compile initial_weights parity export mega mega_export backbones attention kernels roofline checkpoints store mds data_prep
 
 .PHONY: help setup demo check test test-oldest
 

@@ -18,6 +18,7 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 
 from data_prep.config import Source
+from data_prep.foreign import MdsReader
 from data_prep.readers import COMPRESSED, JsonLines, ParquetRows, TextReader
 
 _LEAST_PARTS, _PART_BYTES = 16, 1 << 30
@@ -30,6 +31,7 @@ _ENDINGS: dict[type, tuple[str, ...]] = {
     CSVReader: (".csv", ".tsv"),
     IpcReader: (".arrow", ".feather", ".ipc"),
     WarcReader: (".warc",),
+    MdsReader: ("index.json",),
 }
 """What the files of each reader are called, before the ending of a compression; others are passed over."""
 

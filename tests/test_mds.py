@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
+import zstandard
+from test_data_prep import corpus, stored
 
 from data_prep.blocks import BlockWriter
 from modernenc.data.blocks import Corpus, Shards
@@ -141,6 +143,33 @@ def test_what_another_program_wrote_is_refused_by_what_it_is_and_left_as_it_is(t
     with pytest.raises(ValueError, match=rf"x/index.json .*{message}"):
         Shards(Store(str(tmp_path)), "x")
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("kept", ["raw", "packed", "both"])
+def test_text_in_shards_of_another_program_is_prepared_and_the_shards_are_left(tmp_path, kept):
+    """Whichever files its index names, and whichever are there."""
+    streaming = pytest.importorskip("streaming", reason="reads what MosaicML streaming writes: the extra [streaming]")
+    from data_prep.build import build
+    from data_prep.config import Source
+
+    columns = {"text": "str", "n": "int"}
+    written = [f"document {number} of another program" for number in range(40)]
+    folder = tmp_path / "in" / "below"
+    settings = dict(out=str(folder), columns=columns, size_limit="1kb", compression="zstd", keep_local=True)
+    with streaming.MDSWriter(**settings) as writer:
+        for number, text in enumerate(written):
+            writer.write({"text": text, "n": number})
+    for packed in folder.glob("*.zstd"):
+        if kept != "packed":
+            packed.with_suffix("").write_bytes(zstandard.ZstdDecompressor().decompressobj().decompress(packed.read_bytes()))
+        if kept == "raw":
+            packed.unlink()
+    before = contents(tmp_path / "in")
+    reader = {"_target_": "data_prep.foreign.MdsReader", "data_folder": str(tmp_path / "in")}
+    build(corpus(tmp_path / "out", {"a": Source(reader=reader, licence="CC0-1.0", url="here")}))
+    found = stored(tmp_path / "out")
+    assert sorted(text for documents in found.values() for text in documents) == sorted(written)
+    assert contents(tmp_path / "in") == before
 
 
 def test_shards_of_our_columns_that_others_wrote_are_read(tmp_path):

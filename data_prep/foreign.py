@@ -1,0 +1,58 @@
+"""Text in shards that other programs wrote with MosaicML streaming, read through the extra `[streaming]`."""
+
+import json
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from datatrove.data import Document
+from datatrove.pipeline.readers.base import BaseDiskReader
+
+
+class MdsReader(BaseDiskReader):
+    """One document per sample, with its text in the column `text_key`, of each folder that has an `index.json`.
+
+    Shards are copied to a temporary folder, and unpacked there: streaming's own data set deletes raw shards whose index names
+    compressed ones (mosaicml/streaming#330). Columns that hold pickles are refused. ValueError without the extra.
+    """
+
+    name = "📦 MDS"
+
+    def __init__(self, data_folder: str, **settings: Any) -> None:
+        super().__init__(data_folder, **settings)
+        if not find_spec("streaming"):
+            raise ValueError("shards of other programs need MosaicML streaming: pip install 'modernenc[streaming]'")
+
+    def read_file(self, filepath: str) -> Iterator[Document]:
+        """The documents of one folder, numbered from 1."""
+        from streaming.base.format import reader_from_json  # pyright: ignore[reportMissingImports]  # an extra
+
+        number = 0
+        with self.data_folder.open(filepath, "rb") as file:
+            index = json.load(file)
+        for entry in index["shards"]:
+            with TemporaryDirectory() as folder:
+                self._unpack(PurePosixPath(filepath).parent, entry, Path(folder) / "shard")
+                raw = {**entry["raw_data"], "basename": "shard"}
+                shard: Any = reader_from_json(folder, None, {**entry, "raw_data": raw, "zip_data": None, "compression": None})
+                shard.validate(allow_unsafe_types=False)
+                for place in range(entry["samples"]):
+                    number += 1
+                    document = self.get_document_from_dict(dict(shard[place]), filepath, number)
+                    if document:
+                        yield document
+
+    def _unpack(self, folder: PurePosixPath, entry: dict[str, Any], out: Path) -> None:
+        """Write the raw content of a shard to `out`, from whichever of its two files is there."""
+        from streaming.base.compression import decompress  # pyright: ignore[reportMissingImports]  # an extra
+
+        raw, packed = entry["raw_data"]["basename"], (entry["zip_data"] or {}).get("basename", "")
+        for name in filter(None, (raw, packed)):
+            if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
+                raise ValueError(f"its index names a file outside its folder, {name}")
+        whole = self.data_folder.exists(str(folder / raw))
+        with self.data_folder.open(str(folder / (raw if whole else packed)), "rb") as file:
+            content = file.read()
+        out.write_bytes(content if whole else decompress(entry["compression"], content))
