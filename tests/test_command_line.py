@@ -98,7 +98,7 @@ def test_paths_of_all_kinds_reach_every_command(corpus_root, tmp_path):
     """Each command is asked for something that it refuses by name, further on than the grammar."""
     strange = tmp_path / "größe #1, lr=1e-3"
     assert f"data.root={strange}" in error("modernenc.train", *small(strange, tmp_path / "run"))
-    assert f"no files to read in {strange}" in error("data_prep", "+corpus=jsonl", f"input={strange}", "sources.text.licence=x")
+    assert f"{strange} does not exist" in error("data_prep", "+corpus=jsonl", f"input={strange}", "sources.text.licence=x")
     launched = error("modernenc.launch", "+recipe=demo", "+cluster=cpu_node", f"+from={strange}", "--dry-run", "data.lanes=0x")
     assert "data.lanes" in launched
     planned = error("modernenc.plan", *small(corpus_root, tmp_path / "run", f"+from={strange}"))

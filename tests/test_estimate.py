@@ -117,6 +117,7 @@ def test_memory_is_as_planned(corpus_root, recipe, settings):
     """At the demo's own widths; what libraries keep for themselves is not counted."""
     overrides = [
         f"+recipe={recipe}", f"data.root={corpus_root}", "data.workers=0", "data.window_rows=16", "phases.stable.batch_rows=32",
+            "backbone.vocab_size=8_192",
         "phases.stable.mix={code: 3, docstrings: 2, reference: 1, prose: 0}", "trainer.micro_batch_tokens=8_192", *settings,
     ]  # fmt: skip
     run = composed(overrides)

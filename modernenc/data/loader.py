@@ -406,8 +406,8 @@ def _how_it_ended(code: int | None) -> str:
     how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with status {code}"
     why = ", as when there is not enough memory" if code == -signal.SIGKILL else ", as its own lines say"
     return (
-        f"data.workers=1: the loader process {how}{why}; what was saved is whole: go on with python -m modernenc.resume, "
-        "with data.workers=0 if this happens again"
+        f"data.workers=1: the loader process {how}{why}; what was saved is whole: go on, with data.workers=0 if this happens "
+        "again, by python -m modernenc.resume"
     )
 
 
