@@ -103,7 +103,7 @@ def bare(config: Run, steps: int = STEPS, warmup: int = WARMUP) -> float:
     return (time.perf_counter() - started) / (steps - warmup)
 
 
-def whole(run: Run) -> list[float]:
+def whole(run: Run, *callbacks: Any) -> list[float]:
     """Seconds of each step of a run, all that a run does after it included."""
     import lightning.pytorch as L
 
@@ -120,14 +120,14 @@ def whole(run: Run) -> list[float]:
 
     curriculum, corpus = check_run(run)
     fitting.start(run, curriculum)
-    fitting.fit(run, curriculum, corpus, None, {"event": "start", "checkpoint": ""}, [Clock()])
+    fitting.fit(run, curriculum, corpus, None, {"event": "start", "checkpoint": ""}, [Clock(), *callbacks])
     return [after - before for before, after in pairwise(times)]
 
 
-def cost_of_saves(times: list[float]) -> list[float]:
+def cost_of_saves(times: list[float], every: int = SAVE_EVERY) -> list[float]:
     """What each save took beyond the neighbouring steps, in steps: of the step that it ends and of the two after."""
     costs = []
-    for save in range(2 * SAVE_EVERY - 1, len(times) - SAVE_EVERY, SAVE_EVERY):
-        usual = median(times[save - SAVE_EVERY + 3 : save] + times[save + 3 : save + SAVE_EVERY])
+    for save in range(2 * every - 1, len(times) - every, every):
+        usual = median(times[save - every + 3 : save] + times[save + 3 : save + every])
         costs.append(sum(times[save : save + 3]) / usual - 3)
     return costs
