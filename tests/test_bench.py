@@ -84,6 +84,8 @@ def test_the_data_path_is_measured_beside_others(corpus_root, tmp_path):
     [
         ("parts=[speed]", "parts=speed: there is none; there are step, growth, inference, data, loop, time_to_loss"),
         ("parts=[gpu] gpu.cells=[cache]", "gpu.cells=cache: there is none; there are products, copies, step"),
+        ("parts=[gpu] gpu.lengths=[64]", "gpu.lengths=[64]: expected two"),
+        ("parts=[gpu] gpu.run_steps=5", "gpu.run_steps=5: expected 25 at least"),
         ("backbones=[bert]", "backbones=bert: there is none; there are mega_small_16k"),
         ("root=nowhere", "nowhere: no manifest.json there"),
     ],
@@ -172,14 +174,13 @@ TINY = (
 CELLS = (
     "products",
     "step",
-    "padded",
     "sparse",
     "run",
     "window blocks 64",
     "window FA3 64",
-    "other",
+    "other ettin",
     "optimizer muon",
-    "chunk 1",
+    "chunk 1024",
 )
 
 

@@ -2,14 +2,12 @@
 
 Each cell is a process of its own with a limit to its time; a row of gpu.csv is written as it ends, with the reason where there
 are no figures. What no longer fits into `gpu.seconds` is not begun. In order there are: products and copies of
-the card alone; a step, compiled, beside transformers' model, compiled, on full rows, on documents padded, and on full rows with
-logits at the predicted tokens only; a whole run; attention with a window; steps of other backbones; optimizers alone;
-cross-entropy by rows of a chunk; a step that is not compiled. Without a GPU nothing is compiled.
+the card alone; a step, compiled, beside transformers' model, compiled, on full rows and on documents padded; a whole run;
+attention with a window; transformers' model on full rows with logits at the predicted tokens only; steps of other backbones;
+optimizers alone; cross-entropy by rows of a chunk; a step that is not compiled. Without a GPU nothing is compiled.
 """
 
-import contextlib
 import csv
-import io
 import os
 import tempfile
 import time
@@ -22,22 +20,20 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from signal import SIGKILL
-from statistics import mean, median
+from statistics import median
 from typing import Any, Protocol, cast
 
 import hydra
 from omegaconf import OmegaConf
 
 from modernenc.bench.kernels import Copies, CrossEntropy, Update, Window
-from modernenc.bench.loop import cost_of_saves, only, whole
+from modernenc.bench.loop import with_saves
 from modernenc.bench.settings import Bench, the_run
 from modernenc.bench.step import Ours, Theirs
 from modernenc.bench.turns import MatrixProducts, Turn, limit_memory, peak_bytes
 from modernenc.config import Run
 
 CHUNKS = (1_024, 4_096, 8_192, 16_384)
-SAVES = 5
-"""Of a whole run."""
 COLUMNS = (
     "cell", "ms", "ms_from", "ms_to", "tokens_per_s", "tflops", "of_products", "gb_per_s", "forward_ms", "first_s", "peak_gb",
     "save_s", "between_ms", "took_s", "device", "torch", "failure",
@@ -65,14 +61,19 @@ class Measured(Protocol):
 
 def measure(bench: Bench, folder: Path) -> None:
     """Measure cell by cell while there is time, and add the rows to gpu.csv."""
+    if len(bench.gpu.lengths) != 2:
+        raise ValueError(f"gpu.lengths={bench.gpu.lengths}: expected two, that of most rows and that of long ones")
+    if bench.gpu.run_steps < 25:
+        raise ValueError(f"gpu.run_steps={bench.gpu.run_steps}: expected 25 at least, for five saves and steps far from them")
     folder.mkdir(parents=True, exist_ok=True)
     ends, products = time.monotonic() + bench.gpu.seconds, None
     with tempfile.TemporaryDirectory() as scratch:  # not in a cell, which may be killed
         for cell in asked(list(cells(bench, scratch)), bench.gpu.cells):
             started = time.monotonic()
             left = ends - started
-            fits = left >= cell.limit_s
-            row = in_a_process(cell) if fits else {"failure": f"not begun: {max(0, left):.0f} of {cell.limit_s:g} s are left"}
+            row: Figures = {"failure": f"not begun: {max(0, left):.0f} of {cell.limit_s:g} s are left"}
+            if left >= cell.limit_s:
+                row = in_a_process(cell)
             products = row.get("tflops") if cell.name == "products" else products
             if products and "tflops" in row:
                 row["of_products"] = row["tflops"] / products
@@ -91,7 +92,7 @@ def _add(path: Path, row: Figures) -> None:
     row = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
     is_new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer: csv.DictWriter[str] = csv.DictWriter(file, COLUMNS)
         if is_new:
             writer.writeheader()
         writer.writerow(row)
@@ -137,13 +138,13 @@ def cells(bench: Bench, scratch: str) -> Iterator[Cell]:
     yield Cell(f"step {name}", 120, partial(timed, Ours(base)))
     halved = deepcopy(base)  # it makes all logits
     halved.trainer.micro_batch_tokens = max(short, gpu.micro_batch_tokens // 2)
-    for kind in ("rows", "padded", "sparse"):
-        peer = Theirs("padded" if kind == "padded" else "rows", halved, sparse=kind == "sparse")
-        yield Cell(f"{kind} {name}", 150, partial(timed, peer))
-    yield Cell(f"run {name}", 150, partial(_run, deepcopy(base), gpu.run_steps, scratch))
+    for kind in ("rows", "padded"):
+        yield Cell(f"{kind} {name}", 150, partial(timed, Theirs(kind, halved)))
+    yield Cell(f"run {name}", 150, partial(with_saves, deepcopy(base), gpu.run_steps, scratch))
     for length in gpu.lengths:
         for path in ("varlen", "FA3", "flex", "blocks"):
             yield Cell(f"window {path} {length}", 40, partial(_window, path, base, length, gpu.repetitions))
+    yield Cell(f"sparse {name}", 150, partial(timed, Theirs("rows", halved, sparse=True)))
     small = deepcopy(base)
     settings = cast(Figures, OmegaConf.to_container(hydra.compose("train", ["+recipe=ettin", "ettin=17m"]).backbone))
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -198,41 +199,3 @@ def _window(path: str, run: Run, length: int, repetitions: int) -> Figures:
     forward, both = (Window(path, run, length, backward, at_once=10) for backward in (False, True))
     forward_ms = _timed(forward, repetitions, forward.at_once)["ms"]
     return {**_timed(both, repetitions, both.at_once), "forward_ms": forward_ms}
-
-
-def _run(run: Run, steps: int, scratch: str) -> Figures:
-    """A run that saves some times: steps far from a save, what a save costs, what lies between two steps: the loader's wait."""
-    import lightning.pytorch as L
-
-    every, between, tokens = steps // SAVES, [], []
-
-    class Waits(L.Callback):
-        """Notes the time between the end of a step and the next."""
-
-        ended = time.perf_counter()
-
-        def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-            between.append(time.perf_counter() - self.ended)
-            tokens.append(batch.tokens)
-
-        def on_train_batch_end(
-            self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-        ) -> None:
-            self.ended = time.perf_counter()
-
-    (phase,) = run.phases.values()
-    only(run, "decay", steps)
-    run.data.workers = 1
-    run.validation.tokens_per_source = phase.seq_len
-    run.checkpoint.every_minutes, run.checkpoint.every_tokens = 0, every * phase.batch_rows * phase.seq_len
-    run.run_dir = f"{scratch}/run"
-    with contextlib.redirect_stdout(io.StringIO()):
-        times = whole(run, Waits())
-    usual = [number for number in range(every, len(times)) if (number + 1) % every > 2]  # far from a save
-    seconds = [times[number] for number in usual]
-    return {
-        "ms": 1e3 * mean(seconds), "ms_from": 1e3 * min(seconds), "ms_to": 1e3 * max(seconds), "first_s": times[0],
-        "tokens_per_s": sum(tokens[number] for number in usual) / sum(seconds),
-        "save_s": mean(cost_of_saves(times, every)) * mean(seconds),
-        "between_ms": 1e3 * mean(between[number + 1] for number in usual),
-    }  # fmt: skip

@@ -157,7 +157,7 @@ class Theirs:
         model = transformers_model(ours).to(device()).train()
         model.sparse_prediction = self.sparse
         if compiles(self.run):
-            model.compile(dynamic=self.name == "padded")
+            model.compile(dynamic=None if self.sparse else self.name == "padded")
         optimizer = torch.optim.AdamW(model.parameters(), LR, fused=True)
         chunk = self.run.backbone.get("chunk_size", 1)
 
