@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "slow" not in item.keywords)  # first, so that no process is left with them alone at the end
     if not torch.cuda.is_available():
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):  # its keywords have the names of its folders too
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 

@@ -1,13 +1,18 @@
 """The benchmarks measure what they say, in processes that do not disturb each other."""
 
+import csv
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import cast
 
 import pytest
+import torch
 import transformers
 from conftest import command
 from hydra import compose, initialize_config_dir
@@ -15,7 +20,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 
-from modernenc.bench import inference, step, time_to_loss
+from modernenc.backbones import attention, rotary
+from modernenc.bench import gpu, inference, kernels, step, time_to_loss
 from modernenc.bench.settings import Bench, register_bench
 from modernenc.bench.turns import Result, Turn, Work, take_turns
 from modernenc.config import CONF_DIR
@@ -77,12 +83,15 @@ def test_the_data_path_is_measured_beside_others(corpus_root, tmp_path):
     ("setting", "expected"),
     [
         ("parts=[speed]", "parts=speed: there is none; there are step, growth, inference, data, loop, time_to_loss"),
+        ("parts=[gpu] gpu.cells=[cache]", "gpu.cells=cache: there is none; there are products, copies, step"),
+        ("parts=[gpu] gpu.lengths=[64]", "gpu.lengths=[64]: expected two"),
+        ("parts=[gpu] gpu.run_steps=5", "gpu.run_steps=5: expected 25 at least"),
         ("backbones=[bert]", "backbones=bert: there is none; there are mega_small_16k"),
         ("root=nowhere", "nowhere: no manifest.json there"),
     ],
 )
 def test_mistakes_are_told(corpus_root, tmp_path, setting, expected):
-    result = command("modernenc.bench", f"root={corpus_root}", f"out={tmp_path}", "lengths=[64]", setting)
+    result = command("modernenc.bench", f"root={corpus_root}", f"out={tmp_path}", "lengths=[64]", *setting.split())
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and expected in result.stderr
 
@@ -153,3 +162,80 @@ def test_time_stands_still_while_a_training_is_validated():
     clock.validate(loss)
     assert training.seconds[1] < 0.4
     assert training.seconds_to(4.0) == training.seconds[1] and training.seconds_to(3.0) is None
+
+
+TINY = (
+    *("gpu.backbone=modernbert_tiny", "gpu.lengths=[64,256]", "num_hidden_layers=1", "+gpu.others.mega_tiny=128"),
+    *("~gpu.others.modernbert_large", "~gpu.others.mega_small_16k", "gpu.step_tokens=512", "gpu.micro_batch_tokens=512"),
+    *("gpu.repetitions=2", "gpu.matrix_size=64", "gpu.run_steps=25"),
+)
+
+
+CELLS = (
+    "products",
+    "step",
+    "sparse",
+    "run",
+    "window blocks 64",
+    "window FA3 64",
+    "other ettin",
+    "optimizer muon",
+    "chunk 1024",
+)
+
+
+def _rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "gpu.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+def test_the_gpu_part_has_figures_without_a_gpu_too_or_says_why_not(bench, tmp_path):
+    gpu.measure(bench(*TINY, f"gpu.cells={list(CELLS)}", "gpu.seconds=1e4"), tmp_path)
+    rows = {row["cell"]: row for row in _rows(tmp_path)}
+    assert all(any(name.startswith(cell) for name in rows) for cell in CELLS)
+    failed = [name for name, row in rows.items() if row["failure"]]
+    assert failed == ["window FA3 64"] or torch.cuda.is_available()
+    assert all(float(row["ms"]) > 0 and row["torch"] == torch.__version__ for row in rows.values() if not row["failure"])
+    step, run = rows["step modernbert_tiny 64"], rows["run modernbert_tiny 64"]
+    assert all(float(row["tokens_per_s"]) > 0 for row in (step, run, rows["sparse modernbert_tiny 64"]))
+    assert float(step["of_products"]) == pytest.approx(float(step["tflops"]) / float(rows["products"]["tflops"]), rel=1e-2)
+    assert float(run["between_ms"]) < float(run["ms"]) and run["save_s"]
+
+
+def test_the_gpu_part_begins_what_fits_into_its_time_and_keeps_the_rows_of_before(corpus_root, tmp_path):
+    settings = [*TINY, f"root={corpus_root}", f"out={tmp_path}", "gpu.cells=[products,copies,run]"]
+    for seconds in (30, 100):
+        result = command("modernenc.bench", "gpu", *settings, f"gpu.seconds={seconds}")
+        assert result.returncode == 0, result.stderr
+    rows = _rows(tmp_path)
+    assert [row["cell"] for row in rows] == 2 * ["products", "copies", "run modernbert_tiny 64"]
+    assert ["not begun" in row["failure"] for row in rows] == [True, True, True, False, False, True]
+    assert result.stdout.count("cell=") == 3 and float(rows[4]["gb_per_s"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("figures", "expected"),
+    [
+        (partial(time.sleep, 60), "took more than 5 s"),
+        (partial(os._exit, 9), "its process was killed"),
+        (partial(int, "ten"), "ValueError: invalid literal for int"),
+    ],
+)
+def test_a_cell_that_fails_or_takes_too_long_is_a_row_with_its_reason(figures, expected):
+    started = time.monotonic()
+    assert expected in gpu.in_a_process(gpu.Cell("one", 5, figures))["failure"]
+    assert time.monotonic() - started < 50
+
+
+@pytest.mark.parametrize("lengths", [[64, 64], [5, 1, 90, 32]])
+def test_the_window_that_is_measured_as_a_function_of_scores_is_the_same_attention(lengths):
+    tokens, window = sum(lengths), 8
+    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    layout = attention.Layout(ends, max(lengths), tokens, torch.device("cpu"))
+    rotation = rotary.rotation(1e4, 16, rotary.positions_of(ends, tokens), max(lengths))
+    qkv = torch.randn(tokens, 3, 2, 16)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile", UserWarning)
+        found = kernels.flex(layout, window)(qkv, rotation, layout, window)
+    torch.testing.assert_close(found, attention.blocks(qkv, rotation, layout, window))

@@ -12,7 +12,7 @@ import time
 from copy import deepcopy
 from itertools import islice, pairwise
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +24,8 @@ from modernenc.curriculum import objectives_of, reads_text, tokens_of_cycle
 
 ROW, ROWS = 256, 8
 STEPS, WARMUP, SAVE_EVERY = 100, 5, 10
+SAVES = 5
+"""Of a run that is told of by itself."""
 SHARE_OF = 50
 
 
@@ -103,7 +105,7 @@ def bare(config: Run, steps: int = STEPS, warmup: int = WARMUP) -> float:
     return (time.perf_counter() - started) / (steps - warmup)
 
 
-def whole(run: Run) -> list[float]:
+def whole(run: Run, *callbacks: Any) -> list[float]:
     """Seconds of each step of a run, all that a run does after it included."""
     import lightning.pytorch as L
 
@@ -120,14 +122,52 @@ def whole(run: Run) -> list[float]:
 
     curriculum, corpus = check_run(run)
     fitting.start(run, curriculum)
-    fitting.fit(run, curriculum, corpus, None, {"event": "start", "checkpoint": ""}, [Clock()])
+    fitting.fit(run, curriculum, corpus, None, {"event": "start", "checkpoint": ""}, [Clock(), *callbacks])
     return [after - before for before, after in pairwise(times)]
 
 
-def cost_of_saves(times: list[float]) -> list[float]:
+def cost_of_saves(times: list[float], every: int = SAVE_EVERY) -> list[float]:
     """What each save took beyond the neighbouring steps, in steps: of the step that it ends and of the two after."""
     costs = []
-    for save in range(2 * SAVE_EVERY - 1, len(times) - SAVE_EVERY, SAVE_EVERY):
-        usual = median(times[save - SAVE_EVERY + 3 : save] + times[save + 3 : save + SAVE_EVERY])
+    for save in range(2 * every - 1, len(times) - every, every):
+        usual = median(times[save - every + 3 : save] + times[save + 3 : save + every])
         costs.append(sum(times[save : save + 3]) / usual - 3)
     return costs
+
+
+def with_saves(run: Run, steps: int, scratch: str) -> dict[str, float]:
+    """A run that saves some times: steps far from a save, what a save costs, what lies between two steps: the loader's wait."""
+    import lightning.pytorch as L
+
+    every, between, tokens = steps // SAVES, [], []
+
+    class Waits(L.Callback):
+        """Notes the time between the end of a step and the next."""
+
+        ended = time.perf_counter()
+
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+            between.append(time.perf_counter() - self.ended)
+            tokens.append(batch.tokens)
+
+        def on_train_batch_end(
+            self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            self.ended = time.perf_counter()
+
+    (phase,) = run.phases.values()
+    only(run, "decay", steps)
+    run.data.workers = 1
+    run.validation.tokens_per_source = phase.seq_len
+    run.checkpoint.every_minutes, run.checkpoint.every_tokens = 0, every * phase.batch_rows * phase.seq_len
+    run.run_dir = f"{scratch}/run"
+    with contextlib.redirect_stdout(io.StringIO()):
+        times = whole(run, Waits())
+    usual = [number for number in range(every, len(times)) if (number + 1) % every > 2]  # far from a save
+    seconds = [times[number] for number in usual]
+    return {
+        "ms": 1e3 * mean(seconds), "ms_from": 1e3 * min(seconds), "ms_to": 1e3 * max(seconds), "first_s": times[0],
+        "tokens_per_s": sum(tokens[number] for number in usual) / sum(seconds),
+        "save_s": mean(cost_of_saves(times, every)) * mean(seconds),
+        "between_ms": 1e3 * mean(between[number + 1] for number in usual),
+    }  # fmt: skip

@@ -1,6 +1,6 @@
 """What a benchmark is asked to measure, and the runs that follow from it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import hydra
@@ -10,6 +10,30 @@ from omegaconf import MISSING, open_dict
 from modernenc.cli import hydra_options, typed
 from modernenc.config import Run, register
 from modernenc.sizes import settle_sizes
+
+
+@dataclass
+class Gpu:
+    """What part gpu measures; of keys that are here, those further down are for the other parts."""
+
+    cells: list[str] = MISSING
+    """How the names of cells begin that are measured; all are if there are none here."""
+    seconds: float = MISSING
+    """For all cells: one whose limit no longer fits is not begun."""
+    backbone: str = MISSING
+    """That of most cells."""
+    lengths: list[int] = MISSING
+    """Two: tokens of most rows, and of long ones."""
+    others: dict[str, int] = MISSING
+    """Backbones whose step is measured too, each at its length."""
+    step_tokens: int = MISSING
+    micro_batch_tokens: int = MISSING
+    repetitions: int = MISSING
+    """Turns that are measured of each, after one to warm up."""
+    matrix_size: int = MISSING
+    """Rows and columns of the products and copies that tell what the card can do."""
+    run_steps: int = MISSING
+    """Steps of a whole run, which is saved five times; 25 at least."""
 
 
 @dataclass
@@ -50,6 +74,7 @@ class Bench:
     """What transformers' Trainer learns from before it counts as trained."""
     trainer_lrs: list[float] = MISSING
     """Its learning rates, of which the best counts."""
+    gpu: Gpu = field(default_factory=Gpu)
     optimizers: dict[str, dict[str, Any]] = MISSING
     """What we train with beside it, by names in `conf/optim`: their settings, and `share`, that of its tokens which ours gets;
     `~optimizers.muon` leaves that one out."""

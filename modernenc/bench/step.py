@@ -116,11 +116,13 @@ class Ours:
 
         from modernenc import optim
         from modernenc.fit import keep_freed_memory
-        from modernenc.model import build_objectives
+        from modernenc.model import build_objectives, compile_parts
 
         keep_freed_memory()
         steps = _steps(self.run)
         objectives = build_objectives(self.run).to(device())
+        if compiles(self.run):
+            compile_parts(objectives.backbone)
         optimizers = optim.build(objectives, {**self.run.optim, "lr": LR})
 
         def turn(number: int) -> Work:
@@ -141,6 +143,8 @@ class Theirs:
 
     name: str
     run: Run
+    sparse: bool = False
+    """Whether it makes logits at the predicted tokens only."""
 
     def start(self) -> Turn:
         """The same weights, and the same documents in batches of its own."""
@@ -151,6 +155,9 @@ class Theirs:
         steps = _steps(self.run)
         ours = build_objectives(self.run).masked_lm
         model = transformers_model(ours).to(device()).train()
+        model.sparse_prediction = self.sparse
+        if compiles(self.run):
+            model.compile(dynamic=None if self.sparse else self.name == "padded")
         optimizer = torch.optim.AdamW(model.parameters(), LR, fused=True)
         chunk = self.run.backbone.get("chunk_size", 1)
 
@@ -170,6 +177,11 @@ class Theirs:
             return work(ours, step)
 
         return turn
+
+
+def compiles(run: Run) -> bool:
+    """Whether a step is to be compiled, and there is a GPU, as in `Pretraining`."""
+    return run.trainer.compile and run.trainer.precision == "bf16-mixed" and device().type == "cuda"
 
 
 def check_peer(backbone: str, run: Run) -> None:
@@ -231,13 +243,17 @@ def padded(step: list["MicroBatch"], run: Run, chunk: int) -> Iterator[dict[str,
 
 
 def joined(step: list["MicroBatch"], run: Run) -> "MicroBatch":
-    """All documents one after the other as rows of full length; the last is filled up with the first tokens again."""
+    """All documents one after the other as rows of full length; the last is filled up with the first tokens again.
+
+    So is the last micro-batch where it is compiled, which is best done for one shape.
+    """
     import torch
 
     length = run.phases["decay"].seq_len
     labels = torch.cat([_labels(batch) for batch in step])
     ids = torch.cat([batch.input_ids for batch in step])
-    more = -len(ids) % length
+    at_once = min(run.trainer.micro_batch_tokens // length, -(-len(ids) // length)) if compiles(run) else 1
+    more = -len(ids) % (length * at_once)
     ids, labels = torch.cat((ids, ids[:more])), torch.cat((labels, labels[:more]))
     places = (labels >= 0).nonzero().flatten()
     ends = torch.arange(0, len(ids) + 1, length)

@@ -114,8 +114,7 @@ def _turn(pipe: Connection, result: Result, number: int) -> None:
 def _serve(pipe: Connection, contestant: Contestant) -> None:
     import torch
 
-    free = available_bytes()
-    resource.setrlimit(resource.RLIMIT_DATA, (_held() + free, resource.RLIM_INFINITY))
+    free = limit_memory()
     try:
         turn = contestant.start()
         while True:
@@ -163,6 +162,13 @@ def device() -> "torch.device":
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def limit_memory() -> int:
+    """Have this process take no more memory than is free now: so many bytes."""
+    free = available_bytes()
+    resource.setrlimit(resource.RLIMIT_DATA, (_held() + free, resource.RLIM_INFINITY))
+    return free
 
 
 def available_bytes() -> int:
