@@ -107,12 +107,12 @@ def write(content: dict[str, Any], target: Path, share: Share = WHOLE) -> None:
             position = {key: content["state"][key] for key in POSITION}
             manifest |= {**position, "rollbacks": content.get("run", {}).get("rollbacks", 0)}
         write_json(manifest_of(path), {**manifest, "sum": _sum(manifest)})
-    except (OSError, RuntimeError) as error:  # the latter is torch.save's, which ends a file though a write has failed
+    except (OSError, RuntimeError) as error:  # the latter is torch.save's, which ends a file after a failed write
         unfinished(path).unlink(missing_ok=True)
         failed = error if isinstance(error, OSError) else error.__context__ or error
         raise OSError(
-            f"checkpoint.{target.name} could not be written: {getattr(failed, 'strerror', None) or failed}; those before it are "
-            f"whole: make room or mend the disk, then python -m modernenc.resume {shlex.quote(str(target.parent.parent))}"
+            f"checkpoint.{target.name} could not be written: {getattr(failed, 'strerror', None) or failed}; those before it "
+            f"are whole: make room or mend the disk, then python -m modernenc.resume {shlex.quote(str(target.parent.parent))}"
         ) from error
 
 

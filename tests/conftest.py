@@ -60,7 +60,8 @@ DROPOUT = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: "slow" not in item.keywords)  # first, so that no process is left with them alone at the end
+    # The slow ones first, so that no process is left with them alone at the end.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):  # its keywords have the names of its folders too

@@ -69,9 +69,11 @@ def test_what_is_given_stays_and_what_is_left_free_follows(corpus_of):
     assert not composed(["+recipe=demo", *SMALL, root, "backbone.vocab_size=1000"]).data.from_corpus
 
 
-@pytest.mark.parametrize(
-    "recipe", sorted({path.stem for path in RECIPES_DIR.glob("*.yaml")} - {"demo", "demo_mega", "own", "adapt"})
-)
+FITTED = {"demo", "demo_mega", "own", "adapt"}
+"""Recipes whose sizes follow from the corpus."""
+
+
+@pytest.mark.parametrize("recipe", sorted({path.stem for path in RECIPES_DIR.glob("*.yaml")} - FITTED))
 def test_published_recipes_state_their_sizes(recipe):
     run = composed([f"+recipe={recipe}"])
     assert not run.data.from_corpus
@@ -123,13 +125,12 @@ def test_a_vocabulary_larger_than_the_tokenizers_is_noted(corpus_root):
     assert any("backbone.vocab_size=4096 is more than the 512 entries of the tokenizer" in note for note in notes)
 
 
+@pytest.mark.slow
 def test_a_plan_opens_what_the_run_would_open(corpus_root, tmp_path):
     settings = ["+recipe=demo", *SMALL, f"data.root={corpus_root}", f"run_dir={tmp_path / 'run'}"]
     for wrong in (
         [f"init.source={tmp_path}"],
-        [f"init.source={tmp_path / 'no.ckpt'}"],
         ["+from=/nonexistent.ckpt"],
-        ["optim.betas=[0.9]"],
         ["+phases.decay.mix.poetry=1"],
     ):
         assert error("modernenc.plan", *settings, *wrong) == error("modernenc.train", *settings, *wrong)
