@@ -1,4 +1,4 @@
-"""Random damage to every kind of file that is read: `python tests/fuzz.py [COUNT]`, 3,000 unless given.
+"""Random damage to every kind of file that is read: `python tests/fuzz.py [COUNT [FIRST_SEED]]`, 3,000 from 0.
 
 Bytes are flipped, cut out, doubled or put in; keys of JSON are dropped or get a value of another type. Each must end
 in one clear line that names it, or in what a plain independent reader gets from the same bytes. Anything else, such as another
@@ -388,7 +388,8 @@ def fuzz(count: int, workers: int = 1, first: int = 0) -> tuple[dict[str, Counte
 
 
 def main() -> None:
-    found, odd = fuzz(int(sys.argv[1]) if len(sys.argv) > 1 else 3_000, workers=2)
+    count, first = (*map(int, sys.argv[1:3]), *(3_000, 0)[len(sys.argv) - 1 :])
+    found, odd = fuzz(count, workers=2, first=first)
     for target, ends in found.items():
         print(
             f"{target:10} {sum(ends.values()):6,} damaged: {ends[NAMED]:6,} named, {ends[SAME]:6,} read as a plain reader does"

@@ -238,7 +238,7 @@ def main() -> None:
         folder = Path(name)
         written = write(folder / "in", count, files=10)
         started = time.monotonic()
-        killed = prepare(folder, kills=12, seed=1, longest_s=8)
+        killed = prepare(folder, kills=12, seed=1, longest_s=3)
         compare(folder / "out", written)
         read = sum(written.read.values())
         print(f"{read:,} documents, {killed} kills, {time.monotonic() - started:.0f} s: all accounted for")
