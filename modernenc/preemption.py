@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import lightning.pytorch as L
 
-from modernenc.data.loader import STOP_SIGNALS
+from modernenc.data.worker import STOP_SIGNALS
 from modernenc.trainer import Pretraining
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,8 @@ from modernenc import lineage, optim, ranks
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum, Point
 from modernenc.data.blocks import Corpus
-from modernenc.data.loader import DataState, Step, StepLoader, Steps, fingerprint, merge
+from modernenc.data.loader import DataState, Step, Steps, fingerprint, merge
+from modernenc.data.worker import StepLoader
 from modernenc.initialization import begin_at_unigrams, check_source, fill, read_source
 from modernenc.model import build_objectives, compile_parts, load_weights, recompute, set_backbone, weights_of
 

@@ -21,8 +21,9 @@ from test_training import FINAL, same
 from modernenc.checkpoints import read
 from modernenc.checks import check_run
 from modernenc.data.choices import Choices, Item
-from modernenc.data.loader import DataState, Step, StepLoader, Steps
+from modernenc.data.loader import DataState, Step, Steps
 from modernenc.data.masking import MicroBatch
+from modernenc.data.worker import StepLoader
 
 RUN = (
     "import multiprocessing, runpy, sys; multiprocessing.set_start_method(sys.argv[1]);"
@@ -108,7 +109,8 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 from conftest import composed
 from modernenc.checkpoints import read
 from modernenc.checks import check_run
-from modernenc.data.loader import DataState, StepLoader, Steps
+from modernenc.data.loader import DataState, Steps
+from modernenc.data.worker import StepLoader
 run = composed(sys.argv[1:])
 loader = StepLoader(Steps(run, *check_run(run), 0, 1, DataState()), workers=1, pin_memory=False)
 steps = []
@@ -233,7 +235,7 @@ ORPHAN = """
 import os, sys, time
 sys.path.insert(0, "tests")
 from test_start_methods import Endless
-from modernenc.data.loader import StepLoader
+from modernenc.data.worker import StepLoader
 sys.platform = "darwin"  # without Linux's own means to end with a parent
 steps = iter(StepLoader(Endless(), 1, pin_memory=False))
 print(next(steps).targets, flush=True)
