@@ -5,6 +5,7 @@ variables are translated into those of torchrun, and all four are compared with 
 """
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -106,6 +107,18 @@ def _number(name: str, least: int = 0) -> int:
         was = f"{name}={value}" if value else f"{name} is not set"
         raise ValueError(f"{was}: expected a number, {least} or more; launchers of ranks set this environment variable")
     return int(value)
+
+
+def leave() -> None:
+    """End a process of another rank than the first, its work done, without taking the interpreter down.
+
+    Threads of a process group may still let go of tensors, for which they need the interpreter: where it goes first, the
+    process aborts (SIGABRT), and its launcher ends the first rank, which has the report to write.
+    """
+    if not is_first():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def described(ranks: int, threads: int) -> str:

@@ -52,6 +52,7 @@ def main() -> None:
             raise ValueError(f"--skip-tokens {arguments.skip_tokens} makes another run: add --rollback")
         else:
             resume(arguments.path, arguments.overrides)
+    ranks.leave()
 
 
 def resume(path: Path, overrides: list[str]) -> None:

@@ -64,3 +64,4 @@ if __name__ == "__main__":
     sys.argv = [_from_where_it_leads_now(argument) for argument in sys.argv]
     register()
     run(Run, ("recipe",), "train", main)
+    ranks.leave()
