@@ -30,7 +30,8 @@ from data_prep.read import Read
 from data_prep.split import Survey, SurveyBucket, held_out_draw, surveys
 from data_prep.verify import verify
 from modernenc.data.blocks import MANIFEST
-from modernenc.metrics import ALL, tokens_for
+from modernenc.evaluation.standard_error import tokens_for
+from modernenc.run_folder.tables import ALL
 
 log = logging.getLogger(__name__)
 

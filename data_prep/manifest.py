@@ -17,7 +17,7 @@ from data_prep.account import Account
 from data_prep.config import Corpus, Source
 from data_prep.split import Survey
 from modernenc.data.blocks import VALIDATION
-from modernenc.metrics import standard_error
+from modernenc.evaluation.standard_error import standard_error
 
 _EMPTIED = "emptied by the tokenizer"
 

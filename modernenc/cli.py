@@ -1,9 +1,11 @@
 """Hydra at the command line: one clear line for a user's mistake, instead of a traceback."""
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import is_dataclass
+from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import hydra
@@ -13,24 +15,25 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from modernenc.config import CONF_DIR, RECIPES_DIR, Run
+from modernenc.config import CONF_DIR, RECIPES_DIR, RENAMED, Run
 from modernenc.quoting import quoted
 
 Config = TypeVar("Config")
 
 _TRACEBACK = "HYDRA_FULL_ERROR"
 _FIELDS = {"from": "branch_from"}
-"""Keys of the command line that Python cannot have as names of fields."""
+"""Keys of the command line that are keywords of Python, each with the name of its field."""
 
 
 def run(schema: type[Config], groups: tuple[str, ...], config_name: str, job: Callable[[Config], None]) -> None:
     """Compose `conf/<config_name>.yaml` with the command line, and call `job` with the typed result.
 
-    `groups` are what must be chosen with `+group=NAME`. Mistakes end the process with status 2 and one line;
+    `groups` must be chosen with `+group=NAME`. Mistakes end the process with status 2 and one line;
     HYDRA_FULL_ERROR=1 shows where they arose.
     """
     if {"--help", "-h"} & set(sys.argv):  # Hydra's own takes seconds: it copies all recipes for each group
-        return print(help_text(groups if schema is not Run else [group for group in parts() if group != "corpus"]))
+        print(help_text(groups if schema is not Run else [group for group in parts() if group != "corpus"]))
+        return
     verbose = os.environ.get(_TRACEBACK) == "1"
     os.environ[_TRACEBACK] = "1"  # so that Hydra raises instead of printing its several lines
 
@@ -38,18 +41,11 @@ def run(schema: type[Config], groups: tuple[str, ...], config_name: str, job: Ca
         if not verbose:
             os.environ.pop(_TRACEBACK, None)
         with one_line_errors(verbose):  # Hydra would report the job's errors in its own way
-            config = typed(cfg, schema, groups)
-            if isinstance(config, Run) and config.rehearse:
-                from modernenc.rehearsal import cut_down  # numpy takes a while to import
-
-                config = cast(Config, cut_down(config))
-            elif isinstance(config, Run):
-                from modernenc.sizes import settle_sizes
-
-                settle_sizes(config)
-            job(config)
+            job(typed(cfg, schema, groups))
 
     with one_line_errors(verbose, composing=True):
+        for argument in sys.argv[1:]:
+            _check_not_renamed(argument.partition("=")[0].lstrip("+~"))
         sys.argv[1:] = quoted(sys.argv[1:])
         hydra.main(config_path=str(CONF_DIR), config_name=config_name, version_base="1.3")(main)()
 
@@ -76,6 +72,11 @@ class one_line_errors:
             raise SystemExit(2) from None
 
 
+def checkpoint_argument(path: Path) -> str:
+    """Return a checkpoint as a command line can name it: its path, or a placeholder for one in a run folder."""
+    return shlex.quote(str(path)) if path.suffix == ".ckpt" else f"{shlex.quote(str(path))}/checkpoints/NAME.ckpt"
+
+
 def _message(error: BaseException) -> str:
     text = str(error).strip()
     if isinstance(error, HydraException) and isinstance(error.__cause__, OmegaConfBaseException):
@@ -100,7 +101,7 @@ def parts() -> dict[str, list[str]]:
 
 
 def typed(cfg: DictConfig, schema: type[Config], groups: tuple[str, ...]) -> Config:
-    """The composed configuration as an object of `schema`; ValueError names what is missing."""
+    """Return the composed configuration as an object of `schema`; ValueError names what is missing."""
     choices = HydraConfig.get().runtime.choices
     for group in groups:
         if group not in choices:
@@ -120,26 +121,22 @@ def typed(cfg: DictConfig, schema: type[Config], groups: tuple[str, ...]) -> Con
 
 
 def recipe(name: str) -> Run:
-    """Another recipe than the one on the command line, as it is shipped; ValueError when there is none of this name."""
+    """Return a shipped recipe other than the one on the command line; ValueError if there is none of this name."""
     if name not in hydra_options("recipe"):
         raise ValueError(f"recipe {name}: there is none; there are {', '.join(sorted(hydra_options('recipe')))}")
     cfg = hydra.compose("train", [f"+recipe={name}"])
     with open_dict(cfg):
         cfg["recipe"] = name
-    run = typed(cfg, Run, ())
-    from modernenc.sizes import settle_sizes
-
-    settle_sizes(run)
-    return run
+    return typed(cfg, Run, ())
 
 
 def given(key: str) -> bool:
-    """Whether the command line sets a key."""
+    """Return whether the command line sets a key."""
     return any(override.partition("=")[0].lstrip("+") == key for override in HydraConfig.get().overrides.task)
 
 
 def _check_keys(schema: Any, content: Any, prefix: str) -> None:
-    """Raise ValueError for a key that the schema does not have; Hydra itself lets `+key=value` pass."""
+    """Raise ValueError for a key that the schema does not have, because Hydra itself accepts any `+key=value`."""
     if not isinstance(content, dict):
         return
     if get_origin(schema) is dict:
@@ -149,12 +146,19 @@ def _check_keys(schema: Any, content: Any, prefix: str) -> None:
         fields = get_type_hints(schema)
         for key, value in content.items():
             if key not in fields:
+                _check_not_renamed(f"{prefix}{key}")
                 raise ValueError(f"{prefix}{key}: unknown key; there are {', '.join(fields)}")
             _check_keys(fields[key], value, f"{prefix}{key}.")
 
 
+def _check_not_renamed(key: str) -> None:
+    """Raise ValueError with the present name of a key that has been renamed."""
+    if key in RENAMED:
+        raise ValueError(f"{key} is now called {RENAMED[key]}: use that name")
+
+
 def hydra_options(group: str) -> list[str]:
-    """Names that a group offers."""
+    """Return the names of the options of a group."""
     from hydra.core.global_hydra import GlobalHydra
 
     return GlobalHydra.instance().config_loader().get_group_options(group)

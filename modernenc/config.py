@@ -1,43 +1,56 @@
-"""The typed schema of a run, and where its YAML lives.
+"""The typed schema of a run, and where its YAML files live.
 
-`conf/` holds the parts (one YAML = one option of one group), `recipes/` the runs. Each field is explained here, valued in
-`conf/`, chosen in a recipe. Token budgets are floats so that `5e9` may be written; they must be whole.
+`conf/` holds the parts (one YAML file is one option of one group), `recipes/` the runs. Each field is explained here, gets its
+value in `conf/`, and is chosen in a recipe. Token budgets are floats so that `5e9` may be written; they must be whole numbers.
 """
 
-import os
-import re
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
+from modernenc.atomic import partial_path
+from modernenc.quoting import assigned
+
 _PACKAGE = Path(__file__).resolve().parent
-_ROOT = _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent  # installed wheel, else checkout
+_ROOT = _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent  # an installed wheel, else a checkout
 CONF_DIR = _ROOT / "conf"
 RECIPES_DIR = _ROOT / "recipes"
-UNFINISHED = ".tmp"
-"""What the names of files end with that are not written to their end."""
 CONFIG = "config.yaml"
-"""The file of a run folder that holds the resolved configuration."""
-TASK_FILES = re.compile(r"tasks\.\w+\.(train|validation)(=|$)")
-"""Settings that say where the files of tasks are: a run may be resumed with others, when they hold the same."""
+"""Name of the file in a run folder that holds the resolved configuration."""
+
+_RESUMABLE = {"resumable": True}
+"""Mark of a field that says where and how fast a run trains, not what: a resume may change it."""
+_IDENTITY = {"identity": True}
+"""Mark of a field that the program sets and no resume may change: which run this is."""
+
+RENAMED = {
+    "data.buffer_rows": "data.buffer_rows",
+    "trainer.activation_checkpointing_every": "trainer.activation_checkpointing_every",
+    "rehearse": "smoke_test",
+    "watch.z_threshold": "watch.z_threshold",
+    "estimate.price_per_hour": "estimate.price_per_hour",
+    "init.layer_mapping": "init.layer_mapping",
+}
+"""Former names of keys, each with the present one."""
 
 
 @dataclass
 class Ramp:
-    """A batch-size ramp: levels `start_rows`, `start_rows + step_rows`, ... below the phase's `batch_rows`."""
+    """A batch-size ramp: stages of `start_rows`, `start_rows + step_rows`, ... below the phase's `batch_rows`."""
 
     tokens: float = 0
-    """Tokens of all levels together; 0 means no ramp."""
+    """Tokens of all stages together; 0 means no ramp."""
     start_rows: int = 0
-    """Rows of the global batch at the first level."""
+    """Rows of the global batch in the first stage."""
     step_rows: int = 0
-    """Rows added from one level to the next."""
+    """Rows added from one stage to the next."""
     equal: str = "steps"
-    """What each level lasts the same number of: steps, so that its tokens are proportional to its rows, or tokens, so that the
-    batch grows linearly in tokens."""
+    """Whether all stages last the same number of `steps`, so that a stage's tokens are proportional to its rows, or of
+    `tokens`, so that the batch grows linearly in tokens."""
 
 
 @dataclass
@@ -55,81 +68,86 @@ class Phase:
     lr: float = MISSING
     """Peak learning rate of the phase, on the scale of `optim.lr`."""
     lr_curve: str = MISSING
-    """Shape from the end of the warmup to that of the phase: a function of `modernenc.curriculum.LR_CURVES`."""
+    """Shape of the learning rate from the end of the warmup to the end of the phase: a function of `modernenc.schedules`."""
     warmup_tokens: float = 0
     """Tokens of linear warmup at the start of the phase."""
     first_lr_factor: float = 0
-    """Share of `lr` that the warmup begins at, in [0, 1]; above 0 to warm up again from where the phase before ended."""
+    """Fraction of `lr` at which the warmup begins, in [0, 1]; above 0 it continues from where the previous phase ended."""
     final_lr_factor: float = 0
-    """Share of `lr` left at the end of a decaying curve, in [0, 1]."""
+    """Fraction of `lr` left at the end of a decaying curve, in [0, 1]."""
     weight_decay: float = MISSING
-    """Decay of the parameters that decay, as the optimizer defines it."""
+    """Weight decay of the parameters that decay, as the optimizer defines it."""
     mask_ratio: float = MISSING
-    """Share of the text tokens that are predicted, in (0, 1)."""
+    """Fraction of the text tokens that are predicted, in (0, 1)."""
     mix: dict[str, float] = MISSING
-    """Relative share of tokens by source (`wiki`), or by one slice of a source (`wiki/slice-001`); 0 leaves it out."""
+    """Relative proportion of tokens by source (`wiki`), or by one slice of a source (`wiki/slice-001`); 0 leaves it out."""
     objectives: dict[str, int] = field(default_factory=dict)
-    """How many of the steps of a cycle train what: `masked_lm`, or one of `tasks`; empty means masked LM alone. Without masked
-    LM a phase draws no text: its `batch_rows` is 0, its `mix` empty, and `seq_len` and `mask_ratio` are for validation."""
+    """Steps of each objective in one cycle: `masked_lm`, or one of `tasks`; empty means masked LM alone. A phase without masked
+    LM draws no text: its `batch_rows` is 0, its `mix` is empty, and `seq_len` and `mask_ratio` apply to validation."""
     backbone: dict[str, Any] = field(default_factory=dict)
     """Attributes of the backbone to set when the phase starts, such as `global_rope_theta`."""
 
 
 @dataclass
 class Task:
-    """Multiple choice, in the layout of SWAG: which of four endings a context goes on with."""
+    """Multiple choice in the layout of SWAG: a context and four endings, one of which is right."""
 
-    train: str = MISSING
+    train: str = field(default=MISSING, metadata=_RESUMABLE)
     """CSV file with the columns sent1, sent2, ending0 to ending3 and label, 0 to 3."""
-    validation: str = MISSING
-    """Another one, held out."""
+    validation: str = field(default=MISSING, metadata=_RESUMABLE)
+    """CSV file of held-out items with the same columns."""
     validation_items: int = 1_000
-    """How many of its items are used, from the first on."""
+    """Number of held-out items that are used, from the first on."""
     seq_len: int = MISSING
-    """Length in tokens of a context with an ending, special tokens included; of longer ones the context's beginning is cut."""
+    """Length in tokens of a context with one ending, special tokens included; a longer context loses its beginning."""
     batch_items: int = MISSING
     """Items of the global batch, over all ranks and accumulation; the clock counts 4 x seq_len tokens for each."""
     lr_factor: float = 1
-    """Learning rate of its steps, as a share of the phase's; more than 0."""
+    """Learning rate of the task's steps as a fraction of the phase's; more than 0."""
 
 
 @dataclass
 class Init:
-    """The weights to begin with, when not random ones."""
+    """Where the first weights come from."""
 
     source: str = ""
-    """Checkpoint of any run (*.ckpt), or folder of a Hugging Face model; the backbone may be wider and deeper; empty means
-    random weights."""
-    layers: str = "spread"
-    """Which layers a deeper backbone takes: spread, the one as far down, or by_kind, the nearest of those that attend alike."""
+    """Checkpoint of any run (*.ckpt), or folder of a Hugging Face model, whose weights the run starts from; the run's backbone
+    may be wider and deeper. Empty means random weights."""
+    layer_mapping: str = "by_depth"
+    """How the layers of the source map to a deeper backbone: `by_depth` takes the layer at the same relative depth, `by_type` the
+    nearest layer of the same attention type."""
     tokenizer: str = ""
-    """The source's tokenizer.json, when it is not the data's: embeddings are carried over by what tokens are written like."""
+    """The source's tokenizer.json, if its tokenizer is not the data's: embeddings are then carried over by how tokens are
+    spelled."""
     unigram: bool = False
-    """Where there is no source: let the decoder's bias predict each token by its frequency in the first mix, so that no step is
-    spent on learning these."""
+    """Without a source, start the decoder's bias at the frequency of each token in the first mix, so that no step is spent on
+    learning it."""
 
 
 @dataclass
 class Data:
-    """Where the blocks are and how lanes cut them into rows."""
+    """Where the shards are, and how lanes pack them into rows."""
 
-    root: str = MISSING
+    root: str = field(default=MISSING, metadata=_RESUMABLE)
     """Folder that `python -m data_prep` wrote, or the URL of a copy: s3://, gs://, az://, sftp://, hf://datasets/ORG/NAME@REVISION/."""
-    cache: str = ""
+    cache: str = field(default="", metadata=_RESUMABLE)
     """Folder on this machine for the shards of a remote root; empty for a local one, which is read in place."""
-    timeout_s: float = 60
-    """How long a remote may be silent before a read of it counts as failed; it is tried three times."""
+    timeout_s: float = field(default=60, metadata=_RESUMABLE)
+    """Seconds without data after which a read of a remote counts as failed; a read is tried three times."""
     lanes: int = MISSING
-    """Number of lanes: the unit of order, and the largest number of ranks. Rows of a step come from as many windows, so
-    few lanes mean few documents. 0 means as many as suit the corpus, by `modernenc.sizes`."""
-    window_rows: int = MISSING
-    """Rows' worth of text that a lane packs at a time. 0 likewise."""
-    from_corpus: list[str] = field(default_factory=list)
-    """Settings that were 0 and are the corpus's now; filled in by `modernenc.sizes`, for who reads config.yaml."""
-    workers: int = MISSING
+    """Number of lanes: the unit of data order, and the largest number of ranks. The rows of a step come from that many packing
+    buffers, so few lanes mean few documents. 0 chooses a number that suits the corpus (`modernenc.planning.sizes`)."""
+    buffer_rows: int = MISSING
+    """Size of a lane's packing buffer in rows: the text that it packs at a time. 0 chooses a size that suits the corpus."""
+    from_corpus: list[str] = field(default_factory=list, metadata=_RESUMABLE)
+    """Settings that were 0 and were chosen by the corpus; filled in by the program, for readers of config.yaml."""
+    workers: int = field(default=MISSING, metadata=_RESUMABLE)
     """Loader processes per rank: 0 or 1. The data do not depend on it."""
-    hint: str = "prepare it with: python -m data_prep +corpus=jsonl input=DIR out=data/NAME sources.text.licence=LICENCE"
-    """What to tell a user who lacks the data: it ends with a command, of which names in capitals are to be replaced."""
+    hint: str = field(
+        default="prepare it with: python -m data_prep +corpus=jsonl input=DIR out=data/NAME sources.text.licence=LICENCE",
+        metadata=_RESUMABLE,
+    )
+    """Advice for a user who lacks the data. It ends with a command in which names in capitals are to be replaced."""
 
 
 @dataclass
@@ -143,157 +161,201 @@ class Trainer:
     num_nodes: int = 1
     """Nodes."""
     strategy: str = "auto"
-    """How several devices share the work: auto (ddp where there are several), ddp, or fsdp (FSDP2: weights and optimizer
-    states are split over them)."""
+    """How several devices share the work: auto (ddp if there are several), ddp, or fsdp (FSDP2, which splits weights and
+    optimizer states over the devices)."""
     precision: str = MISSING
     """`bf16-mixed` (fp32 weights, bf16 matrix products) or `32-true`."""
     determinism: str = "fast"
-    """fast, or strict: the same bits from the same run on GPUs too, by slower kernels where there are some; a CPU always gives
+    """`fast`, or `strict`: the same run gives the same bits on GPUs too, by slower kernels where necessary. A CPU always gives
     the same bits."""
     micro_batch_tokens: int = MISSING
-    """Row capacity of one forward pass per device; at least one row is taken."""
-    recompute_every: int = 0
-    """Keep no activations of every so many-th block but make them again in the backward pass: 1 means all blocks, which costs
-    a third more time and saves most of the memory; 0 means none. Losses do not change by a bit."""
+    """Row capacity of one forward pass per device; a micro-batch holds at least one row."""
+    activation_checkpointing_every: int = 0
+    """Recompute every n-th layer in the backward pass instead of keeping its activations. 1 means every layer, which takes about
+    a third more time and saves most memory; 0 means none. Results are bit-identical."""
     compile: bool = False
-    """On GPUs in bf16, have torch's compiler make one kernel of what lies between products, which costs a minute at each start.
-    Numbers are rounded in other places then, so a run should end as it began. A CPU's path is not compiled."""
+    """Compile the layers with torch.compile on GPUs in bf16, which takes about a minute at each start. Rounding differs from
+    eager mode, so a run should not switch midway. The CPU path is never compiled."""
 
 
 @dataclass
 class Checkpoint:
-    """When to save. Phase boundaries are always saved and always kept."""
+    """When to save. Checkpoints at phase boundaries are always written and never deleted."""
 
     every_tokens: float = MISSING
     """Save each time this many tokens were seen; 0 means never."""
     every_minutes: float = MISSING
-    """Save each time this much time has passed; 0 means never."""
+    """Save each time this many minutes have passed; 0 means never."""
     keep_last: int = MISSING
-    """How many checkpoints between boundaries to keep."""
+    """Number of checkpoints between boundaries to keep."""
     distributed: bool = False
-    """Under trainer.strategy=fsdp, have each rank write its own share, so that none gathers the whole; the folder must be one
-    that all nodes see. Any strategy, on any number of ranks, goes on from either kind."""
+    """Under trainer.strategy=fsdp, let each rank write its own shard, so that no rank gathers the whole; all nodes must see the
+    folder. Any strategy on any number of ranks resumes from either kind."""
 
 
 @dataclass
 class Validation:
-    """When and on how much held-out text to validate. Phase boundaries always are."""
+    """When to validate, and on how much held-out text. Validation at phase boundaries always takes place."""
 
     every_tokens: float = MISSING
     """Validate each time this many tokens were seen; 0 means at phase boundaries only."""
     tokens_per_source: int = MISSING
-    """Row capacity taken from each source's held-out text, at most."""
+    """Largest row capacity taken from each source's held-out text."""
 
 
 @dataclass
 class Watch:
-    """When to say that training goes wrong."""
+    """When to report that training has become unstable."""
 
     action: str = MISSING
-    """off, warn, or stop: end the run after some spikes in a row, without saving, and say what to go back to."""
+    """`off`, `warn`, or `stop`: end the run after `patience` spikes in a row, without saving, and name the checkpoint to go back
+    to."""
     window_tokens: float = MISSING
-    """Rows of figures of the last so many tokens are what a new one is compared with."""
-    z: float = MISSING
-    """Robust standard deviations above the median, of loss or log gradient norm, that make a spike."""
+    """A new row of metrics is compared with the rows of the last `window_tokens` tokens."""
+    z_threshold: float = MISSING
+    """A loss or log gradient norm this many robust standard deviations above the median counts as a spike."""
     patience: int = MISSING
-    """Spikes in a row, in rows of figures, after which `stop` stops."""
+    """Number of consecutive spikes, in rows of metrics, after which `stop` stops."""
 
 
 @dataclass
 class Logger:
-    """Where figures go besides `metrics.csv`."""
+    """Where metrics go besides `metrics.csv`."""
 
     every_steps: int = MISSING
-    """Steps between two rows of figures."""
+    """Steps between two rows of metrics."""
     wandb: str = MISSING
-    """Weights & Biases: off, offline, or online (falls back to offline without a login)."""
+    """Weights & Biases: off, offline, or online (which falls back to offline without a login)."""
     project: str = "modernenc"
-    """Weights & Biases project."""
+    """Project in Weights & Biases."""
     run_id: str = ""
-    """Weights & Biases' id of the run, made when it starts, so that what is resumed is one run there; a branch has its own."""
+    """Id of the run in Weights & Biases, generated at the start, so that a resumed run continues there; a branch has its own."""
 
 
 @dataclass
 class Cluster:
-    """What `modernenc.launch` asks SLURM for; one process per task, `trainer.devices` and `trainer.num_nodes` follow."""
+    """What `modernenc.launch` requests from SLURM; `trainer.devices` and `trainer.num_nodes` follow, one process per task."""
 
     nodes: int = 1
     """Nodes."""
     tasks_per_node: int = 1
-    """Processes per node: as many as GPUs, where there are some."""
+    """Processes per node: as many as GPUs, if there are any."""
     gpus_per_node: int = 0
-    """GPUs per node; 0 asks for none."""
+    """GPUs per node; 0 requests none."""
     cpus_per_task: int = 1
     """Processor cores per process: threads of the model on a CPU, the loader beside a GPU."""
     time: str = ""
-    """Time limit, as sbatch takes it: hours:minutes:seconds."""
+    """Time limit in sbatch's format: hours:minutes:seconds."""
     signal_s: int = 300
-    """Seconds before the limit at which the run is told to save: longer than a step, a validation and a save take."""
+    """Seconds before the limit at which the run is signalled to save: longer than a step, a validation and a save take."""
     partition: str = ""
-    """Partition; empty leaves it to the cluster."""
+    """Partition; empty leaves the choice to the cluster."""
     account: str = ""
-    """Account; empty leaves it to the cluster."""
+    """Account; empty leaves the choice to the cluster."""
     options: list[str] = field(default_factory=list)
     """Further options of sbatch, such as --exclusive."""
     setup: list[str] = field(default_factory=list)
-    """Shell lines before training, such as: module load cuda."""
+    """Shell lines that run before training, such as: module load cuda."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Variables of the processes, such as NCCL_SOCKET_IFNAME."""
+    """Environment variables of the processes, such as NCCL_SOCKET_IFNAME."""
     scratch: str = ""
-    """Folder on each node's own disk: each job has its TMPDIR there, deleted when it ends; empty leaves TMPDIR as it is."""
+    """Folder on each node's own disk: each job gets a TMPDIR there, deleted when it ends; empty leaves TMPDIR as it is."""
 
 
 @dataclass
 class Estimate:
-    """What `modernenc.plan` reckons time and money with; training does not look at it."""
+    """Assumptions for the time and cost estimates of `modernenc.plan`; training ignores them."""
 
     device: str = ""
-    """One of `modernenc.estimate.DEVICES`; empty leaves out hours and whether memory suffices."""
+    """One of `modernenc.planning.devices.DEVICES`; empty omits hours and the check of memory."""
     mfu: float = 0.25
-    """Share of the device's bf16 peak that training reaches: ModernBERT's 245.6 hours on 8 H100 were 0.26."""
+    """Model FLOP utilization: the fraction of the device's bf16 peak that training reaches. ModernBERT-base took 245.6 hours on
+    8 H100, which is 0.26."""
     tokens_per_s: float = 0
-    """Tokens a second on one device, measured: it takes the place of `device` and `mfu` where it is not 0."""
-    price: float = 0
-    """Of one device for an hour, in any currency."""
+    """Measured tokens a second on one device; if it is not 0, it replaces `device` and `mfu`."""
+    price_per_hour: float = 0
+    """Price of one device for an hour, in any currency."""
 
 
 @dataclass
 class Run:
     """One reproducible training."""
 
-    recipe: str = MISSING
+    recipe: str = field(default=MISSING, metadata=_IDENTITY)
     """Name of the recipe; set by `+recipe=NAME`."""
-    run_dir: str = MISSING
+    run_dir: str = field(default=MISSING, metadata=_IDENTITY)
     """Folder that the run writes."""
-    branch_from: str = ""
-    """Checkpoint of another run to go on from, set by `+from=CKPT`; empty starts afresh."""
-    rehearse: str = ""
-    """Corpus to rehearse the recipe on, cut down to minutes on a laptop by `modernenc.rehearsal`; empty trains it."""
-    rollbacks: int = 0
-    """How many times the run went back to a checkpoint; counted by `modernenc.resume`."""
+    branch_from: str = field(default="", metadata=_IDENTITY)
+    """Checkpoint of another run to branch from, set by `+from=CKPT`; empty starts from the beginning."""
+    smoke_test: str = ""
+    """Corpus on which to try the recipe, scaled down to minutes on a laptop (`modernenc.planning.smoke_test`); empty trains it in
+    full."""
+    rollbacks: int = field(default=0, metadata=_IDENTITY)
+    """Number of times the run went back to a checkpoint; counted by `modernenc.resume`."""
     seed: int = MISSING
     """Seed of initialisation, data order, masks and dropout."""
     backbone: Any = MISSING
-    """`_target_`: a backbone class, and its arguments. `vocab_size` 0 means that of the corpus's tokenizer, up to the next
+    """`_target_`, a backbone class, and its arguments. `vocab_size` 0 means the size of the corpus's tokenizer, rounded up to a
     multiple of 64."""
     optim: Any = MISSING
-    """`_target_`: a function of `modernenc.optim`, and its arguments; `lr` and `weight_decay` among them."""
+    """`_target_`, a function of `modernenc.model.optim`, and its arguments, among them `lr` and `weight_decay`."""
     clip_grad_norm: float = 0
-    """Largest norm of a step's gradient, which is scaled down to it; 0 means no limit."""
+    """Largest norm of a step's gradient; a larger gradient is scaled down to it. 0 means no limit."""
     init: Init = field(default_factory=Init)
     tasks: dict[str, Task] = field(default_factory=dict)
-    """What phases may train besides masked LM, by name, as `+task@tasks.swag=multiple_choice` adds one; each has a head of its
-    own on the backbone."""
+    """Objectives besides masked LM, by name, such as `+task@tasks.swag=multiple_choice` adds one; each has its own head on the
+    backbone."""
     phases: dict[str, Phase] = MISSING
-    """The curriculum, in the order written."""
+    """The curriculum, in order."""
     data: Data = field(default_factory=Data)
-    trainer: Trainer = field(default_factory=Trainer)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    validation: Validation = field(default_factory=Validation)
-    watch: Watch = field(default_factory=Watch)
-    logger: Logger = field(default_factory=Logger)
-    cluster: Cluster = field(default_factory=Cluster)
-    estimate: Estimate = field(default_factory=Estimate)
+    trainer: Trainer = field(default_factory=Trainer, metadata=_RESUMABLE)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint, metadata=_RESUMABLE)
+    validation: Validation = field(default_factory=Validation, metadata=_RESUMABLE)
+    watch: Watch = field(default_factory=Watch, metadata=_RESUMABLE)
+    logger: Logger = field(default_factory=Logger, metadata=_RESUMABLE)
+    cluster: Cluster = field(default_factory=Cluster, metadata=_RESUMABLE)
+    estimate: Estimate = field(default_factory=Estimate, metadata=_RESUMABLE)
+
+
+def is_resumable(key: str) -> bool:
+    """Return whether a resume may change the setting with this dotted key."""
+    return _is_marked(key, "resumable")
+
+
+def is_identity(key: str) -> bool:
+    """Return whether the program itself sets this dotted key."""
+    return _is_marked(key, "identity")
+
+
+def resumable_keys() -> list[str]:
+    """Return the keys, or groups of keys, that a resume may change."""
+    return [key for key in _marked_keys(Run, "") if not key.startswith("data.from_corpus")]
+
+
+def _is_marked(key: str, mark: str) -> bool:
+    schema: Any = Run
+    for part in key.split("."):
+        if not is_dataclass(schema):
+            schema = get_args(schema)[1] if len(get_args(schema)) == 2 else None  # a dict of `schema` by name
+            continue
+        described = next((one for one in fields(schema) if one.name == part), None)
+        if described is None:
+            return False
+        if described.metadata.get(mark):
+            return True
+        schema = get_type_hints(schema)[part]
+    return False
+
+
+def _marked_keys(schema: Any, prefix: str) -> Iterator[str]:
+    for one in fields(schema):
+        hint = get_type_hints(schema)[one.name]
+        within = get_args(hint)[-1] if get_args(hint) else hint
+        name = f"{prefix}{one.name}" + (".NAME" if within is not hint and is_dataclass(within) else "")
+        if one.metadata.get("resumable"):
+            yield f"{name}.*" if is_dataclass(within) else name
+        elif is_dataclass(within):
+            yield from _marked_keys(within, f"{name}.")
 
 
 def register() -> None:
@@ -305,26 +367,45 @@ def register() -> None:
 
 
 def plain(run: Run) -> dict[str, Any]:
-    """A run as plain values."""
+    """Return a run's configuration as plain values."""
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(run)))
 
 
+def from_plain(values: Any, run_dir: str = "") -> Run:
+    """Return the run that plain values describe, in another folder if `run_dir` is given."""
+    merged = OmegaConf.merge(OmegaConf.structured(Run), values, {"run_dir": run_dir} if run_dir else {})
+    return cast(Run, OmegaConf.to_object(merged))
+
+
+def changed(run: Run, overrides: list[str]) -> Run:
+    """Return a copy of the run with `KEY=VALUE` settings changed."""
+    merged = OmegaConf.structured(run)
+    for key, value in assigned(overrides):
+        change = OmegaConf.create()
+        OmegaConf.update(change, key, value)
+        merged = OmegaConf.merge(merged, change)
+    return cast(Run, OmegaConf.to_object(merged))
+
+
+def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield each key at which two plain configurations differ, with the old and the new value; None means absent."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in {**old, **new}:
+            yield from differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    elif old != new:
+        yield key, old, new
+
+
 def save(run: Run) -> None:
-    """Write the resolved configuration, whole or not at all."""
+    """Write the resolved configuration into the run folder, whole or not at all."""
     path = Path(run.run_dir) / CONFIG
-    OmegaConf.save(OmegaConf.structured(run), unfinished(path))
-    unfinished(path).replace(path)
-
-
-def unfinished(path: Path) -> Path:
-    """Where a file is written before it has its name: beside it, and no other process writes there."""
-    return path.with_name(f"{path.name}.{os.getpid()}{UNFINISHED}")
+    OmegaConf.save(OmegaConf.structured(run), partial_path(path))
+    partial_path(path).replace(path)
 
 
 def load(run_dir: Path) -> Run:
-    """The configuration that a run was started with; FileNotFoundError when the folder holds none."""
+    """Return the configuration that a run was started with; FileNotFoundError if the folder holds none."""
     path = run_dir / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{run_dir} holds no run: {CONFIG} is missing; give a folder that modernenc.train made")
-    merged = OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.load(path))
-    return cast(Run, OmegaConf.to_object(merged))
+    return from_plain(OmegaConf.load(path))

@@ -8,102 +8,74 @@ objective, masked LM or a task of multiple choice, in a cycle that a phase repea
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
 from modernenc.config import Phase, Run, Task
+from modernenc.schedules import LR_CURVES
 
-
-def constant(progress: float, final: float) -> float:
-    """1 throughout."""
-    return 1.0
-
-
-def linear(progress: float, final: float) -> float:
-    """`1 - (1 - final) progress`."""
-    return 1 - (1 - final) * progress
-
-
-def cosine(progress: float, final: float) -> float:
-    """`final + (1 - final) (1 + cos(pi progress)) / 2`: Loshchilov and Hutter 2016, arXiv:1608.03983, equation 5."""
-    return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def one_minus_sqrt(progress: float, final: float) -> float:
-    """`final + (1 - final) (1 - sqrt(progress))`: Hägele et al. 2024, arXiv:2405.18392, section 3."""
-    return final + (1 - final) * (1 - math.sqrt(progress))
-
-
-LR_CURVES: dict[str, Callable[[float, float], float]] = {
-    "constant": constant,
-    "linear": linear,
-    "cosine": cosine,
-    "one_minus_sqrt": one_minus_sqrt,
-}
-"""Factor on the phase's peak learning rate, by progress in [0, 1] from the end of its warmup to its own end, and by its final
-factor."""
 EQUAL = ("steps", "tokens")
-"""What levels of a batch-size ramp may have the same number of."""
+"""Units in which the stages of a batch-size ramp may have equal lengths."""
 MASKED_LM = "masked_lm"
 """The objective that reads text; the others are tasks."""
 CHOICES = 4
-"""Endings of an item of multiple choice, each of which takes a row."""
+"""Endings of a multiple-choice item, each of which takes a row."""
 
 
 @dataclass(frozen=True)
-class Level:
-    """A stretch of steps of the same batch: one ramp level of one phase."""
+class Stage:
+    """Consecutive steps with the same batch: one stage of a phase's batch-size ramp, or the phase itself without a ramp."""
 
     phase: str
     batch_rows: int
     seq_len: int
     cycle: tuple[str, ...]
-    """Objectives of successive steps, over and over."""
+    """Objectives of successive steps, repeated."""
     sizes: tuple[int, ...]
     """Row capacity of each step of the cycle."""
     steps: int
     first_step: int
     first_tokens: int
     before: Counter[str]
-    """Steps of each objective before this level."""
+    """Steps of each objective before this stage."""
 
     @property
     def end_tokens(self) -> int:
-        """Tokens seen when the level is over."""
+        """Tokens seen at the end of the stage."""
         return self.first_tokens + self.tokens_in(self.steps)
 
     @property
     def last_step_tokens(self) -> int:
-        """Row capacity of its last step."""
+        """Row capacity of the last step of the stage."""
         return self.sizes[(self.steps - 1) % len(self.sizes)]
 
     def tokens_in(self, steps: int) -> int:
-        """Row capacity of its first so many steps."""
+        """Return the row capacity of the first `steps` steps of the stage."""
         cycles, rest = divmod(steps, len(self.sizes))
         return cycles * sum(self.sizes) + sum(self.sizes[:rest])
 
     def steps_in(self, tokens: int) -> int:
-        """Whole steps in its first so many tokens: the inverse."""
+        """Return the number of whole steps in the first `tokens` tokens of the stage: the inverse of `tokens_in`."""
         cycles, rest = divmod(tokens, sum(self.sizes))
         return cycles * len(self.sizes) + bisect_right(list(accumulate(self.sizes)), rest)
 
-    def steps_training(self, objective: str, steps: int) -> int:
-        """How many of its first so many steps train an objective."""
+    def steps_of(self, objective: str, steps: int) -> int:
+        """Return how many of the first `steps` steps of the stage train an objective."""
         cycles, rest = divmod(steps, len(self.cycle))
         return cycles * self.cycle.count(objective) + self.cycle[:rest].count(objective)
 
 
 @dataclass(frozen=True)
-class Point:
-    """All that the curriculum says about the step that starts at `tokens_seen`."""
+class StepSpec:
+    """All that the curriculum prescribes for the step that starts at `tokens_seen`."""
 
     tokens_seen: int
     step: int
     phase: str
     objective: str
-    """What the step trains."""
+    """Objective that the step trains."""
     step_tokens: int
     """Row capacity of the step."""
     first_row: int
@@ -119,7 +91,7 @@ class Point:
     seq_len: int
     mask_ratio: float
     backbone: dict[str, Any]
-    """Attributes of the backbone set by this phase or, unless it says otherwise, by those before it."""
+    """Attributes of the backbone as set by this phase or, if it does not set them, by an earlier one."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +103,7 @@ class Curriculum:
 
     phases: dict[str, Phase]
     tasks: dict[str, Task] = field(default_factory=dict)
-    levels: tuple[Level, ...] = field(init=False)
+    stages: tuple[Stage, ...] = field(init=False)
     _backbone: dict[str, dict[str, Any]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -140,111 +112,109 @@ class Curriculum:
         for name, phase in self.phases.items():
             _check(name, phase)
         _check_tasks(self.phases, self.tasks)
-        object.__setattr__(self, "levels", tuple(_levels(self.phases, self.tasks)))
+        object.__setattr__(self, "stages", tuple(_stages(self.phases, self.tasks)))
         attributes = accumulate((phase.backbone for phase in self.phases.values()), lambda before, new: {**before, **new})
         object.__setattr__(self, "_backbone", dict(zip(self.phases, attributes, strict=True)))
 
     @classmethod
     def of(cls, run: Run) -> "Curriculum":
-        """That of a run."""
+        """Return the curriculum of a run."""
         return cls(run.phases, run.tasks)
 
     @property
     def total_tokens(self) -> int:
-        """Tokens seen when the last phase is over."""
-        return self.levels[-1].end_tokens
+        """Tokens seen at the end of the last phase."""
+        return self.stages[-1].end_tokens
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole curriculum."""
-        return self.levels[-1].first_step + self.levels[-1].steps
+        return self.stages[-1].first_step + self.stages[-1].steps
 
-    def levels_of(self, phase: str) -> list[Level]:
-        """The ramp levels of one phase; a single one without a ramp."""
-        return [level for level in self.levels if level.phase == phase]
+    def stages_of(self, phase: str) -> list[Stage]:
+        """Return the stages of one phase; a single one without a ramp."""
+        return [stage for stage in self.stages if stage.phase == phase]
 
     def start_of(self, phase: str) -> int:
-        """Tokens seen when `phase` starts."""
-        return self.levels_of(phase)[0].first_tokens
+        """Return the tokens seen when `phase` starts."""
+        return self.stages_of(phase)[0].first_tokens
 
     def end_of(self, phase: str) -> int:
-        """Tokens seen when `phase` is over."""
-        return self.levels_of(phase)[-1].end_tokens
+        """Return the tokens seen when `phase` ends."""
+        return self.stages_of(phase)[-1].end_tokens
 
-    def at(self, tokens_seen: int) -> Point:
-        """What holds for the step that starts at, or is under way at, `tokens_seen` in [0, total_tokens]."""
-        index = bisect_right(self.levels, tokens_seen, key=lambda level: level.first_tokens) - 1
-        level = self.levels[index]
-        phase = self.phases[level.phase]
-        step = level.steps_in(tokens_seen - level.first_tokens)
-        objective = level.cycle[step % len(level.cycle)]
+    def at(self, tokens_seen: int) -> StepSpec:
+        """Return what is prescribed for the step that `tokens_seen`, in [0, total_tokens], falls into."""
+        index = bisect_right(self.stages, tokens_seen, key=lambda stage: stage.first_tokens) - 1
+        stage = self.stages[index]
+        phase = self.phases[stage.phase]
+        step = stage.steps_in(tokens_seen - stage.first_tokens)
+        objective = stage.cycle[step % len(stage.cycle)]
         task = self.tasks.get(objective)
         peak_lr = phase.lr * (task.lr_factor if task else 1)
-        return Point(
+        return StepSpec(
             tokens_seen=tokens_seen,
-            step=level.first_step + step,
-            phase=level.phase,
+            step=stage.first_step + step,
+            phase=stage.phase,
             objective=objective,
-            step_tokens=level.sizes[step % len(level.sizes)],
-            first_row=self._rows_before(level) + level.steps_training(MASKED_LM, step) * level.batch_rows,
-            first_item=(level.before[objective] + level.steps_training(objective, step)) * task.batch_items if task else 0,
-            lr=peak_lr * _lr_factor(phase, tokens_seen - self.start_of(level.phase)),
+            step_tokens=stage.sizes[step % len(stage.sizes)],
+            first_row=self._rows_before(stage) + stage.steps_of(MASKED_LM, step) * stage.batch_rows,
+            first_item=(stage.before[objective] + stage.steps_of(objective, step)) * task.batch_items if task else 0,
+            lr=peak_lr * _lr_factor(phase, tokens_seen - self.start_of(stage.phase)),
             peak_lr=peak_lr,
             weight_decay=phase.weight_decay,
-            batch_rows=level.batch_rows,
-            seq_len=level.seq_len,
+            batch_rows=stage.batch_rows,
+            seq_len=stage.seq_len,
             mask_ratio=phase.mask_ratio,
-            backbone=self._backbone[level.phase],
+            backbone=self._backbone[stage.phase],
         )
 
-    def steps(self, tokens_seen: int = 0) -> Iterator[Point]:
-        """Each optimizer step from the one that starts at `tokens_seen` to the last."""
+    def steps(self, tokens_seen: int = 0) -> Iterator[StepSpec]:
+        """Yield each optimizer step from the one that starts at `tokens_seen` to the last."""
         while tokens_seen < self.total_tokens:
-            point = self.at(tokens_seen)
-            yield point
-            tokens_seen += point.step_tokens
+            spec = self.at(tokens_seen)
+            yield spec
+            tokens_seen += spec.step_tokens
 
     def steps_by_objective(self, phase: str) -> dict[str, int]:
-        """How many steps of a phase train what."""
-        levels = self.levels_of(phase)
-        return {
-            name: sum(level.steps_training(name, level.steps) for level in levels) for name in dict.fromkeys(levels[0].cycle)
-        }
+        """Return how many steps of a phase train each objective."""
+        stages = self.stages_of(phase)
+        return {name: sum(stage.steps_of(name, stage.steps) for stage in stages) for name in dict.fromkeys(stages[0].cycle)}
 
-    def text_of(self, phase: str) -> int:
-        """Row capacity of a phase's steps of masked LM."""
-        levels = self.levels_of(phase)
-        return sum(level.steps_training(MASKED_LM, level.steps) * level.batch_rows * level.seq_len for level in levels)
+    def text_tokens(self, phase: str) -> int:
+        """Return the row capacity of a phase's masked-LM steps."""
+        stages = self.stages_of(phase)
+        return sum(stage.steps_of(MASKED_LM, stage.steps) * stage.batch_rows * stage.seq_len for stage in stages)
 
-    def _rows_before(self, level: Level) -> int:
-        """Rows of text of its phase before a level."""
-        earlier = (other for other in self.levels_of(level.phase) if other.first_step < level.first_step)
-        return sum(other.steps_training(MASKED_LM, other.steps) * other.batch_rows for other in earlier)
+    def _rows_before(self, stage: Stage) -> int:
+        """Return the rows of text in the phase before a stage."""
+        earlier = (other for other in self.stages_of(stage.phase) if other.first_step < stage.first_step)
+        return sum(other.steps_of(MASKED_LM, other.steps) * other.batch_rows for other in earlier)
 
 
 def objectives_of(phase: Phase) -> dict[str, int]:
-    """What a phase trains, and in how many steps of a cycle."""
+    """Return the objectives that a phase trains, each with its steps in one cycle."""
     return {name: steps for name, steps in phase.objectives.items() if steps} or {MASKED_LM: 1}
 
 
 def reads_text(phase: Phase) -> bool:
-    """Whether masked LM is among what it trains."""
+    """Return whether masked LM is among the objectives of a phase."""
     return MASKED_LM in objectives_of(phase)
 
 
-def tokens_of_cycle(phase: Phase, tasks: dict[str, Task]) -> dict[str, int]:
-    """Row capacity that each objective has of a cycle of full steps."""
+def cycle_tokens(phase: Phase, tasks: dict[str, Task]) -> dict[str, int]:
+    """Return the row capacity of each objective in one cycle of full steps."""
     sizes = {name: task.batch_items * CHOICES * task.seq_len for name, task in tasks.items()}
     return {name: steps * sizes.get(name, phase.batch_rows * phase.seq_len) for name, steps in objectives_of(phase).items()}
 
 
-def items_at_once(task: Task, micro_batch_tokens: int) -> int:
-    """Items of one forward pass, whose choices have so much row capacity; at least one."""
+def items_per_micro_batch(task: Task, micro_batch_tokens: int) -> int:
+    """Return how many items fit into the row capacity of one forward pass; at least one."""
     return max(1, micro_batch_tokens // (CHOICES * task.seq_len))
 
 
-def cycle_of(phase: Phase) -> list[str]:
-    """The objectives of successive steps: at each, the one that lags its share the most."""
+def objective_cycle(phase: Phase) -> list[str]:
+    """Return the objectives of successive steps in a cycle: at each step the one that lags most behind its proportion."""
     wanted = objectives_of(phase)
     total = sum(wanted.values())
     done = dict.fromkeys(wanted, 0)
@@ -256,7 +226,7 @@ def cycle_of(phase: Phase) -> list[str]:
 
 
 def _lr_factor(phase: Phase, tokens: int) -> float:
-    """Share of the phase's peak learning rate, `tokens` after its start."""
+    """Return the factor on the phase's peak learning rate, `tokens` after the phase's start."""
     warmup = phase.warmup_tokens
     if tokens < warmup:
         return phase.first_lr_factor + (1 - phase.first_lr_factor) * tokens / warmup
@@ -264,40 +234,40 @@ def _lr_factor(phase: Phase, tokens: int) -> float:
     return LR_CURVES[phase.lr_curve](progress, phase.final_lr_factor)
 
 
-def _levels(phases: dict[str, Phase], tasks: dict[str, Task]) -> Iterator[Level]:
+def _stages(phases: dict[str, Phase], tasks: dict[str, Task]) -> Iterator[Stage]:
     step = tokens = 0
     before: Counter[str] = Counter()
     for name, phase in phases.items():
         start = tokens
-        cycle = cycle_of(phase)
+        cycle = objective_cycle(phase)
         for batch_rows, budget in _budgets(phase):
-            capacity = tokens_of_cycle(replace(phase, batch_rows=batch_rows), tasks)
+            capacity = cycle_tokens(replace(phase, batch_rows=batch_rows), tasks)
             sizes = [capacity[objective] // cycle.count(objective) for objective in cycle]
-            endless = Level(name, batch_rows, phase.seq_len, tuple(cycle), tuple(sizes), 0, step, tokens, Counter(before))
-            # The clock may already be past this level's budget: a level of the ramp then has no step at all.
+            endless = Stage(name, batch_rows, phase.seq_len, tuple(cycle), tuple(sizes), 0, step, tokens, Counter(before))
+            # The clock may be past this stage's budget already, and then the stage has no step at all.
             left = math.ceil(start + budget) - tokens
             steps = endless.steps_in(left - 1) + 1 if left > 0 else 0
             if steps:
                 yield replace(endless, steps=steps)
-            before.update({objective: endless.steps_training(objective, steps) for objective in set(cycle)})
+            before.update({objective: endless.steps_of(objective, steps) for objective in set(cycle)})
             step += steps
             tokens += endless.tokens_in(steps)
             cycle = cycle[steps % len(cycle) :] + cycle[: steps % len(cycle)]
 
 
 def _budgets(phase: Phase) -> Iterator[tuple[int, float]]:
-    """Rows of each level and the tokens of the phase at its end."""
+    """Yield the rows of each stage, with the tokens of the phase at the stage's end."""
     ramp = phase.ramp
     if ramp.tokens:
         rows = range(ramp.start_rows, phase.batch_rows, ramp.step_rows)
-        weights = [1 if ramp.equal == "tokens" else level for level in rows]
-        for level, seen in zip(rows, accumulate(weights), strict=True):
-            yield level, ramp.tokens * seen / sum(weights)
+        weights = [1 if ramp.equal == "tokens" else stage for stage in rows]
+        for stage, seen in zip(rows, accumulate(weights), strict=True):
+            yield stage, ramp.tokens * seen / sum(weights)
     yield phase.batch_rows, phase.tokens
 
 
 def _check(name: str, phase: Phase) -> None:
-    """Raise ValueError for the first value of the phase that cannot be obeyed."""
+    """Raise ValueError for the first value of a phase with which it cannot be trained."""
     ramp = phase.ramp
 
     def require(holds: bool, key: str, value: object, expected: str) -> None:
@@ -312,21 +282,21 @@ def _check(name: str, phase: Phase) -> None:
         require(steps >= 0, f"objectives.{objective}", steps, "a number of steps, 0 or more")
     if reads_text(phase):
         require(phase.batch_rows >= 1, "batch_rows", phase.batch_rows, "at least 1 row")
-        require(any(phase.mix.values()), "mix", phase.mix, "at least one source with a share, such as {wiki: 1}")
+        require(any(phase.mix.values()), "mix", phase.mix, "at least one source with a proportion, such as {wiki: 1}")
     else:
-        why = f"since no step trains {MASKED_LM}"
+        why = f"because no step trains {MASKED_LM}"
         require(phase.batch_rows == 0, "batch_rows", phase.batch_rows, f"0, {why}")
         require(not any(phase.mix.values()), "mix", phase.mix, f"{{}}, {why}")
         require(not ramp.tokens, "ramp.tokens", ramp.tokens, f"0, {why}")
     require(phase.lr > 0, "lr", phase.lr, "a positive learning rate")
     require(phase.lr_curve in LR_CURVES, "lr_curve", phase.lr_curve, f"one of {', '.join(LR_CURVES)}")
     require(0 <= phase.warmup_tokens <= phase.tokens, "warmup_tokens", phase.warmup_tokens, "at most the phase's tokens")
-    require(0 <= phase.first_lr_factor <= 1, "first_lr_factor", phase.first_lr_factor, "a share in [0, 1]")
-    require(0 <= phase.final_lr_factor <= 1, "final_lr_factor", phase.final_lr_factor, "a share in [0, 1]")
+    require(0 <= phase.first_lr_factor <= 1, "first_lr_factor", phase.first_lr_factor, "a fraction in [0, 1]")
+    require(0 <= phase.final_lr_factor <= 1, "final_lr_factor", phase.final_lr_factor, "a fraction in [0, 1]")
     require(phase.weight_decay >= 0, "weight_decay", phase.weight_decay, "0 or more")
-    require(0 < phase.mask_ratio < 1, "mask_ratio", phase.mask_ratio, "a share in (0, 1)")
+    require(0 < phase.mask_ratio < 1, "mask_ratio", phase.mask_ratio, "a fraction in (0, 1)")
     for source, share in phase.mix.items():
-        require(share >= 0, f"mix.{source}", share, "a share, or 0 to leave the source out")
+        require(share >= 0, f"mix.{source}", share, "a proportion, or 0 to leave the source out")
     if ramp.tokens:
         require(0 < ramp.tokens < phase.tokens, "ramp.tokens", ramp.tokens, f"less than the phase's {phase.tokens:.0f}")
         require(

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modernenc.averaging import KINDS, average
 from modernenc.cli import one_line_errors
+from modernenc.run_folder.averaging import KINDS, average
 
 TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest logit or to 1."""
@@ -47,9 +47,10 @@ def export(paths: Sequence[Path], out: Path, average_by: str | None = None) -> f
 
     from transformers import AutoModelForMaskedLM
 
-    from modernenc import checkpoints
     from modernenc.data.blocks import Corpus
-    from modernenc.model import locate, masked_lm_of
+    from modernenc.model.load import masked_lm_of
+    from modernenc.run_folder import checkpoints
+    from modernenc.run_folder.load import locate
 
     found = []
     for path in paths:
@@ -59,8 +60,8 @@ def export(paths: Sequence[Path], out: Path, average_by: str | None = None) -> f
         found.append((run, checkpoint))
     run, checkpoint = found[0]
     corpus = Corpus.of(run.data)
-    content = average([path for _, path in found], average_by) if average_by else checkpoints.read(checkpoint)
-    objective = masked_lm_of(run, content)
+    trained = average([path for _, path in found], average_by) if average_by else checkpoints.read(checkpoint)
+    objective = masked_lm_of(run, trained)
     roles = corpus.roles
     model = objective.backbone.hugging_face_model(
         pad_token_id=roles.pad, cls_token_id=roles.cls, sep_token_id=roles.sep, bos_token_id=roles.cls, eos_token_id=roles.sep

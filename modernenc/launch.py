@@ -1,7 +1,7 @@
 """Train under SLURM: `python -m modernenc.launch +recipe=NAME +cluster=NAME [KEY=VALUE ...] [--dry-run]`.
 
-Makes the run folder, writes `job.sh` into it and submits it; --dry-run prints it and writes nothing. The job signals the run
-ahead of its time limit; the run saves at the next step, the job is queued again, and goes on: one chain until it is done.
+It creates the run folder, writes `job.sh` into it and submits it; --dry-run prints the script and writes nothing. SLURM signals
+the run ahead of its time limit; the run saves after its step, and the job requeues itself and resumes, until the run is done.
 """
 
 import shlex
@@ -13,41 +13,41 @@ from pathlib import Path
 from modernenc.cli import given
 from modernenc.cli import run as run_cli
 from modernenc.config import Run, register
+from modernenc.planning.checks import check_run, check_settings
+from modernenc.planning.resolve import resolve
 
 JOB = "job.sh"
 _DRY_RUN = "--dry-run"
 
 
 def main() -> None:
-    """Submit what the command line says, or print it."""
+    """Submit the job that the command line describes, or print it."""
     dry = _DRY_RUN in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != _DRY_RUN]
     register()
     run_cli(Run, ("recipe", "cluster"), "launch", show if dry else submit)
 
 
-def show(run: Run) -> None:
+def show(config: Run) -> None:
     """Print the script, after the checks that need no data."""
-    from modernenc.checks import check_settings
-
-    _place(run)
+    run = _placed(resolve(config))
     check_settings(run)
     print(script(run), end="")
 
 
-def submit(run: Run) -> None:
-    """Make the run folder and queue the job; FileNotFoundError without SLURM, ValueError for what cannot run."""
+def submit(config: Run) -> None:
+    """Create the run folder and submit the job; FileNotFoundError without SLURM, ValueError for a run that cannot train."""
     if shutil.which("sbatch") is None:
-        raise FileNotFoundError(f"sbatch is not here: run this where jobs are submitted, or look at the script with {_DRY_RUN}")
-    from modernenc.checks import check_run
-
-    _place(run)
+        raise FileNotFoundError(
+            f"sbatch is not on this machine: run this where jobs are submitted, or see the script with {_DRY_RUN}"
+        )
+    run = _placed(resolve(config))
     curriculum, corpus = check_run(run)
     run.data.root = str(corpus.store)
+    from modernenc.planning.tables import plan_text  # torch takes seconds to import
+    from modernenc.run_folder.create import create
 
-    from modernenc.fit import start
-
-    start(run, curriculum, numbered=not given("run_dir"))
+    create(run, plan_text(run, curriculum), numbered=not given("run_dir"))
     path = Path(run.run_dir) / JOB
     path.write_text(script(run))
     result = subprocess.run(["sbatch", "--parsable", path], capture_output=True, text=True, check=False)
@@ -57,7 +57,7 @@ def submit(run: Run) -> None:
 
 
 def script(run: Run) -> str:
-    """The job as a shell script."""
+    """Return the job as a shell script."""
     cluster, run_dir = run.cluster, run.run_dir
     options = [
         f"--job-name={run.recipe}",
@@ -84,7 +84,7 @@ trap 'srun --ntasks-per-node=1 rm -rf "$TMPDIR"' EXIT
     return f"""#!/bin/bash
 {chr(10).join(f"#SBATCH {option}" for option in options)}
 
-# Trains {run_dir} to its end, from wherever it stands: queued again each time the limit comes near.
+# Trains {run_dir} to its end from its newest checkpoint, and is requeued each time the limit comes near.
 run={shlex.quote(run_dir)}
 
 {chr(10).join(cluster.setup)}
@@ -97,12 +97,12 @@ cancelled=no
 trap 'cancelled=yes' TERM
 echo "job $SLURM_JOB_ID, start $((${{SLURM_RESTART_COUNT:-0}} + 1)), on $SLURM_JOB_NODELIST"
 
-# Ranks end within moments of each other; --kill-on-bad-exit would cut down those that are still ending.
+# Ranks end within moments of each other; --kill-on-bad-exit would kill those that are still ending.
 srun --wait=120 --cpus-per-task="$SLURM_CPUS_PER_TASK" {shlex.quote(sys.executable)} -m modernenc.resume "$run" &
 step=$!
 wait "$step"
 status=$?
-if [ "$cancelled" = yes ]; then  # bash stopped waiting to note it: the run is saving
+if [ "$cancelled" = yes ]; then  # bash stopped waiting in order to handle the signal; the run is saving
     wait "$step"
     echo "job $SLURM_JOB_ID was cancelled; what it saved is in $run/checkpoints; go on with: sbatch $run/{JOB}"
 elif [ "$status" -eq 75 ]; then  # saved at a step boundary, ahead of the time limit
@@ -117,10 +117,11 @@ exit "$status"
 """
 
 
-def _place(run: Run) -> None:
+def _placed(run: Run) -> Run:
     """Give the run the cluster's processes, and a folder that a job finds from anywhere."""
     run.run_dir = str(Path(run.run_dir).resolve())
     run.trainer.devices, run.trainer.num_nodes = run.cluster.tasks_per_node, run.cluster.nodes
+    return run
 
 
 if __name__ == "__main__":

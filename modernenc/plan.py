@@ -1,327 +1,38 @@
 """Print what a recipe will do, from the object that trains it: `python -m modernenc.plan +recipe=NAME [KEY=VALUE ...]`.
 
---png FILE draws its curves, --json prints all figures for programs, --against NAME the differences to another recipe.
-`estimate.device=h100 estimate.price=2.5` adds hours and cost; so does --measure, which trains some steps of each phase here.
+--png FILE draws its curves, --json prints all numbers for programs, --against NAME the differences from another recipe.
+`estimate.device=h100 estimate.price_per_hour=2.5` adds hours and cost; so does --measure, which trains some steps of each phase
+on this machine.
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
-from io import StringIO
 from pathlib import Path
-from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
-from modernenc import estimate
-from modernenc.cli import recipe
 from modernenc.cli import run as run_cli
-from modernenc.config import Phase, Run, plain, register
-from modernenc.curriculum import MASKED_LM, Curriculum, reads_text
-from modernenc.data.blocks import VALIDATION, Corpus
-from modernenc.metrics import standard_error
-from modernenc.sizes import corpus_of, in_windows
-
-_WIDTH = 100
+from modernenc.config import Run, register
+from modernenc.planning.checks import check_settings
+from modernenc.planning.resolve import resolve
 
 
 def main() -> None:
-    """Print what the command line asks for; the data need not be there yet."""
+    """Print what the command line requests; the data need not exist yet."""
     parser = argparse.ArgumentParser(prog="python -m modernenc.plan", add_help=False, allow_abbrev=False)
     parser.add_argument("--png", type=Path)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--against", default="")
-    asked, sys.argv[1:] = parser.parse_known_args()  # the rest is Hydra's
+    options, sys.argv[1:] = parser.parse_known_args()  # the rest is Hydra's
+
+    def job(config: Run) -> None:
+        run = resolve(config)
+        check_settings(run)
+        from modernenc.planning.show import show  # torch takes seconds to import
+
+        show(run, options.png, options.json, options.measure, options.against)
+
     register()
-    run_cli(Run, ("recipe",), "train", lambda config: show(config, asked))
-
-
-def show(config: Run, asked: argparse.Namespace) -> None:
-    """Check all that training would, but for the hardware, and print the plan."""
-    from modernenc.checks import check_backbone, check_optim, check_settings
-
-    check_settings(config)
-    check_backbone(config)
-    check_optim(config)
-    corpus = corpus_of(config.data)
-    notes = _opened(config, corpus) if corpus else _unopened(config)
-    curriculum = check_settings(config)  # phases that a branch's checkpoint has done are its now
-    if asked.png:
-        from modernenc.plots import draw_curriculum
-
-        draw_curriculum(config, curriculum).savefig(asked.png, dpi=110)
-    if asked.against:
-        return print(_compared(config, asked.against))
-    planned = figures(config, curriculum, corpus, estimate.measure(config) if asked.measure else None)
-    planned["warnings"] = [*notes, *planned["warnings"]]
-    print(json.dumps(planned, indent=1) if asked.json else f"{text(config, curriculum)}\n{_estimates(config, planned)}")
-
-
-def _opened(run: Run, corpus: Corpus) -> list[str]:
-    """Open what the run would open, with the errors that it would have; notes on what it would begin with."""
-    from modernenc.branch import branched
-    from modernenc.checks import check_init, check_run
-    from modernenc.data.loader import open_mixes
-
-    check_run(run)
-    open_mixes(run, corpus)
-    if run.branch_from:
-        branched(run, corpus)
-        return []
-    return check_init(run, corpus)
-
-
-def _unopened(run: Run) -> list[str]:
-    """What a plan without a corpus leaves out; the weights to begin with are looked at when they are there."""
-    from modernenc.initialization import check_source, read_source
-
-    notes = [f"data.root={run.data.root}: there is no corpus yet; {run.data.hint}"]
-    if run.branch_from:
-        notes.append(f"+from={run.branch_from}: not looked at without the corpus")
-    elif run.init.source and not Path(run.init.source).exists():
-        notes.append(f"init.source={run.init.source}: there is nothing yet; a run needs it")
-    elif run.init.source:
-        notes += check_source(read_source(Path(run.init.source), run), run)
-    return notes
-
-
-def figures(
-    run: Run, curriculum: Curriculum, corpus: Corpus | None, measured: dict[str, float] | None = None
-) -> dict[str, Any]:
-    """The plan as plain values: FLOPs, bytes, tokens, steps, hours, in the currency of `estimate.price`."""
-    hours = estimate.hours(run, curriculum, corpus, measured or {})
-    phases = {}
-    for name, phase in run.phases.items():
-        tokens = curriculum.end_of(name) - curriculum.start_of(name)
-        memory = estimate.memory(run, phase, corpus)
-        phases[name] = {
-            "tokens": tokens,
-            "steps": sum(level.steps for level in curriculum.levels_of(name)),
-            "flops": tokens * estimate.flops(run, phase, corpus),
-            "memory": {**asdict(memory), "total": memory.total},
-            "hours": hours.get(name),
-        }
-    parameters, states = estimate.parameters(run)
-    ranks = run.trainer.devices * run.trainer.num_nodes
-    return {
-        "recipe": run.recipe,
-        "parameters": parameters,
-        "tokens": curriculum.total_tokens,
-        "steps": curriculum.total_steps,
-        "flops": sum(phase["flops"] for phase in phases.values()),
-        "checkpoint_bytes": 4 * (parameters + states),
-        "hours": sum(hours.values()) if hours else None,
-        "device_hours": sum(hours.values()) * ranks if hours else None,
-        "cost": sum(hours.values()) * ranks * run.estimate.price if hours and run.estimate.price else None,
-        "phases": phases,
-        "warnings": list(estimate.warnings(run, curriculum, corpus)),
-    }
-
-
-def _estimates(run: Run, planned: dict[str, Any]) -> str:
-    """What it takes, as plain text."""
-    out = StringIO()
-    console = Console(file=out, width=_WIDTH)
-    table = Table(title="what it takes, on each device (memory: at the most)", title_justify="left")
-    table.add_column("")
-    for name in planned["phases"]:
-        table.add_column(name, justify="right", overflow="fold")
-
-    def row(title: str, value: Callable[[dict[str, Any]], str]) -> None:
-        table.add_row(title, *(value(phase) for phase in planned["phases"].values()))
-
-    row("matrix-product FLOPs", lambda phase: f"{phase['flops']:.3g}")
-    row("weights and gradients", lambda phase: _bytes(phase["memory"]["weights"] + phase["memory"]["gradients"]))
-    row("optimizer", lambda phase: _bytes(phase["memory"]["optimizer"]))
-    row("activations, a micro-batch", lambda phase: _bytes(phase["memory"]["activations"]))
-    row("memory", lambda phase: _bytes(phase["memory"]["total"]))
-    if planned["hours"]:
-        row("hours", lambda phase: f"{phase['hours']:,.3g}")
-    console.print(table)
-    total = f"{planned['flops']:.3g} FLOPs"
-    if planned["hours"]:
-        total += f", {planned['hours']:,.3g} hours, {planned['device_hours']:,.3g} device hours"
-    if planned["cost"]:
-        total += f", at {run.estimate.price:g} each {planned['cost']:,.0f}"
-    console.print(f"in all {total}")
-    for warning in planned["warnings"]:
-        console.print(f"note: {warning}", soft_wrap=True)
-    return out.getvalue().rstrip()
-
-
-def _compared(run: Run, name: str) -> str:
-    """The settings in which another recipe differs, and what both come to."""
-    from modernenc.branch import differences
-    from modernenc.checks import check_settings
-
-    other = recipe(name)
-    table = Table(title=f"{run.recipe} and {name}", title_justify="left")
-    for column in ("", run.recipe, name):
-        table.add_column(column, overflow="fold")
-    totals = [figures(one, check_settings(one), corpus_of(one.data)) for one in (run, other)]
-    for key in ("parameters", "tokens", "steps"):
-        table.add_row(key, *(f"{total[key]:,}" for total in totals))
-    table.add_row("FLOPs", *(f"{total['flops']:.3g}" for total in totals))
-    if all(total["hours"] for total in totals):
-        table.add_row("hours", *(f"{total['hours']:,.3g}" for total in totals))
-    table.add_section()
-    for key, here, there in differences(plain(run), plain(other)):
-        if not key.startswith(("run_dir", "recipe", "data.hint")):
-            table.add_row(key, *("-" if value is None else str(value) for value in (here, there)))
-    out = StringIO()
-    Console(file=out, width=_WIDTH).print(table)
-    return out.getvalue().rstrip()
-
-
-def text(run: Run, curriculum: Curriculum) -> str:
-    """The plan as plain text."""
-    out = StringIO()
-    console = Console(file=out, width=_WIDTH)
-    parameters, states = estimate.parameters(run)
-    checkpoint_bytes = 4 * (parameters + states)
-    console.print(f"recipe {run.recipe}: {parameters:,} parameters, {curriculum.total_tokens:,} tokens, "
-                  f"{curriculum.total_steps:,} optimizer steps")  # fmt: skip
-    corpus = corpus_of(run.data)
-    console.print(_sizes(run, corpus) + "\n")
-    console.print(_phases(run, curriculum, corpus))
-    console.print(_mixes(run, curriculum, corpus))
-    console.print(_checkpoints(run, curriculum, checkpoint_bytes))
-    if corpus:
-        console.print(_validation(run, curriculum, corpus))
-    return out.getvalue().rstrip()
-
-
-def _phases(run: Run, curriculum: Curriculum, corpus: Corpus | None) -> Table:
-    table = Table(title="phases", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("")
-    for name in run.phases:
-        table.add_column(name, justify="right", overflow="fold")
-
-    def row(title: str, value: Callable[[str, Phase], str]) -> None:
-        table.add_row(title, *(value(name, phase) for name, phase in run.phases.items()))
-
-    row("tokens", lambda name, _: f"{curriculum.end_of(name) - curriculum.start_of(name):,}")
-    row("ends at token", lambda name, _: f"{curriculum.end_of(name):,}")
-    row("steps", lambda name, _: f"{sum(level.steps for level in curriculum.levels_of(name)):,}")
-    row("learning rate", lambda name, _: _lr(curriculum, name))
-    row("curve", lambda _, phase: phase.lr_curve)
-    row("warmup tokens", lambda _, phase: f"{phase.warmup_tokens:,.0f}")
-    row("weight decay", lambda _, phase: f"{phase.weight_decay:g}")
-    row("row length", lambda _, phase: f"{phase.seq_len:,}")
-    row("rows x steps", lambda name, _: "\n".join(
-        f"{level.batch_rows:,} x {steps:,}" for level in curriculum.levels_of(name)
-        if (steps := level.steps_training(MASKED_LM, level.steps))) or "-")  # fmt: skip
-    row("tokens a step", lambda _, phase: f"{phase.batch_rows * phase.seq_len:,}" if reads_text(phase) else "-")
-    for task, settings in run.tasks.items():
-        steps = {name: curriculum.steps_by_objective(name).get(task, 0) for name in run.phases}
-        row(f"{task}: items x steps", lambda name, _, settings=settings, steps=steps: (
-            f"{settings.batch_items:,} x {steps[name]:,}" if steps[name] else "-"))  # fmt: skip
-    row("mask ratio", lambda _, phase: f"{phase.mask_ratio:g}")
-    attributes = [{**run.backbone, **curriculum.at(curriculum.start_of(name)).backbone} for name in run.phases]
-    for key in sorted({key for phase in run.phases.values() for key in phase.backbone}):
-        table.add_row(key, *(f"{values[key]:g}" for values in attributes))
-    block = corpus.block_tokens if corpus else 0
-    row("drawn, not trained on", lambda _, phase: f"<= {in_windows(run, phase, block):,}")
-    return table
-
-
-def _lr(curriculum: Curriculum, phase: str) -> str:
-    """First, peak and last learning rate."""
-    last = curriculum.levels_of(phase)[-1]
-    first = curriculum.at(curriculum.start_of(phase))
-    end = curriculum.at(last.end_tokens - last.last_step_tokens)
-    steps = [first.lr, first.peak_lr, end.lr]
-    return " -> ".join(f"{lr:.3g}" for number, lr in enumerate(steps) if number == 0 or lr != steps[number - 1])
-
-
-def _sizes(run: Run, corpus: Corpus | None) -> str:
-    """Lanes, rows and vocabulary, and where they are from."""
-    data, vocabulary = run.data, run.backbone["vocab_size"]
-    where = "from the corpus" if corpus else f"assumed, until {data.root} is prepared"
-    taken = f" ({', '.join(data.from_corpus)}: {where})" if data.from_corpus else ""
-    return f"{data.lanes:,} lanes of {data.window_rows:,} rows, a vocabulary of {vocabulary:,}{taken}"
-
-
-def _mixes(run: Run, curriculum: Curriculum, corpus: Corpus | None) -> Table:
-    from modernenc.data import choices  # with torch
-
-    state = " and passes over what the corpus holds" if corpus else f" ({run.data.root} is not prepared yet)"
-    title = f"mix, by tokens{state}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("source", overflow="fold")
-    for name in run.phases:
-        table.add_column(name, justify="right")
-    for source in dict.fromkeys(source for phase in run.phases.values() for source, share in phase.mix.items() if share):
-        cells = []
-        for name, phase in run.phases.items():
-            share = phase.mix.get(source, 0) / (sum(phase.mix.values()) or 1)
-            tokens = share * curriculum.text_of(name)
-            held = sum(corpus.counts(path)["tokens"] for path in corpus.slices({source: 1})) if corpus else 0
-            cells.append((f"{share:.1%}" + (f" ({tokens / held:.2f} passes)" if held else "")) if share else "-")
-        table.add_row(source, *cells)
-    for task, settings in run.tasks.items():
-        items = {name: curriculum.steps_by_objective(name).get(task, 0) * settings.batch_items for name in run.phases}
-        held = len(choices.read(Path(settings.train), "")) if Path(settings.train).is_file() else 0
-        shown = {name: f"{drawn:,} items" + (f" ({drawn / held:.2f} passes)" if held else "") for name, drawn in items.items()}
-        table.add_row(task, *(shown[name] if items[name] else "-" for name in run.phases))
-    return table
-
-
-def _checkpoints(run: Run, curriculum: Curriculum, size: int) -> Table:
-    table = Table(title="checkpoints", title_justify="left")
-    for column in ("each", "at boundaries", "between, written", "between, kept", "disk at most"):
-        table.add_column(column, justify="right")
-    every = run.checkpoint.every_tokens
-    between = int(curriculum.total_tokens // every) if every else 0
-    by_time = f" and every {run.checkpoint.every_minutes:g} min" if run.checkpoint.every_minutes else ""
-    table.add_row(
-        _bytes(size),
-        str(len(run.phases)),
-        f"{between}{by_time}",
-        str(run.checkpoint.keep_last),
-        # One more is written before the oldest goes.
-        _bytes(size * (len(run.phases) + run.checkpoint.keep_last + 1)),
-    )
-    return table
-
-
-def _validation(run: Run, curriculum: Curriculum, corpus: Corpus) -> Table:
-    """How much is held out, how sure that makes the validation loss, and what validating costs."""
-    from modernenc.validation import settings_of, sources_of  # with torch
-
-    table = Table(title="validation, tokens of each source", title_justify="left", caption_justify="left")
-    for column in ("", "held out", "read each time", "standard error of the loss at 15 %"):
-        table.add_column(column, justify="right" if column else "left", overflow="fold")
-    read = 0
-    for source in sources_of(run):
-        held_out = corpus.sources[source][VALIDATION]["tokens"]
-        used = min(held_out, run.validation.tokens_per_source)
-        read += used
-        table.add_row(source, f"{held_out:,}", f"{used:,}", f"about {standard_error(used):.3f} nat")
-    every, times, tokens = int(run.validation.every_tokens), 0, 0
-    for name in run.phases:
-        start, end = curriculum.start_of(name), curriculum.end_of(name)
-        here = 1 + ((end - 1) // every - start // every if every else 0)
-        times += here
-        tokens += here * read * len(settings_of(run, name))
-    share = tokens / 3 / curriculum.total_tokens  # a forward pass is a third of a training step
-    table.caption = (
-        f"{times:,} times, at each length and mask ratio: {tokens:,} tokens, about {share:.1%} of the training's time"
-    )
-    return table
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:,.1f} GB"
+    run_cli(Run, ("recipe",), "train", job)
 
 
 if __name__ == "__main__":

@@ -29,13 +29,13 @@ _hook.__enter__()
 
 from modernenc.config import CONF_DIR, Run, register  # noqa: E402
 from modernenc.data.choices import COLUMNS  # noqa: E402
-from modernenc.sizes import settle_sizes  # noqa: E402
+from modernenc.planning.sizes import choose_sizes  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
 _ANY_BACKBONE = [
-    "data.lanes=4", "data.window_rows=8", "data.workers=0", "trainer.micro_batch_tokens=256",
+    "data.lanes=4", "data.buffer_rows=8", "data.workers=0", "trainer.micro_batch_tokens=256",
     "backbone.hidden_size=32", "backbone.intermediate_size=48", "backbone.num_hidden_layers=3", "backbone.vocab_size=512",
     "phases.stable.tokens=6000", "phases.stable.seq_len=64", "phases.stable.warmup_tokens=1000",
     "phases.stable.ramp.tokens=1500", "phases.extend.tokens=3000", "phases.extend.seq_len=128",
@@ -80,7 +80,7 @@ def composed(overrides: list[str], config_name: str = "train") -> Run:
     OmegaConf.resolve(cfg)
     run = cast(Run, OmegaConf.to_object(cfg))
     if config_name == "train":
-        settle_sizes(run)
+        choose_sizes(run)
     return run
 
 

@@ -80,7 +80,7 @@ class Written:
         return result
 
 
-def text_of(rng: random.Random, lines: bool = False) -> str:
+def text_tokens(rng: random.Random, lines: bool = False) -> str:
     """A text; of one line where lines are documents."""
     words = [rng.choice(WORDS) for _ in range(rng.choice([1, 3, 20, 60]) if rng.random() < 0.999 else 5000)]
     text = "".join(
@@ -100,9 +100,9 @@ def write(folder: Path, count: int, seed: int = 1, files: int = 6) -> Written:
         for _ in range(number):
             lines = source == "lines"
             again = rng.random() < 0.05 and pool
-            text = rng.choice(pool) if again else text_of(rng, lines)
+            text = rng.choice(pool) if again else text_tokens(rng, lines)
             if lines and ("\n" in text or "\r" in text):
-                text = text_of(rng, lines)
+                text = text_tokens(rng, lines)
             if text.strip():
                 made.append(text)
                 pool.append(text)

@@ -22,7 +22,7 @@ from data_prep.build import block_size, build
 from data_prep.config import Roles, Source
 from data_prep.config import Tokenizer as TokenizerSettings
 from data_prep.inputs import inputs_of, reader_of
-from modernenc.metrics import standard_error, tokens_for
+from modernenc.evaluation.standard_error import standard_error, tokens_for
 
 
 def manifest(root: Path, source: str = "a") -> dict:

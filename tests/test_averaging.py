@@ -9,11 +9,11 @@ import torch
 from conftest import command
 from test_training import FINAL, train
 
-from modernenc.averaging import KINDS, average
-from modernenc.checkpoints import read
 from modernenc.compare import compare
 from modernenc.export import TOLERANCE, export
-from modernenc.metrics import ALL, Table
+from modernenc.run_folder.averaging import KINDS, average
+from modernenc.run_folder.checkpoints import read
+from modernenc.run_folder.tables import ALL, Table
 
 
 @pytest.mark.parametrize("kind", KINDS)

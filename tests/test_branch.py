@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SMALL, command, composed
+from modernenc.training.branch import ABANDONED
 from test_training import FINAL, same, train
 
-from modernenc import checkpoints
-from modernenc.branch import ABANDONED
-from modernenc.checkpoints import read
 from modernenc.compare import compare
 from modernenc.config import load
-from modernenc.lineage import read as read_lineage
-from modernenc.metrics import Table
 from modernenc.resume import resume, rollback
+from modernenc.run_folder import checkpoints
+from modernenc.run_folder.checkpoints import read
+from modernenc.run_folder.lineage import read as read_lineage
+from modernenc.run_folder.tables import Table
 from modernenc.train import main as train_main
 
 
@@ -247,13 +247,14 @@ def test_a_branch_under_the_same_settings_is_the_same_run(finished, small_run, t
         ("phases.stable.batch_rows=16", r"phases.stable: up to [\d,]+ tokens, .* keep tokens, rows and ramps up to there"),
         ("phases.stable.mix.code=9", r"phases.stable.mix.code=9.*, but 3.* in the checkpoint"),
         ("backbone.num_hidden_layers=2", "backbone.num_hidden_layers=2, but 3 in the checkpoint"),
-        ("optim._target_=modernenc.optim.adamw", "optim._target_"),
+        ("optim._target_=modernenc.model.optim.adamw", "optim._target_"),
         ("seed=1", "seed=1, but 17 in the checkpoint"),
     ],
 )
 def test_what_was_trained_cannot_change(finished, small_run, tmp_path, change, message):
-    from modernenc.branch import fork
-    from modernenc.checks import Corpus
+    from modernenc.training.branch import fork
+
+    from modernenc.planning.checks import Corpus
 
     run = small_run(f"run_dir={tmp_path / 'branch'}")
     node, _, value = change.partition("=")

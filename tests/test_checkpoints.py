@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modernenc.checkpoints import Share, check, manifest_of, newest, prune, read, sweep, write
+from modernenc.run_folder.checkpoints import Share, check, manifest_of, newest, prune, read, sweep, write
 
 
 def save(run_dir: Path, name: str, tokens: int) -> Path:

@@ -17,7 +17,7 @@ from modernenc.backbones import ema
 from modernenc.backbones.attention import PATHS
 from modernenc.backbones.transfer import traced_as_on_a_gpu
 from modernenc.config import CONF_DIR
-from modernenc.model import compile_parts, masked_lm_with, recompute
+from modernenc.model.build import compile_layers, masked_lm_with, recompute
 
 BATCHES = [[320], [128, 100, 28, 64], [20, 300], [64] * 6, [31, 33, 256], [5] * 90]
 """The first has as many tokens as its document, which means nothing."""
@@ -93,7 +93,7 @@ def compare(name: str, every: int, device: str) -> tuple[int, float]:
     with traced_as_on_a_gpu():
         expected = outcomes(model, device)
         recompute(model.backbone, every)
-        compile_parts(model.backbone)
+        compile_layers(model.backbone)
         ours = outcomes(model, device)
     pairs = zip(ours, expected, strict=True)
     return counters["stats"]["unique_graphs"], max(float((one - other).norm() / other.norm()) for one, other in pairs)

@@ -23,11 +23,11 @@ def base() -> Curriculum:
 
 def test_base_has_the_published_step_counts():
     curriculum = base()
-    levels = curriculum.levels_of("stable")
-    assert [level.batch_rows for level in levels] == [768, 1536, 2304, 3072, 3840, 4608]
-    assert all(abs(level.steps - 4238) <= 1 for level in levels[:-1])
-    assert curriculum.levels_of("decay")[0].steps == 10_597
-    assert curriculum.levels_of("extend")[0].steps == math.ceil((1_969e9 - levels[-1].end_tokens) / (576 * 8192))
+    stages = curriculum.stages_of("stable")
+    assert [stage.batch_rows for stage in stages] == [768, 1536, 2304, 3072, 3840, 4608]
+    assert all(abs(stage.steps - 4238) <= 1 for stage in stages[:-1])
+    assert curriculum.stages_of("decay")[0].steps == 10_597
+    assert curriculum.stages_of("extend")[0].steps == math.ceil((1_969e9 - stages[-1].end_tokens) / (576 * 8192))
 
 
 def test_base_curves_equal_independent_arithmetic():
@@ -75,7 +75,7 @@ def test_an_infinite_schedule_is_phases_that_cool_stay_and_warm_up_again():
         "again": phase(warmup_tokens=10_000, first_lr_factor=0.5, lr_curve="cosine", final_lr_factor=0.5),
         "anneal": phase(lr=0.5, lr_curve="linear"),
     })  # fmt: skip
-    learning_rates = [point.lr for point in curriculum.steps()]
+    learning_rates = [spec.lr for spec in curriculum.steps()]
     assert learning_rates[0] == 0 and max(learning_rates) == 1
     jumps = [abs(after - before) for before, after in pairwise(learning_rates)]
     assert max(jumps) <= 0.1 + 1e-9  # a step of the first warmup: nothing jumps at the boundaries
@@ -84,10 +84,10 @@ def test_an_infinite_schedule_is_phases_that_cool_stay_and_warm_up_again():
 def test_a_ramp_has_levels_of_equal_steps_or_of_equal_tokens():
     by_steps = Curriculum({"a": phase(tokens=1_000_000, batch_rows=40, ramp=Ramp(600_000, 10, 10, "steps"))})
     by_tokens = Curriculum({"a": phase(tokens=1_000_000, batch_rows=40, ramp=Ramp(600_000, 10, 10, "tokens"))})
-    assert [level.steps for level in by_steps.levels] == [100, 100, 100, 100]
-    assert [level.steps for level in by_tokens.levels] == [200, 100, 67, 100]
+    assert [stage.steps for stage in by_steps.stages] == [100, 100, 100, 100]
+    assert [stage.steps for stage in by_tokens.stages] == [200, 100, 67, 100]
     for curriculum in (by_steps, by_tokens):
-        assert [level.batch_rows for level in curriculum.levels] == [10, 20, 30, 40]
+        assert [stage.batch_rows for stage in curriculum.stages] == [10, 20, 30, 40]
 
 
 def test_steps_walk_the_curriculum_without_gap_or_overlap():
@@ -95,13 +95,13 @@ def test_steps_walk_the_curriculum_without_gap_or_overlap():
         "a": phase(ramp=Ramp(tokens=33_333, start_rows=3, step_rows=4)),
         "b": phase(seq_len=333, batch_rows=7, lr_curve="one_minus_sqrt"),
     })  # fmt: skip
-    points = list(curriculum.steps())
+    specs = list(curriculum.steps())
     tokens = 0
-    for number, point in enumerate(points):
-        assert (point.tokens_seen, point.step) == (tokens, number)
-        tokens += point.step_tokens
+    for number, spec in enumerate(specs):
+        assert (spec.tokens_seen, spec.step) == (tokens, number)
+        tokens += spec.step_tokens
     assert tokens == curriculum.total_tokens
-    assert len(points) == curriculum.total_steps
+    assert len(specs) == curriculum.total_steps
 
 
 def test_a_phase_ends_at_the_first_step_boundary_at_or_past_its_budget():

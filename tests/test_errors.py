@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import ROOT, SMALL, command, composed
 
-from modernenc.checks import check_run
+from modernenc.planning.checks import check_run
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from modernenc.checks import check_run
         "modernenc.resume",
         "modernenc.export",
         "modernenc.compare",
-        "modernenc.remaining",
+        "modernenc.eta",
         "modernenc.report",
         "modernenc.bench",
         "modernenc.launch",
@@ -58,7 +58,10 @@ CASES = {
     "an unknown key of a phase that is added": (["+phases.decay.ramp.foo=3"], r"phases.decay.ramp.foo: unknown key; there"),
     "no heads": (["backbone.num_attention_heads=0"], r"backbone: ModernBERT cannot be built with these settings: "),
     "half an optimizer": (["optim.betas=[0.9]"], r"optim: muon cannot be built with these settings: "),
-    "no such optimizer": (["optim._target_=modernenc.optim.nothing"], r"optim._target_=modernenc.optim.nothing: there is no"),
+    "no such optimizer": (
+        ["optim._target_=modernenc.model.optim.nothing"],
+        r"optim._target_=modernenc.model.optim.nothing: there is no",
+    ),
     "a negative seed": (["seed=-1"], r"seed=-1: expected a number from 0"),
     "no learning rate": (["optim.lr=0", "phases.stable.lr=1", "phases.extend.lr=1", "phases.decay.lr=1"], r"optim.lr=0: exp"),
     "a theta in words": (["phases.extend.backbone.global_rope_theta=abc"], r"global_rope_theta=abc: expected a number"),

@@ -12,12 +12,13 @@ from test_training import FINAL, train
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from modernenc import estimate, optim
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.data.loader import DataState, Steps
-from modernenc.model import build_objectives, recompute
+from modernenc.model import optim
+from modernenc.model.build import build_objectives, recompute
+from modernenc.planning import estimate
 
 
 @pytest.mark.parametrize("name", ["demo", "demo_mega"])
@@ -75,7 +76,7 @@ def test_a_plan_is_printed_for_programs_drawn_and_compared(tmp_path):
 def peak(run: Run, corpus: Corpus) -> int:
     """Bytes that torch holds at the most in an optimizer step, the second one."""
     objective = build_objectives(run)
-    recompute(objective.backbone, run.trainer.recompute_every)
+    recompute(objective.backbone, run.trainer.activation_checkpointing_every)
     optimizers = optim.build(objective, run.optim)
     steps = iter(Steps(run, Curriculum(run.phases), corpus, 0, 1, DataState()))
 
@@ -104,19 +105,19 @@ def peak(run: Run, corpus: Corpus) -> int:
 @pytest.mark.parametrize(
     ("recipe", "settings"),
     [
-        ("demo", ["trainer.recompute_every=0"]),
-        ("demo", ["trainer.recompute_every=1"]),
-        ("demo", ["trainer.recompute_every=2"]),
+        ("demo", ["trainer.activation_checkpointing_every=0"]),
+        ("demo", ["trainer.activation_checkpointing_every=1"]),
+        ("demo", ["trainer.activation_checkpointing_every=2"]),
         ("demo", ["trainer.precision=32-true"]),
         ("demo", ["phases.stable.seq_len=1_024", "phases.stable.batch_rows=8"]),
-        ("demo_mega", ["trainer.recompute_every=0"]),
-        ("demo_mega", ["trainer.recompute_every=1"]),
+        ("demo_mega", ["trainer.activation_checkpointing_every=0"]),
+        ("demo_mega", ["trainer.activation_checkpointing_every=1"]),
     ],
 )
 def test_memory_is_as_planned(corpus_root, recipe, settings):
     """At the demo's own widths; what libraries keep for themselves is not counted."""
     overrides = [
-        f"+recipe={recipe}", f"data.root={corpus_root}", "data.workers=0", "data.window_rows=16", "phases.stable.batch_rows=32",
+        f"+recipe={recipe}", f"data.root={corpus_root}", "data.workers=0", "data.buffer_rows=16", "phases.stable.batch_rows=32",
             "backbone.vocab_size=8_192",
         "phases.stable.mix={code: 3, docstrings: 2, reference: 1, prose: 0}", "trainer.micro_batch_tokens=8_192", *settings,
     ]  # fmt: skip
@@ -144,10 +145,10 @@ def test_what_is_left_of_a_run_is_told_under_its_own_and_under_changed_settings(
     folder = train(run)
     curriculum = Curriculum(run.phases)
     boundary = folder / "checkpoints" / "end-of-stable.ckpt"
-    left = command("modernenc.remaining", str(boundary)).stdout
-    steps = curriculum.total_steps - sum(level.steps for level in curriculum.levels_of("stable"))
+    left = command("modernenc.eta", str(boundary)).stdout
+    steps = curriculum.total_steps - sum(stage.steps for stage in curriculum.stages_of("stable"))
     assert f"{curriculum.total_tokens - curriculum.end_of('stable'):,}" in left and f" {steps} " in left
-    longer = command("modernenc.remaining", str(boundary), "phases.decay.tokens=6000")
+    longer = command("modernenc.eta", str(boundary), "phases.decay.tokens=6000")
     grown = Curriculum({**run.phases, "decay": replace(run.phases["decay"], tokens=6000)})
     assert f"{grown.total_tokens - grown.end_of('stable'):,}" in longer.stdout, longer.stderr
-    assert "│ all    │      0 │     0 │" in command("modernenc.remaining", str(folder)).stdout
+    assert "│ all    │      0 │     0 │" in command("modernenc.eta", str(folder)).stdout

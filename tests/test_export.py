@@ -11,10 +11,11 @@ import transformers
 from tokenizers import Tokenizer
 
 from modernenc.backbones.modernbert import ModernBERT
-from modernenc.checks import check_run
 from modernenc.export import TOLERANCE, compare, export, hugging_face_names
-from modernenc.fit import fit, start
 from modernenc.objectives.masked_lm import MaskedLM
+from modernenc.planning.checks import check_run
+from modernenc.run_folder.create import start
+from modernenc.training.fit import fit
 
 
 def trained(run) -> Path:

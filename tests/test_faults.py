@@ -15,9 +15,9 @@ import pytest
 from conftest import SMALL, composed
 from test_training import FINAL, same, train
 
-from modernenc import checkpoints
-from modernenc.checkpoints import newest
 from modernenc.resume import resume
+from modernenc.run_folder import checkpoints
+from modernenc.run_folder.checkpoints import newest
 
 HALF = 6000
 """Tokens of the run that are done."""

@@ -6,7 +6,7 @@ import xxhash
 from conftest import SMALL, SMALL_MEGA, composed
 
 from modernenc.backbones.initial import truncated_normal_
-from modernenc.model import build_objectives, weights_of
+from modernenc.model.build import build_objectives, weights_of
 
 GOLDEN = {"demo": "26cfa1516f393a49", "demo_mega": "6f5aa237ec34f42b"}
 """Hashes of all weights of masked LM and of multiple choice over either backbone, at seed 17."""

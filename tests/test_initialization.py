@@ -15,16 +15,25 @@ from tokenizers import Tokenizer
 
 from modernenc.backbones.mega import Mega
 from modernenc.backbones.modernbert import ModernBERT
-from modernenc.checks import check_init, check_run
 from modernenc.config import Init
 from modernenc.config_json import settings_of
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
+from modernenc.evaluation.validation import Validator
 from modernenc.export import export
-from modernenc.initialization import begin_at_unigrams, initialise, layer_map, made_of, tiled, transferred
-from modernenc.metrics import Table
-from modernenc.model import build_objectives, load_masked_lm, masked_lm_with, weights_of
-from modernenc.validation import Validator
+from modernenc.model.build import build_objectives, masked_lm_with, weights_of
+from modernenc.model.initialization import (
+    init_decoder_bias_from_unigrams,
+    initialise,
+    map_layers,
+    spell_with,
+    tiled,
+    transferred,
+)
+from modernenc.model.load import load_masked_lm
+from modernenc.planning.checks import check_run
+from modernenc.planning.model_checks import check_init
+from modernenc.run_folder.tables import Table
 
 BASE_TO_LARGE = [0, 1, 2, 2, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12, 13, 13, 14, 15, 16, 16, 17, 18, 19, 20, 20, 21]
 """As ModernBERT's own code has it."""
@@ -67,8 +76,8 @@ def test_a_run_may_begin_with_the_frequencies_of_tokens(small_run, recipe):
     validator = Validator(run, Curriculum.of(run), corpus)
     model = build_objectives(run).masked_lm
     for when in ("random", "unigram"):
-        losses[when] = {score.source: score.loss for score in validator.first_scores(model)}
-        begin_at_unigrams(model, run, corpus)
+        losses[when] = {score.source: score.loss for score in validator.scores_at_reference(model)}
+        init_decoder_bias_from_unigrams(model, run, corpus)
     for source in corpus.sources:  # data_prep counted all of the text, each source by its size
         assert abs(losses["unigram"][source] - corpus.sources[source]["validation"]["unigram_nats"]) < 0.25
         assert losses["random"][source] > losses["unigram"][source] + 0.3
@@ -111,11 +120,11 @@ def test_both_dialects_of_modernbert_say_the_same():
 
 
 def test_layers_are_spread_as_published_or_by_what_they_attend_to():
-    assert layer_map(KINDS[:22], KINDS[:28], "spread") == BASE_TO_LARGE
-    by_kind = layer_map(KINDS[:22], KINDS[:28], "by_kind")
-    assert [KINDS[layer] for layer in by_kind] == KINDS[:28]
-    assert max(abs(layer - index * 22 / 28) for index, layer in enumerate(by_kind)) <= 2
-    assert layer_map(["mega"] * 4, ["mega"] * 4, "by_kind") == [0, 1, 2, 3]
+    assert map_layers(KINDS[:22], KINDS[:28], "by_depth") == BASE_TO_LARGE
+    by_type = map_layers(KINDS[:22], KINDS[:28], "by_type")
+    assert [KINDS[layer] for layer in by_type] == KINDS[:28]
+    assert max(abs(layer - index * 22 / 28) for index, layer in enumerate(by_type)) <= 2
+    assert map_layers(["mega"] * 4, ["mega"] * 4, "by_type") == [0, 1, 2, 3]
 
 
 def test_a_tensor_is_repeated_around_its_centre():
@@ -128,12 +137,12 @@ def test_a_tensor_is_repeated_around_its_centre():
 def test_a_wider_and_deeper_backbone_holds_the_smaller_one(small_run, tmp_path):
     folder = train(small_run(f"run_dir={tmp_path / 'source'}"))
     source = load_masked_lm(small_run(), folder / FINAL)
-    run = small_run(*WIDER, f"init.source={folder / FINAL}", "init.layers=by_kind")
+    run = small_run(*WIDER, f"init.source={folder / FINAL}", "init.layer_mapping=by_type")
     large, small = filled(run), weights_of(source)
     assert torch.equal(
         large["backbone.embeddings.tok_embeddings.weight"][:, 8:40], small["backbone.embeddings.tok_embeddings.weight"]
     )
-    for layer, origin in enumerate(layer_map(KINDS[:3], KINDS[:5], "by_kind")):
+    for layer, origin in enumerate(map_layers(KINDS[:3], KINDS[:5], "by_type")):
         there, here = f"backbone.layers.{origin}.", f"backbone.layers.{layer}."
         ours = large[here + "attn.Wqkv.weight"].view(3, 48, 48)[:, 8:40, 8:40]
         assert torch.equal(ours, small[there + "attn.Wqkv.weight"].view(3, 32, 32))
@@ -149,7 +158,7 @@ def test_under_another_tokenizer_a_token_is_what_it_is_written_with(corpus_root,
     new = train_tokenizer(["the quick brown fox jumps over the lazy dog; import os, import sys, return None"] * 9, 400)
     old = Tokenizer.from_file(str(corpus_root / "tokenizer.json"))
     rows = torch.randn(512, 8)
-    parts = made_of(old, new)
+    parts = spell_with(old, new)
     carried = transferred(rows, parts, 450)
     shared = set(old.get_vocab()) & set(new.get_vocab())
     assert len(shared) > 250  # bytes and special tokens at least
@@ -196,8 +205,8 @@ def test_what_cannot_be_begun_with_is_named(small_run, tmp_path):
         _, corpus = check_run(run)
         with pytest.raises((ValueError, FileNotFoundError), match=said):
             check_init(run, corpus)
-    with pytest.raises(ValueError, match=r"init\.layers=random: expected one of spread, by_kind"):
-        check_run(small_run(source, "init.layers=random"))
+    with pytest.raises(ValueError, match=r"init\.layers=random: expected one of spread, by_type"):
+        check_run(small_run(source, "init.layer_mapping=random"))
 
 
 KEYS = {

@@ -14,15 +14,15 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, task
 
-from modernenc.checkpoints import read
-from modernenc.checks import check_run
 from modernenc.data.loader import DataState, Steps
-from modernenc.metrics import Table
+from modernenc.planning.checks import check_run
+from modernenc.run_folder.checkpoints import read
+from modernenc.run_folder.tables import Table
 
 KILLS = int(os.environ.get("MODERNENC_KILLS", "20"))
 """How many times; 60 and more for the long form."""
 LONGER = [
-    "phases.stable.tokens=60000", "phases.extend.tokens=40000", "phases.decay.tokens=40000", "data.window_rows=16",
+    "phases.stable.tokens=60000", "phases.extend.tokens=40000", "phases.decay.tokens=40000", "data.buffer_rows=16",
     "checkpoint.every_tokens=4000", "validation.every_tokens=6000", "logger.every_steps=3",
     "backbone.attention_out_dropout=0.1",
 ]  # fmt: skip
@@ -90,7 +90,7 @@ def test_killed_anywhere_ends_with_the_same_weights(small_run, corpus_root, item
     assert min(len(numbers) for numbers in windows.values()) >= 3
 
     rng = np.random.default_rng(20)
-    boundaries = [curriculum.levels_of(phase)[0].first_step for phase in ("extend", "decay")]
+    boundaries = [curriculum.stages_of(phase)[0].first_step for phase in ("extend", "decay")]
     moments = [(int(step), PLACES[number % len(PLACES)]) for number, step in
                enumerate(sorted(rng.integers(3, curriculum.total_steps - 12, KILLS - 2)))]  # fmt: skip
     moments = sorted([*moments, *((step, "phase") for step in boundaries)])

@@ -5,12 +5,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from modernenc.checks import check_run
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.data.lanes import BlockOrder, Lane, LaneState, Mix
 from modernenc.data.loader import DataState, Steps, merge
 from modernenc.data.store import Store
+from modernenc.planning.checks import check_run
 
 
 @pytest.mark.parametrize(
@@ -41,11 +41,11 @@ def test_spans_differ_by_at_most_one_block_and_passes_differ_in_order():
     assert passes[0] != passes[1] != passes[2]
 
 
-def lanes_of(corpus_root, lanes=4, mix=None, window_rows=8, seq_len=64):
+def lanes_of(corpus_root, lanes=4, mix=None, buffer_rows=8, seq_len=64):
     corpus = Corpus(Store(str(corpus_root)))
     shares = Mix(corpus, mix or {"code": 3, "docstrings": 2, "reference": 1}, lanes, seed=1)
     states = [LaneState(tokens=shares.head_start(lane)) for lane in range(lanes)]
-    return [Lane(n, lanes, shares, seq_len, window_rows, (1, 0), state) for n, state in enumerate(states)], shares
+    return [Lane(n, lanes, shares, seq_len, buffer_rows, (1, 0), state) for n, state in enumerate(states)], shares
 
 
 def test_lanes_serve_the_declared_proportions(corpus_root):
@@ -68,7 +68,7 @@ def test_lanes_serve_the_declared_proportions(corpus_root):
 
 
 def test_lanes_begin_apart_in_the_sequence_of_sources(corpus_root):
-    lanes, shares = lanes_of(corpus_root, lanes=24, mix={"code": 3, "docstrings": 2, "reference": 1}, window_rows=1)
+    lanes, shares = lanes_of(corpus_root, lanes=24, mix={"code": 3, "docstrings": 2, "reference": 1}, buffer_rows=1)
     first = Counter(shares.most_owed(shares.head_start(number)) for number in range(len(lanes)))
     assert first == {"code/slice-000": 12, "docstrings/slice-000": 8, "reference/slice-000": 4}
 
@@ -95,7 +95,7 @@ def test_a_window_that_comes_out_otherwise_is_an_error(corpus_root):
 
 
 def test_windows_are_refilled_at_different_times(corpus_root):
-    lanes, _ = lanes_of(corpus_root, window_rows=40)
+    lanes, _ = lanes_of(corpus_root, buffer_rows=40)
     rows_of_first_window = []
     for lane in lanes:
         count = 0
@@ -133,7 +133,7 @@ def test_every_token_drawn_is_served_or_in_an_open_window(small_run):
         served = sum(account["served"].values())
         assert served + account["special"] + account["padding"] == capacity
         unserved = sum(account["drawn"].values()) - served
-        assert 0 <= unserved <= run.data.lanes * (run.data.window_rows * run.phases[name].seq_len + 256)
+        assert 0 <= unserved <= run.data.lanes * (run.data.buffer_rows * run.phases[name].seq_len + 256)
         text, special, padding = text + served, special + account["special"], padding + account["padding"]
     assert text + special == sum(step.tokens for step in steps)
     assert padding / (text + special + padding) < 0.2  # windows of 8 rows; see the test of windows of 512

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from test_errors import small
 
-from modernenc import ranks
+from modernenc.training import ranks
 
 TASK = {
     "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_PROCID": "0",
@@ -65,7 +65,7 @@ def test_what_a_launcher_leaves_out_or_says_wrongly_is_named(launched_by, case):
 def test_a_process_that_is_alone_trains_alone(launched_by, alone):
     """In a shell of `srun --pty` or salloc too."""
     launched_by(alone)
-    assert ranks.is_first()
+    assert ranks.is_rank_zero()
     assert ranks.environment(1, 1).global_rank() == 0
     assert os.environ.get("WORLD_SIZE", "1") == "1"
 
@@ -75,7 +75,7 @@ def test_tasks_of_srun_are_ranks_however_it_was_told_their_number(launched_by):
     launched_by({**TASK, "SLURM_PROCID": "1", "SLURM_LOCALID": "1"})
     found = ranks.environment(2, 1)
     assert (found.global_rank(), found.local_rank(), found.world_size(), found.main_address) == (1, 1, 2, "host3")
-    assert not ranks.is_first() and found.main_port == 15_007
+    assert not ranks.is_rank_zero() and found.main_port == 15_007
 
 
 def test_a_shell_of_srun_that_trains_says_so_in_one_line(corpus_root, tmp_path):

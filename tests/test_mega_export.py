@@ -15,7 +15,7 @@ from transformers import AutoModelForMaskedLM
 
 from modernenc.backbones.modeling_mega import MegaConfig, MegaForMaskedLM, MegaModel
 from modernenc.export import TOLERANCE, export
-from modernenc.model import load_masked_lm
+from modernenc.model.load import load_masked_lm
 
 CHUNK = 48
 LENGTHS = [1, CHUNK - 1, CHUNK + 1, 3 * CHUNK + 7]

@@ -111,7 +111,7 @@ def test_every_curve_is_the_published_one(recipe):
     assert len(places) > 40
     for number in sorted(places):
         seen, phase, inside, rows, chooses = steps[number]
-        point = curriculum.at(seen)
+        spec = curriculum.at(seen)
         lr = phase.lr * (phase.falls_to + (1 - phase.falls_to) * (1 - math.sqrt(inside / phase.tokens)))
         if phase.linear_to < 1:
             lr = phase.lr * (1 - (1 - phase.linear_to) * max(0, inside - phase.warmup) / (phase.tokens - phase.warmup))
@@ -124,25 +124,25 @@ def test_every_curve_is_the_published_one(recipe):
             "objective": "swag" if chooses else "masked_lm",
             "weight_decay": phase.decay,
         }
-        assert {key: getattr(point, key) for key in expected} == expected, seen
-        assert point.lr == pytest.approx(lr, rel=1e-9, abs=1e-15), seen
-        assert point.backbone.get("global_rope_theta") == (phase.theta if recipe != "adapt" else None)
-        assert point.backbone.get("local_rope_theta") == phase.local_theta
+        assert {key: getattr(spec, key) for key in expected} == expected, seen
+        assert spec.lr == pytest.approx(lr, rel=1e-9, abs=1e-15), seen
+        assert spec.backbone.get("global_rope_theta") == (phase.theta if recipe != "adapt" else None)
+        assert spec.backbone.get("local_rope_theta") == phase.local_theta
 
 
 def test_step_counts_that_were_published():
     base = Curriculum(composed(["+recipe=base"]).phases)
-    assert base.levels_of("decay")[0].steps == 10_597
-    assert all(abs(level.steps - 4_238) <= 1 for level in base.levels_of("stable")[:-1])
+    assert base.stages_of("decay")[0].steps == 10_597
+    assert all(abs(stage.steps - 4_238) <= 1 for stage in base.stages_of("stable")[:-1])
     large = Curriculum(composed(["+recipe=large"]).phases)
-    assert all(abs(level.steps - 396) <= 1 for level in large.levels_of("high")[:-1])
-    assert len(large.levels_of("high")) == 11
+    assert all(abs(stage.steps - 396) <= 1 for stage in large.stages_of("high")[:-1])
+    assert len(large.stages_of("high")) == 11
 
 
 @pytest.mark.parametrize("recipe", ["base", "large", "ettin"])
 def test_checkpoints_are_every_4000_steps_as_published(recipe):
     run = composed([f"+recipe={recipe}"])
-    level = next(
-        level for level in Curriculum(run.phases).levels if level.batch_rows == max(p.batch_rows for p in run.phases.values())
+    stage = next(
+        stage for stage in Curriculum(run.phases).stages if stage.batch_rows == max(p.batch_rows for p in run.phases.values())
     )
-    assert run.checkpoint.every_tokens == 4_000 * level.batch_rows * level.seq_len
+    assert run.checkpoint.every_tokens == 4_000 * stage.batch_rows * stage.seq_len

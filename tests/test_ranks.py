@@ -13,9 +13,9 @@ import pytest
 from conftest import ROOT, SMALL
 from test_training import metrics, same_state
 
-from modernenc.checkpoints import manifest_of, newest, read, read_manifest
-from modernenc.metrics import Table
-from modernenc.preemption import STOPPED
+from modernenc.run_folder.checkpoints import manifest_of, newest, read, read_manifest
+from modernenc.run_folder.tables import Table
+from modernenc.training.preemption import STOPPED
 
 FINAL = Path("checkpoints") / "end-of-decay.ckpt"
 EXACT = ["optim=adamw", "optim.lr=1e-3", "trainer.precision=32-true"]

@@ -30,7 +30,7 @@ def test_the_commands_run_in_order(tmp_path):
         words = shlex.split(line)
         if any(mark in line for mark in ("NAME", "DIR", "CKPT")):
             continue
-        shorter = [] if "rehearse=" in line else SHORT.get(words[2], [])
+        shorter = [] if "smoke_test=" in line else SHORT.get(words[2], [])
         result = subprocess.run(
             [sys.executable, *words[1:], *shorter], cwd=tmp_path, capture_output=True, text=True, check=False
         )

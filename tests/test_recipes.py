@@ -5,9 +5,9 @@ import resource
 import pytest
 from conftest import command, composed
 
-from modernenc.checks import check_settings
 from modernenc.config import RECIPES_DIR
-from modernenc.plan import text
+from modernenc.planning.checks import check_settings
+from modernenc.planning.tables import text
 
 RECIPES = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from conftest import composed
 
-from modernenc.checkpoints import read, tokens_seen
 from modernenc.config import CONF_DIR, RECIPES_DIR, load
 from modernenc.curriculum import Curriculum
-from modernenc.lineage import read as read_lineage
-from modernenc.metrics import Table
-from modernenc.rehearsal import cut_down
+from modernenc.planning.smoke_test import scale_down
 from modernenc.resume import rollback
+from modernenc.run_folder.checkpoints import read, tokens_seen
+from modernenc.run_folder.lineage import read as read_lineage
+from modernenc.run_folder.tables import Table
 from modernenc.train import main
 
 RECIPES = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml") if path.stem not in ("demo", "demo_mega", "own"))
@@ -21,7 +21,7 @@ SIZES = sorted(path.stem for path in (CONF_DIR / "ettin").glob("*.yaml"))
 
 
 def rehearsed(recipe: str, corpus: Path, run_dir: Path, *overrides: str) -> Path:
-    main(cut_down(composed([f"+recipe={recipe}", f"rehearse={corpus}", f"run_dir={run_dir}", *overrides])))
+    main(scale_down(composed([f"+recipe={recipe}", f"smoke_test={corpus}", f"run_dir={run_dir}", *overrides])))
     return run_dir
 
 
@@ -62,11 +62,11 @@ def test_large_leaves_its_plateau_as_its_authors_did(corpus_root, tmp_path, capl
 
 @pytest.mark.parametrize("recipe", [*RECIPES, *(f"ettin ettin={size}" for size in SIZES)])
 def test_what_shrinks_keeps_the_form_of_the_curriculum(recipe, corpus_root):
-    run = composed([*f"+recipe={recipe}".split(), f"rehearse={corpus_root}"])
-    real, small = Curriculum.of(run), Curriculum.of(cut_down(run))
+    run = composed([*f"+recipe={recipe}".split(), f"smoke_test={corpus_root}"])
+    real, small = Curriculum.of(run), Curriculum.of(scale_down(run))
     assert list(real.phases) == list(small.phases)
     for name, phase in real.phases.items():
-        assert len(small.levels_of(name)) == len(real.levels_of(name))
+        assert len(small.stages_of(name)) == len(real.stages_of(name))
         assert small.phases[name].lr == phase.lr and small.phases[name].mask_ratio == phase.mask_ratio
         assert small.at(small.start_of(name)).backbone == real.at(real.start_of(name)).backbone
         assert sum(small.phases[name].mix.values()) == pytest.approx(sum(phase.mix.values()))
@@ -79,15 +79,15 @@ def test_what_shrinks_keeps_the_form_of_the_curriculum(recipe, corpus_root):
 
 def test_a_rehearsal_begins_with_the_rehearsal_of_what_the_recipe_begins_with(corpus_root, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
-    run = composed(["+recipe=large", f"rehearse={corpus_root}"])
-    assert not cut_down(run).init.source and "begins with random weights" in caplog.text
-    base = Path("runs/rehearsals/base/latest/checkpoints/end-of-stable.ckpt")
+    run = composed(["+recipe=large", f"smoke_test={corpus_root}"])
+    assert not scale_down(run).init.source and "begins with random weights" in caplog.text
+    base = Path("runs/smoke_tests/base/latest/checkpoints/end-of-stable.ckpt")
     base.parent.mkdir(parents=True)
     base.touch()
-    assert cut_down(run).init.source == str(base)
-    assert cut_down(run).run_dir.startswith("runs/rehearsals/large/")
+    assert scale_down(run).init.source == str(base)
+    assert scale_down(run).run_dir.startswith("runs/smoke_tests/large/")
 
 
 def test_without_its_corpus_a_rehearsal_says_how_to_prepare_one(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data_prep \+corpus=demo"):
-        cut_down(composed(["+recipe=base", f"rehearse={tmp_path / 'nothing'}"]))
+        scale_down(composed(["+recipe=base", f"smoke_test={tmp_path / 'nothing'}"]))

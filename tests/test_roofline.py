@@ -10,7 +10,7 @@ from modernenc.bench.settings import register_bench
 from modernenc.bench.step import work
 from modernenc.config import Run
 from modernenc.data.masking import MicroBatch
-from modernenc.model import build_objectives
+from modernenc.model.build import build_objectives
 from modernenc.objectives.masked_lm import MaskedLM
 
 TOKENS, LENGTH = 2_048, 512

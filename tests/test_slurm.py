@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, command
 
-from modernenc.checkpoints import read
-from modernenc.metrics import Table
+from modernenc.run_folder.checkpoints import read
+from modernenc.run_folder.tables import Table
 
 FINAL = Path("checkpoints") / "end-of-decay.ckpt"
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun")

@@ -18,12 +18,12 @@ import torch
 from conftest import ROOT, SMALL, task
 from test_training import FINAL, same
 
-from modernenc.checkpoints import read
-from modernenc.checks import check_run
 from modernenc.data.choices import Choices, Item
 from modernenc.data.loader import DataState, Step, Steps
 from modernenc.data.masking import MicroBatch
 from modernenc.data.worker import StepLoader
+from modernenc.planning.checks import check_run
+from modernenc.run_folder.checkpoints import read
 
 RUN = (
     "import multiprocessing, runpy, sys; multiprocessing.set_start_method(sys.argv[1]);"
@@ -107,8 +107,8 @@ import os, resource, sys
 sys.path.insert(0, "tests")
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 from conftest import composed
-from modernenc.checkpoints import read
-from modernenc.checks import check_run
+from modernenc.run_folder.checkpoints import read
+from modernenc.planning.checks import check_run
 from modernenc.data.loader import DataState, Steps
 from modernenc.data.worker import StepLoader
 run = composed(sys.argv[1:])

@@ -8,11 +8,11 @@ import pytest
 from conftest import ROOT, SMALL
 from test_training import train
 
-from modernenc.checks import check_run
 from modernenc.config import load, unfinished
-from modernenc.lineage import read as read_lineage
-from modernenc.metrics import Table
+from modernenc.planning.checks import check_run
 from modernenc.resume import resume, rollback
+from modernenc.run_folder.lineage import read as read_lineage
+from modernenc.run_folder.tables import Table
 from modernenc.train import main
 
 BEGIN = """
@@ -20,7 +20,7 @@ import sys, time
 from pathlib import Path
 from conftest import composed
 from modernenc import cli, fit
-from modernenc.checks import check_run
+from modernenc.planning.checks import check_run
 run = composed(sys.argv[4:])
 curriculum, corpus = check_run(run)
 run.run_dir, go, numbered = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "numbered"
@@ -113,7 +113,7 @@ def test_branches_of_one_run_at_once_are_all_in_its_lineage(small_run):
 
 def test_what_went_on_while_the_folder_was_waited_for_is_not_trained_again(small_run, monkeypatch):
     """Another process trains the run to its end between the reading of a checkpoint and the lock."""
-    from modernenc import fit
+    from modernenc.training import fit
 
     folder = train(small_run())
     held = (folder / "log.txt").open("a")

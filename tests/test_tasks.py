@@ -10,21 +10,21 @@ import pytest
 import torch
 from conftest import SMALL, command, composed, task
 
-from modernenc import estimate
-from modernenc.checkpoints import read, tokens_seen
 from modernenc.compare import compare
 from modernenc.config import Phase, Run, Task
-from modernenc.curriculum import MASKED_LM, Curriculum, cycle_of
+from modernenc.curriculum import MASKED_LM, Curriculum, objective_cycle
 from modernenc.data.blocks import Corpus
 from modernenc.data.choices import COLUMNS, Choices
 from modernenc.data.choices import read as read_items
 from modernenc.data.loader import DataState, Steps, merge
 from modernenc.export import export
-from modernenc.metrics import Table
-from modernenc.model import build_objectives, weights_of
-from modernenc.plan import figures as figures_of
-from modernenc.plan import text as plan_text
+from modernenc.model.build import build_objectives, weights_of
+from modernenc.planning import estimate
+from modernenc.planning.tables import figures as figures_of
+from modernenc.planning.tables import text as plan_text
 from modernenc.resume import resume
+from modernenc.run_folder.checkpoints import read, tokens_seen
+from modernenc.run_folder.tables import Table
 from modernenc.train import main
 
 FINAL = "checkpoints/end-of-decay.ckpt"
@@ -84,32 +84,32 @@ def test_the_closed_form_is_what_a_walk_over_all_steps_counts():
     sizes = {"next": 3 * 4 * 32, "other": 2 * 4 * 16}
     items = {"next": 3, "other": 2}
     rows, start, phase = 0, 0, ""
-    for point in curriculum.steps():
-        if point.phase != phase:
-            rows, start, phase = 0, seen, point.phase
+    for spec in curriculum.steps():
+        if spec.phase != phase:
+            rows, start, phase = 0, seen, spec.phase
         wanted = curriculum.phases[phase].objectives or {MASKED_LM: 1}
-        assert (point.tokens_seen, point.step, point.first_row) == (seen, step, rows)
-        assert point.first_item == done[point.objective] * items.get(point.objective, 0)
+        assert (spec.tokens_seen, spec.step, spec.first_row) == (seen, step, rows)
+        assert spec.first_item == done[spec.objective] * items.get(spec.objective, 0)
         batch_rows = curriculum.phases[phase].batch_rows
-        assert point.step_tokens == sizes.get(point.objective, batch_rows * 64)
+        assert spec.step_tokens == sizes.get(spec.objective, batch_rows * 64)
         progress = min(1, (seen - start) / curriculum.phases[phase].tokens)
-        assert point.lr == pytest.approx(1 - progress)
-        done[point.objective] += 1
-        step, seen = step + 1, seen + point.step_tokens
-        rows += batch_rows if point.objective == MASKED_LM else 0
+        assert spec.lr == pytest.approx(1 - progress)
+        done[spec.objective] += 1
+        step, seen = step + 1, seen + spec.step_tokens
+        rows += batch_rows if spec.objective == MASKED_LM else 0
         for objective, share in wanted.items():
             got = curriculum.steps_by_objective(phase)[objective]
             assert abs(got - share / sum(wanted.values()) * sum(curriculum.steps_by_objective(phase).values())) <= 1
     assert (seen, step) == (curriculum.total_tokens, curriculum.total_steps)
     for name, settings in curriculum.phases.items():
-        level = curriculum.levels_of(name)[-1]
-        assert level.end_tokens - curriculum.start_of(name) - level.last_step_tokens < settings.tokens
-        assert level.end_tokens - curriculum.start_of(name) >= settings.tokens
+        stage = curriculum.stages_of(name)[-1]
+        assert stage.end_tokens - curriculum.start_of(name) - stage.last_step_tokens < settings.tokens
+        assert stage.end_tokens - curriculum.start_of(name) >= settings.tokens
 
 
 def test_a_cycle_spreads_its_objectives():
     phase = Phase(1, 64, 1, lr=1.0, mix={"a": 1}, objectives={"masked_lm": 6, "next": 3, "other": 0})
-    cycle = cycle_of(phase)
+    cycle = objective_cycle(phase)
     assert cycle.count("masked_lm") == 6 and cycle.count("next") == 3
     places = [place for place, objective in enumerate(cycle + cycle) if objective == "next"]
     assert {after - before for before, after in pairwise(places)} == {3}
@@ -295,7 +295,7 @@ WRONG = {
 
 @pytest.mark.parametrize("mistake", WRONG)
 def test_a_mistake_is_one_line(mistake, mixed_run):
-    from modernenc.checks import check_run
+    from modernenc.planning.checks import check_run
 
     overrides, said = WRONG[mistake]
     with pytest.raises((ValueError, FileNotFoundError), match=said) as error:
@@ -343,9 +343,9 @@ def test_two_ranks_train_several_heads_as_one_does(strategy, mixed_run, small_ru
 
 
 def test_a_rehearsal_makes_items_of_the_corpus(corpus_root, tmp_path):
-    from modernenc.rehearsal import cut_down
+    from modernenc.planning.smoke_test import scale_down
 
-    run = cut_down(composed(["+recipe=mega_small_16k", f"rehearse={corpus_root}", f"run_dir={tmp_path / 'run'}"]))
+    run = scale_down(composed(["+recipe=mega_small_16k", f"smoke_test={corpus_root}", f"run_dir={tmp_path / 'run'}"]))
     for key in ("train", "validation"):
         found = read_items(Path(getattr(run.tasks["swag"], key)), "")
         assert len(found) > 8 and {item.label for item in found} == {0, 1, 2, 3}

@@ -7,16 +7,18 @@ import pytest
 import torch
 from conftest import DROPOUT, SMALL, command
 
-from modernenc import optim
-from modernenc.checkpoints import read, remove, tokens_seen, write
-from modernenc.checks import check_run
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum
-from modernenc.fit import fit, start
-from modernenc.lineage import read as read_lineage
-from modernenc.metrics import Table
-from modernenc.model import build_objectives, load_masked_lm, recompute
+from modernenc.model import optim
+from modernenc.model.build import build_objectives, recompute
+from modernenc.model.load import load_masked_lm
+from modernenc.planning.checks import check_run
 from modernenc.resume import resume
+from modernenc.run_folder.checkpoints import read, remove, tokens_seen, write
+from modernenc.run_folder.create import start
+from modernenc.run_folder.lineage import read as read_lineage
+from modernenc.run_folder.tables import Table
+from modernenc.training.fit import fit
 
 
 def train(run: Run) -> Path:
@@ -45,10 +47,10 @@ def test_it_crosses_every_phase_and_learns(small_run, optimizer):
     curriculum = Curriculum(run.phases)
     rows = Table(folder / "metrics.csv").read()
     assert [int(row["step"]) for row in rows] == list(range(1, curriculum.total_steps + 1))
-    for row, point in zip(rows, curriculum.steps(), strict=True):
-        assert row["phase"] == point.phase
-        assert float(row["lr"]) == pytest.approx(point.lr)
-        assert (int(row["batch_rows"]), int(row["seq_len"])) == (point.batch_rows, point.seq_len)
+    for row, spec in zip(rows, curriculum.steps(), strict=True):
+        assert row["phase"] == spec.phase
+        assert float(row["lr"]) == pytest.approx(spec.lr)
+        assert (int(row["batch_rows"]), int(row["seq_len"])) == (spec.batch_rows, spec.seq_len)
     scores = [row for row in Table(folder / "validation.csv").read() if row["source"] == "all" and row["seq_len"] == "64"]
     assert float(scores[-1]["loss"]) < float(scores[0]["loss"]) < 6.3
     ends = sorted(path.stem for path in (folder / "checkpoints").glob("end-of-*.ckpt"))
@@ -117,7 +119,12 @@ def same_state(one: Path, other: Path) -> bool:
 def test_activations_made_again_change_nothing(small_run, tmp_path, recipe):
     finals = [
         train(
-            small_run(*DROPOUT[recipe], f"trainer.recompute_every={every}", f"run_dir={tmp_path / str(every)}", recipe=recipe)
+            small_run(
+                *DROPOUT[recipe],
+                f"trainer.activation_checkpointing_every={every}",
+                f"run_dir={tmp_path / str(every)}",
+                recipe=recipe,
+            )
         )
         / FINAL
         for every in (0, 2)

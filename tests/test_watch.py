@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from test_training import train
 
-from modernenc import optim
-from modernenc.checkpoints import newest
-from modernenc.metrics import Table
-from modernenc.watch import UNSTABLE, z_score
+from modernenc.model import optim
+from modernenc.run_folder.checkpoints import newest
+from modernenc.run_folder.tables import Table
+from modernenc.training.watch import UNSTABLE, z_score
 
 
 def test_the_z_score_of_normal_noise_is_its_deviation():
@@ -50,10 +50,10 @@ def blow_up_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     apply = optim.apply
     calls = []
 
-    def hotter(optimizers, point, lr_scale):
+    def hotter(optimizers, spec, lr_scale):
         optimizers = list(optimizers)
-        apply(optimizers, point, lr_scale)
-        calls.append(point)
+        apply(optimizers, spec, lr_scale)
+        calls.append(spec)
         if len(calls) > step:
             for optimizer in optimizers:
                 for group in optimizer.param_groups:

@@ -18,14 +18,15 @@ from typing import Any
 
 from conftest import composed
 
-from modernenc import checkpoints
-from modernenc.checks import check_run
 from modernenc.data.lanes import Lane
 from modernenc.data.store import Store
-from modernenc.fit import fit, start
+from modernenc.evaluation.validation import Validator
+from modernenc.planning.checks import check_run
 from modernenc.resume import resume
-from modernenc.trainer import Pretraining
-from modernenc.validation import Validator
+from modernenc.run_folder import checkpoints
+from modernenc.run_folder.create import start
+from modernenc.training.fit import fit
+from modernenc.training.module import Pretraining
 
 PLACES = {
     "step": (Pretraining, "training_step"),

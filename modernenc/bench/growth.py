@@ -34,13 +34,13 @@ class Curve:
     part: str
     seconds: list[float]
     """Forward and backward, medians."""
-    kept_bytes: list[int]
+    saved_bytes: list[int]
     """Between the two."""
 
 
 def measure(bench: Bench, folder: Path) -> None:
     """Measure every backbone at every length, in turn, and write a table, JSON and a plot."""
-    from modernenc.fit import keep_freed_memory
+    from modernenc.model.allocator import keep_freed_memory
 
     keep_freed_memory()
     curves = [curve for backbone in bench.backbones for curve in _curves(bench, backbone)]
@@ -51,7 +51,7 @@ def measure(bench: Bench, folder: Path) -> None:
         if curve.part == WHOLE:
             table.add_row(curve.backbone)
         table.add_row(f"  {curve.part}", *(f"{seconds:.3g}" for seconds in curve.seconds))
-        table.add_row("    GB kept", *(f"{kept / 1e9:.2f}" for kept in curve.kept_bytes))
+        table.add_row("    GB kept", *(f"{kept / 1e9:.2f}" for kept in curve.saved_bytes))
     output.write(folder, "growth", table, [asdict(curve) for curve in curves])
     Console().print(table)
     draw(curves, folder / "growth.png")
@@ -60,8 +60,8 @@ def measure(bench: Bench, folder: Path) -> None:
 def _curves(bench: Bench, backbone: str) -> list[Curve]:
     import torch
 
-    from modernenc.estimate import kept_bytes
-    from modernenc.model import build_objectives
+    from modernenc.model.build import build_objectives
+    from modernenc.planning.memory import saved_bytes
 
     model = build_objectives(the_run(bench, backbone, LENGTHS[-1])).masked_lm
     weights = list(model.parameters())
@@ -72,12 +72,12 @@ def _curves(bench: Bench, backbone: str) -> list[Curve]:
         seconds: dict[int, list[float]] = {length: [] for length in LENGTHS}
         for repetition in range(bench.repetitions + 1):
             for length in LENGTHS:
-                with kept_bytes({id(weight) for weight in weights}) if not repetition else nullcontext({}) as kept:
+                with saved_bytes({id(weight) for weight in weights}) if not repetition else nullcontext({}) as kept:
                     started = time.perf_counter()
                     with torch.autocast("cpu", torch.bfloat16, enabled=bench.precision == "bf16-mixed"):
                         out = parts[length][curve.part]()
                 if not repetition:  # to warm up, and to count
-                    curve.kept_bytes.append(sum(kept.values()))
+                    curve.saved_bytes.append(sum(kept.values()))
                 out.backward()
                 if curve.part == WHOLE:
                     optimizer.step()

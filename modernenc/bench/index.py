@@ -68,7 +68,7 @@ def the_run(folder: Path) -> Run:
     return Run(
         seed=17,
         phases={"stable": phase},
-        data=Data(root=str(folder), lanes=LANES, window_rows=512, workers=0),
+        data=Data(root=str(folder), lanes=LANES, buffer_rows=512, workers=0),
         trainer=Trainer(micro_batch_tokens=98_304),
     )
 

@@ -106,8 +106,8 @@ class Encoder:
         from torch.nn.utils.rnn import pad_sequence
 
         from modernenc.bench.step import transformers_model
-        from modernenc.fit import keep_freed_memory
-        from modernenc.model import build_objectives
+        from modernenc.model.allocator import keep_freed_memory
+        from modernenc.model.build import build_objectives
 
         dtype = torch.bfloat16 if self.run.trainer.precision == "bf16-mixed" else torch.float32
         ours = build_objectives(self.run).masked_lm

@@ -115,8 +115,8 @@ class Update:
         """A model and gradients, the same in each turn."""
         import torch
 
-        from modernenc import optim
-        from modernenc.model import build_objectives
+        from modernenc.model import optim
+        from modernenc.model.build import build_objectives
 
         objectives = build_objectives(self.run).to(device())
         optimizers = optim.build(objectives, self.run.optim)

@@ -20,7 +20,7 @@ from rich.console import Console
 from modernenc.bench import output
 from modernenc.bench.settings import Bench, the_run
 from modernenc.config import Run
-from modernenc.curriculum import objectives_of, reads_text, tokens_of_cycle
+from modernenc.curriculum import cycle_tokens, objectives_of, reads_text
 
 ROW, ROWS = 256, 8
 STEPS, WARMUP, SAVE_EVERY = 100, 5, 10
@@ -71,7 +71,7 @@ def only(config: Run, name: str, steps: int) -> None:
     phase = config.phases[name]
     phase.ramp.tokens, phase.warmup_tokens = 0, 0
     config.tasks = {task: settings for task, settings in config.tasks.items() if task in objectives_of(phase)}
-    cycle = tokens_of_cycle(phase, config.tasks)
+    cycle = cycle_tokens(phase, config.tasks)
     phase.tokens = -(-sum(cycle.values()) * steps // sum(objectives_of(phase).values()))
     config.phases = {name: phase}
     config.init.unigram &= reads_text(phase)
@@ -81,12 +81,12 @@ def bare(config: Run, steps: int = STEPS, warmup: int = WARMUP) -> float:
     """Seconds a step of the least that can be written, after some to warm up."""
     import torch
 
-    from modernenc import optim
-    from modernenc.checks import check_run
     from modernenc.data.loader import DataState, Steps
     from modernenc.data.worker import StepLoader
-    from modernenc.fit import keep_freed_memory
-    from modernenc.model import build_objectives
+    from modernenc.model import optim
+    from modernenc.model.allocator import keep_freed_memory
+    from modernenc.model.build import build_objectives
+    from modernenc.planning.checks import check_run
 
     keep_freed_memory()
     curriculum, corpus = check_run(config)
@@ -110,8 +110,8 @@ def whole(run: Run, *callbacks: Any) -> list[float]:
     """Seconds of each step of a run, all that a run does after it included."""
     import lightning.pytorch as L
 
-    from modernenc import fit as fitting
-    from modernenc.checks import check_run
+    from modernenc.planning.checks import check_run
+    from modernenc.training import fit as fitting
 
     times: list[float] = []
 

@@ -88,10 +88,10 @@ def step_of(run: Run, length: int, tokens: int) -> list[Kernel]:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from modernenc import optim
     from modernenc.backbones.transfer import traced_as_on_a_gpu
     from modernenc.data.masking import MicroBatch
-    from modernenc.model import build_objectives
+    from modernenc.model import optim
+    from modernenc.model.build import build_objectives
 
     objectives = build_objectives(run)
     optimizers = optim.build(objectives, run.optim)

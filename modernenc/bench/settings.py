@@ -9,7 +9,7 @@ from omegaconf import MISSING, open_dict
 
 from modernenc.cli import hydra_options, typed
 from modernenc.config import Run, register
-from modernenc.sizes import settle_sizes
+from modernenc.planning.sizes import choose_sizes
 
 
 @dataclass
@@ -108,5 +108,5 @@ def the_run(bench: Bench, backbone: str, length: int, optimizer: str = "adamw") 
     sources = Corpus.of(run.data).sources
     phase.mix = {name: sum(part["tokens"] for part in source["slices"].values()) for name, source in sources.items()}
     run.phases = {"decay": phase}
-    settle_sizes(run)
+    choose_sizes(run)
     return run

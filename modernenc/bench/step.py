@@ -114,15 +114,15 @@ class Ours:
         """The model, its optimizer and the batches of every turn."""
         import torch
 
-        from modernenc import optim
-        from modernenc.fit import keep_freed_memory
-        from modernenc.model import build_objectives, compile_parts
+        from modernenc.model import optim
+        from modernenc.model.allocator import keep_freed_memory
+        from modernenc.model.build import build_objectives, compile_layers
 
         keep_freed_memory()
         steps = _steps(self.run)
         objectives = build_objectives(self.run).to(device())
         if compiles(self.run):
-            compile_parts(objectives.backbone)
+            compile_layers(objectives.backbone)
         optimizers = optim.build(objectives, {**self.run.optim, "lr": LR})
 
         def turn(number: int) -> Work:
@@ -150,7 +150,7 @@ class Theirs:
         """The same weights, and the same documents in batches of its own."""
         import torch
 
-        from modernenc.model import build_objectives
+        from modernenc.model.build import build_objectives
 
         steps = _steps(self.run)
         ours = build_objectives(self.run).masked_lm

@@ -123,19 +123,19 @@ def ours_with(bench: Bench, backbone: str, optimizer: str) -> Run:
     run.validation.every_tokens = tokens // POINTS
     run.checkpoint.every_minutes = 0
     # Many windows open: a step of one is of few documents, and learns less.
-    run.data.lanes, run.data.window_rows = bench.lanes, WINDOW_ROWS
+    run.data.lanes, run.data.buffer_rows = bench.lanes, WINDOW_ROWS
     return run
 
 
 def _ours(run: Run, rows: Run, optimizer: str) -> Training:
     import lightning.pytorch as L
 
-    from modernenc import fit as fitting
-    from modernenc.checks import check_run
     from modernenc.curriculum import Curriculum
+    from modernenc.evaluation.validation import Score, Validator
     from modernenc.objectives import Objectives
-    from modernenc.recorder import Recorder
-    from modernenc.validation import Score, Validator
+    from modernenc.planning.checks import check_run
+    from modernenc.training import fit as fitting
+    from modernenc.training.recorder import MetricsWriter
 
     training = Training("modernenc", optimizer, run.optim["lr"])
 
@@ -143,14 +143,14 @@ def _ours(run: Run, rows: Run, optimizer: str) -> Training:
         """Has the clock stand still while the run validates."""
 
         def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            (recorder,) = (callback for callback in trainer.callbacks if isinstance(callback, Recorder))  # pyright: ignore[reportAttributeAccessIssue]
+            (recorder,) = (callback for callback in trainer.callbacks if isinstance(callback, MetricsWriter))  # pyright: ignore[reportAttributeAccessIssue]
             validator = Validator(rows, Curriculum.of(rows), recorder.validator.corpus)
 
             def scores(objectives: Objectives, phase: str) -> list[Score]:
                 found = []
 
                 def loss() -> float:
-                    found.extend(validator.first_scores(objectives.masked_lm))
+                    found.extend(validator.scores_at_reference(objectives.masked_lm))
                     return found[-1].loss
 
                 clock.validate(loss)
@@ -181,9 +181,9 @@ def _theirs(documents: Run, rows: Run, lr: float, tokens: int) -> Training:
     from modernenc.bench.step import new_transformers_model
     from modernenc.curriculum import Curriculum
     from modernenc.data.blocks import Corpus
+    from modernenc.evaluation.validation import Validator
     from modernenc.export import hugging_face_tokenizer, our_names
-    from modernenc.model import build_objectives
-    from modernenc.validation import Validator
+    from modernenc.model.build import build_objectives
 
     corpus = Corpus.of(rows.data)
     validator = Validator(rows, Curriculum.of(rows), corpus)
@@ -204,7 +204,7 @@ def _theirs(documents: Run, rows: Run, lr: float, tokens: int) -> Training:
         def _loss(self) -> float:
             ours.to(model.device).load_state_dict(our_names(model.state_dict(), names))
             with torch.autocast(model.device.type, torch.bfloat16, enabled=rows.trainer.precision == "bf16-mixed"):
-                return validator.first_scores(ours)[-1].loss
+                return validator.scores_at_reference(ours)[-1].loss
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         arguments = TrainingArguments(

@@ -154,7 +154,7 @@ class Lane:
         lanes: int,
         mix: Mix,
         seq_len: int,
-        window_rows: int,
+        buffer_rows: int,
         seed: tuple[int, int],
         state: LaneState,
     ) -> None:
@@ -162,7 +162,7 @@ class Lane:
         self.lanes = lanes
         self.mix = mix
         self.seq_len = seq_len
-        self.window_rows = window_rows
+        self.buffer_rows = buffer_rows
         self.seed = seed
         self.drawn: dict[str, int] = {}
         self.cuts = 0
@@ -204,7 +204,7 @@ class Lane:
     def _open(self) -> None:
         self._blocks = dict(self._state.blocks)
         self._tokens = dict(self._state.tokens)
-        self._prefetch(2 * self.window_rows * self.seq_len)
+        self._prefetch(2 * self.buffer_rows * self.seq_len)
         chunks = list(self._draw())
         rows = pack([len(chunk.tokens) + SPECIALS for chunk in chunks], self.seq_len)
         order = np.random.default_rng([*self.seed, self.lane, self._state.window]).permutation(len(rows))
@@ -212,7 +212,7 @@ class Lane:
 
     def _draw(self) -> Iterator[Chunk]:
         """Chunks of a window's worth of blocks; the first window is a lane's share of one, so that refills are staggered."""
-        wanted = self.window_rows * self.seq_len
+        wanted = self.buffer_rows * self.seq_len
         if self._state.window == 0:
             wanted = -(-wanted * (self.lane + 1) // self.lanes)
         while wanted > 0:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from modernenc.config import Run
-from modernenc.curriculum import MASKED_LM, Curriculum, Point, items_at_once, reads_text
+from modernenc.curriculum import MASKED_LM, Curriculum, StepSpec, items_per_micro_batch, reads_text
 from modernenc.data import choices
 from modernenc.data.blocks import Corpus
 from modernenc.data.lanes import Lane, LaneState, Mix, Row
@@ -156,14 +156,14 @@ class Steps:
         if self.rank:  # rank 0 carries on the account of all ranks
             state.accounts = {phase: PhaseAccount() for phase in state.accounts}
         lanes = self._restored(state)
-        for point in self.curriculum.steps(state.tokens_seen):
-            account = state.accounts.setdefault(point.phase, PhaseAccount())
-            if point.objective == MASKED_LM:
-                lanes = self._in_phase(point.phase, state, lanes)
-                micro_batches = self._micro_batches(point, lanes, account)
+        for spec in self.curriculum.steps(state.tokens_seen):
+            account = state.accounts.setdefault(spec.phase, PhaseAccount())
+            if spec.objective == MASKED_LM:
+                lanes = self._in_phase(spec.phase, state, lanes)
+                micro_batches = self._micro_batches(spec, lanes, account)
             else:
-                micro_batches = self._task_batches(point, account)
-            state.tokens_seen += point.step_tokens
+                micro_batches = self._task_batches(spec, account)
+            state.tokens_seen += spec.step_tokens
             state.lanes = {number: lane.state() for number, lane in lanes.items()}
             yield Step(
                 micro_batches=micro_batches,
@@ -180,12 +180,12 @@ class Steps:
         """The state here, with the next rows, of so much capacity, passed by; one rank serves all lanes."""
         assert self.world_size == 1
         state = DataState.from_dict(self.state.to_dict())
-        point = self.curriculum.at(state.tokens_seen)
-        if not reads_text(self.run.phases[point.phase]):
-            raise ValueError(f"--skip-tokens {tokens}: phases.{point.phase}, where the checkpoint is, reads no text")
-        lanes = self._in_phase(point.phase, state, self._restored(state))
-        account = state.accounts.setdefault(point.phase, PhaseAccount())
-        for row in range(point.first_row, point.first_row - (-tokens // point.seq_len)):
+        spec = self.curriculum.at(state.tokens_seen)
+        if not reads_text(self.run.phases[spec.phase]):
+            raise ValueError(f"--skip-tokens {tokens}: phases.{spec.phase}, where the checkpoint is, reads no text")
+        lanes = self._in_phase(spec.phase, state, self._restored(state))
+        account = state.accounts.setdefault(spec.phase, PhaseAccount())
+        for row in range(spec.first_row, spec.first_row - (-tokens // spec.seq_len)):
             lane = lanes[row % self.run.data.lanes]
             account.skipped += sum(len(chunk.tokens) for chunk in lane.next_row())
             _count_draws(account, lane)
@@ -207,39 +207,39 @@ class Steps:
         state.phase = phase
         return self._enter(phase, lanes)
 
-    def _micro_batches(self, point: Point, lanes: dict[int, Lane], account: PhaseAccount) -> list[MicroBatch]:
-        masker = Masker(self.corpus.roles, self.corpus.ordinary_ids, point.mask_ratio)
-        phase = list(self.run.phases).index(point.phase)
+    def _micro_batches(self, spec: StepSpec, lanes: dict[int, Lane], account: PhaseAccount) -> list[MicroBatch]:
+        masker = Masker(self.corpus.roles, self.corpus.ordinary_ids, spec.mask_ratio)
+        phase = list(self.run.phases).index(spec.phase)
         numbers = [
-            row for row in range(point.first_row, point.first_row + point.batch_rows)
+            row for row in range(spec.first_row, spec.first_row + spec.batch_rows)
             if row % self.run.data.lanes in lanes
         ]  # fmt: skip
         rows: list[Row] = []
         for number in numbers:
             lane = lanes[number % self.run.data.lanes]
             rows.append(lane.next_row())
-            account.serve(rows[-1], point.seq_len)
+            account.serve(rows[-1], spec.seq_len)
             _count_draws(account, lane)
         seeds = [(self.run.seed, phase, number) for number in numbers]
-        size = max(1, self.run.trainer.micro_batch_tokens // point.seq_len)
+        size = max(1, self.run.trainer.micro_batch_tokens // spec.seq_len)
         micro_batches = [
             masker.batch(rows[at : at + size], seeds[at : at + size], numbers[at]) for at in range(0, len(rows), size)
         ]
         # Ranks run the same number of them, even where some have a row less: collectives in a forward pass must pair up.
-        idle = -(-most_rows(point, self.run.data.lanes, self.world_size) // size) - len(micro_batches)
+        idle = -(-most_rows(spec, self.run.data.lanes, self.world_size) // size) - len(micro_batches)
         return micro_batches + [masker.batch([], [], first_row=0)] * idle
 
-    def _task_batches(self, point: Point, account: PhaseAccount) -> list[MicroBatch]:
-        task, source = self.run.tasks[point.objective], self.tasks[point.objective]
+    def _task_batches(self, spec: StepSpec, account: PhaseAccount) -> list[MicroBatch]:
+        task, source = self.run.tasks[spec.objective], self.tasks[spec.objective]
         numbers = [
-            number for number in range(point.first_item, point.first_item + task.batch_items)
+            number for number in range(spec.first_item, spec.first_item + task.batch_items)
             if number % self.world_size == self.rank
         ]  # fmt: skip
         drawn = [source.drawn(number) for number in numbers]
         items = [source.encoded(item) for item in drawn]
         for choice in (choice for item in items for choice in item):
-            account.serve_choice(point.objective, choice, task.seq_len)
-        size = items_at_once(task, self.run.trainer.micro_batch_tokens)
+            account.serve_choice(spec.objective, choice, task.seq_len)
+        size = items_per_micro_batch(task, self.run.trainer.micro_batch_tokens)
         starts = range(0, -(-task.batch_items // self.world_size), size)  # as many as any rank has
         labels = [item.label for item in drawn]
         return [
@@ -266,12 +266,12 @@ class Steps:
         data = self.run.data
         seed = (self.run.seed, list(self.run.phases).index(phase))
         seq_len = self.run.phases[phase].seq_len
-        return Lane(lane, data.lanes, self.mixes[phase], seq_len, data.window_rows, seed, state)
+        return Lane(lane, data.lanes, self.mixes[phase], seq_len, data.buffer_rows, seed, state)
 
 
-def most_rows(point: Point, lanes: int, world_size: int) -> int:
+def most_rows(spec: StepSpec, lanes: int, world_size: int) -> int:
     """Rows of the rank that has the most in a step."""
-    rows = np.arange(point.first_row, point.first_row + point.batch_rows)
+    rows = np.arange(spec.first_row, spec.first_row + spec.batch_rows)
     return int(np.bincount(rows % lanes % world_size).max())
 
 

@@ -1,0 +1,28 @@
+"""Files that are written whole or not at all: under another name beside the target first, then renamed."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+PARTIAL_SUFFIX = ".tmp"
+"""Suffix of files that are still being written; a killed process may leave some behind."""
+
+
+def partial_path(path: Path) -> Path:
+    """Return the path under which this process writes a file before it renames it to `path`."""
+    return path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a small JSON file, whole or not at all, and sync it and its folder to disk."""
+    with partial_path(path).open("w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial_path(path), path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,81 @@
+"""Build the model of a run, and load weights into it."""
+
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.utils.checkpoint
+from hydra.utils import get_class
+from torch import nn
+
+from modernenc.backbones import Backbone
+from modernenc.config import Run
+from modernenc.curriculum import StepSpec
+from modernenc.objectives import Objectives
+from modernenc.objectives.masked_lm import MaskedLM
+
+
+def build_objectives(run: Run) -> Objectives:
+    """Return all that a run trains, freshly initialised from the run's seed."""
+    torch.manual_seed(run.seed)
+    return Objectives(masked_lm_with(run.backbone), run.tasks)
+
+
+def masked_lm_with(backbone: dict[str, Any]) -> MaskedLM:
+    """Return masked LM over the backbone that `_target_` and its arguments specify."""
+    arguments = {key: value for key, value in backbone.items() if key != "_target_"}
+    return MaskedLM(cast(Backbone, get_class(backbone["_target_"])(**arguments)))
+
+
+def checkpoint_activations(backbone: Backbone, every: int) -> None:
+    """Let each `every`-th layer recompute its activations in the backward pass; 0 means none."""
+    for block in backbone.blocks()[::every] if every else []:
+        block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+
+
+def compile_layers(backbone: Backbone) -> None:
+    """Compile the layers of a backbone with torch.compile.
+
+    Sizes are dynamic from the first call, and two sizes that were equal once are not assumed to stay equal, so that one graph
+    serves any documents and results do not depend on what ran before.
+    """
+    from torch import _dynamo
+    from torch.fx.experimental import _config as sizes
+
+    sizes.use_duck_shape = False
+    _dynamo.config.recompile_limit = (
+        32  # types of layers, with and without activation checkpointing, in training and in validation
+    )
+    for part in backbone.compilable():
+        part.forward = torch.compile(part.forward, dynamic=True, fullgraph=True)
+
+
+def set_attributes(backbone: Backbone, spec: StepSpec) -> None:
+    """Set the attributes of the backbone that its phase prescribes."""
+    for name, value in spec.backbone.items():
+        setattr(backbone, name, value)
+
+
+def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and saved buffers by name, each once: tied ones go by their first name."""
+    saved = module.state_dict()
+    buffers = {name: buffer for name, buffer in module.named_buffers() if name in saved}
+    return {**dict(module.named_parameters()), **buffers}
+
+
+def masked_lm_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of a checkpoint's weights those of the backbone and of masked LM, by their names in `MaskedLM`."""
+    shared = ("backbone.", "masked_lm.")
+    return {name.removeprefix("masked_lm."): value for name, value in weights.items() if name.startswith(shared)}
+
+
+@torch.no_grad()
+def load_weights(module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Fill a module with the weights of a checkpoint; ValueError if names or shapes differ."""
+    own = weights_of(module)
+    for name in sorted(own.keys() | weights.keys()):
+        if name not in own or name not in weights or own[name].shape != weights[name].shape:
+            has = tuple(weights[name].shape) if name in weights else "nothing"
+            needs = tuple(own[name].shape) if name in own else "nothing"
+            raise ValueError(f"the checkpoint has {has} for {name}, the backbone needs {needs}: it is of another recipe")
+        own[name].copy_(weights[name])

@@ -1,0 +1,23 @@
+"""Load a trained model from a checkpoint, for evaluation and export."""
+
+from pathlib import Path
+
+from modernenc.config import Run
+from modernenc.curriculum import Curriculum
+from modernenc.model.build import load_weights, masked_lm_weights, masked_lm_with, set_attributes
+from modernenc.objectives.masked_lm import MaskedLM
+from modernenc.run_folder import checkpoints
+from modernenc.run_folder.checkpoints import Checkpoint
+
+
+def load_masked_lm(run: Run, path: Path) -> MaskedLM:
+    """Return masked LM with the weights of a checkpoint, in evaluation mode, its backbone as in the phase that was reached."""
+    return masked_lm_of(run, checkpoints.read(path))
+
+
+def masked_lm_of(run: Run, checkpoint: Checkpoint) -> MaskedLM:
+    """Return masked LM with the weights of a checkpoint that was read, in evaluation mode."""
+    model = masked_lm_with(run.backbone)
+    load_weights(model, masked_lm_weights(checkpoint.weights))
+    set_attributes(model.backbone, Curriculum.of(run).at(checkpoint.state.tokens_seen - 1))
+    return model.eval()

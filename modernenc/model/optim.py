@@ -1,0 +1,160 @@
+"""Optimizers: `(parameters, matrices, ...) -> optimizers`, chosen by `_target_` in `conf/optim/*.yaml`.
+
+Each parameter group carries `base_lr` and `decays`; `apply` scales them by the curriculum. Biases and norms do not decay,
+embeddings do. `lr` is the scale on which phases state their learning rates. `matrices` are those of the parameters that may be
+orthogonalised. A task's head has optimizers of its own, which rest while other objectives are trained.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from hydra.utils import get_method
+from torch import nn
+from torch.optim import Optimizer
+
+from modernenc.curriculum import StepSpec
+from modernenc.objectives import Objectives
+
+Parameters = Sequence[nn.Parameter]
+_COUNTERS = ("step", "setup")
+"""What optimi keeps in parameter groups that is state, not a setting."""
+
+
+def build(objectives: Objectives, settings: dict[str, Any]) -> list[Optimizer]:
+    """The optimizers that a recipe's `optim` names."""
+    make = partial(get_method(settings["_target_"]), **{key: value for key, value in settings.items() if key != "_target_"})
+    optimizers = make(list(objectives.masked_lm.parameters()), objectives.backbone.matrices())
+    return [*optimizers, *(optimizer for task in objectives.tasks.values() for optimizer in make(list(task.parameters()), []))]
+
+
+def stable_adamw(
+    parameters: Parameters, matrices: Parameters, lr: float, weight_decay: float, betas: list[float], eps: float
+) -> list[Optimizer]:
+    """AdamW with update clipping and fully decoupled decay, as ModernBERT was trained: Wortsman et al. 2023, arXiv:2304.13013.
+
+    The decay of a step is `weight_decay` x lr / peak lr of the phase.
+    """
+    from optimi import StableAdamW  # imports torch's compiler, which `plan` can do without
+
+    groups = _groups(parameters, lr)
+    return [StableAdamW(groups, lr, (betas[0], betas[1]), weight_decay, eps, decouple_lr=True, max_lr=lr, triton=False)]
+
+
+def adamw(
+    parameters: Parameters, matrices: Parameters, lr: float, weight_decay: float, betas: list[float], eps: float
+) -> list[Optimizer]:
+    """AdamW of torch, whose decay of a step is `weight_decay` x lr: Loshchilov and Hutter 2017, arXiv:1711.05101."""
+    groups = _groups(parameters, lr)
+    return [torch.optim.AdamW(groups, lr, (betas[0], betas[1]), eps, weight_decay, fused=True)]
+
+
+def muon(
+    parameters: Parameters,
+    matrices: Parameters,
+    lr: float,
+    adamw_lr: float,
+    weight_decay: float,
+    momentum: float,
+    betas: list[float],
+    eps: float,
+    ns_steps: int = 5,
+) -> list[Optimizer]:
+    """Muon for the backbone's matrices, AdamW for the rest: Liu et al. 2025, arXiv:2502.16982.
+
+    Updates are scaled to the size of AdamW's, so that learning rates of AdamW carry over. `ns_steps` are Newton and Schulz's,
+    of which fewer are faster and orthogonalise less. ValueError when they are not from 1 to 99.
+    """
+    if not 1 <= ns_steps <= 99:
+        raise ValueError(f"ns_steps={ns_steps}: expected a number from 1 to 99")
+    chosen = {id(parameter) for parameter in matrices}
+    rest = [parameter for parameter in parameters if id(parameter) not in chosen]
+    optimizers: list[Optimizer] = []
+    if matrices:
+        groups = _groups(matrices, lr)
+        optimizers += [
+            torch.optim.Muon(
+                groups, lr, weight_decay, momentum, nesterov=True, ns_steps=ns_steps, adjust_lr_fn="match_rms_adamw"
+            )
+        ]
+    return [*optimizers, *adamw(rest, [], adamw_lr, weight_decay, betas, eps)]
+
+
+def step(optimizers: Iterable[Optimizer]) -> None:
+    """Step those whose weights have gradients, and drop these."""
+    for optimizer in optimizers:
+        if any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"]):
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def apply(optimizers: Iterable[Optimizer], spec: StepSpec, lr_scale: float) -> None:
+    """Set learning rate and decay of every group to what the curriculum says; `lr_scale` is `optim.lr`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * spec.lr / lr_scale
+            group["weight_decay"] = spec.weight_decay if group["decays"] else 0.0
+            if "max_lr" in group:  # the peak that decoupled decay is relative to
+                group["max_lr"] = group["base_lr"] * spec.peak_lr / lr_scale
+
+
+def state_numbers(target: str, objectives: Objectives) -> int:
+    """Numbers that an optimizer keeps beside the weights: two moments each, but one for a matrix under Muon."""
+    numbers = 2 * sum(parameter.numel() for parameter in objectives.parameters())
+    if target == f"{muon.__module__}.{muon.__name__}":
+        numbers -= sum(parameter.numel() for parameter in objectives.backbone.matrices())
+    return numbers
+
+
+def names_of(module: nn.Module) -> dict[int, str]:
+    """Name of each parameter by its identity: checkpoints know parameters by name, optimizers by position."""
+    return {id(parameter): name for name, parameter in module.named_parameters()}
+
+
+def snapshot(optimizers: Iterable[Optimizer], names: dict[int, str]) -> list[dict[str, Any]]:
+    """State of each optimizer by parameter name; hyperparameters are the recipe's and left out."""
+    return [
+        {
+            "state": {names[id(parameter)]: dict(state) for parameter, state in optimizer.state.items()},
+            "groups": [{key: group[key] for key in _COUNTERS if key in group} for group in optimizer.param_groups],
+        }
+        for optimizer in optimizers
+    ]
+
+
+def restore(optimizers: Iterable[Optimizer], names: dict[int, str], saved: list[dict[str, Any]]) -> None:
+    """Give new optimizers the states of `snapshot`, split over ranks where their parameters are.
+
+    One that has none there, such as that of a head that was not trained yet, stays new.
+    """
+    for optimizer in optimizers:
+        content = optimizer.state_dict()
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        mine = {names[id(parameter)] for parameter in parameters}
+        snapshot = next((snapshot for snapshot in saved if mine & snapshot["state"].keys()), None)
+        if snapshot is None:
+            continue
+        content["state"] = {
+            position: {key: _like(parameter, value) for key, value in snapshot["state"][names[id(parameter)]].items()}
+            for position, parameter in enumerate(parameters)
+            if names[id(parameter)] in snapshot["state"]
+        }
+        for group, counters in zip(content["param_groups"], snapshot["groups"], strict=True):
+            group.update(counters)
+        optimizer.load_state_dict(content)
+
+
+def _like(parameter: nn.Parameter, value: Any) -> Any:
+    from torch.distributed.tensor import DTensor, distribute_tensor  # most of a second to import, which `plan` can do without
+
+    if isinstance(parameter, DTensor) and isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return value
+
+
+def _groups(parameters: Parameters, lr: float) -> list[dict[str, Any]]:
+    decays = [parameter for parameter in parameters if parameter.ndim > 1]
+    others = [parameter for parameter in parameters if parameter.ndim <= 1]
+    groups = [{"params": decays, "base_lr": lr, "decays": True}, {"params": others, "base_lr": lr, "decays": False}]
+    return [group for group in groups if group["params"]]

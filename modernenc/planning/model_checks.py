@@ -1,0 +1,55 @@
+"""Find mistakes in a run's model, optimizer and first weights by building them; this takes the seconds that torch's import takes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from modernenc.config import Run
+from modernenc.data.blocks import Corpus
+from modernenc.model import optim
+from modernenc.model.build import build_objectives
+from modernenc.model.init_source import check_source, read_source
+from modernenc.model.initialization import fill
+
+
+def check_backbone(run: Run) -> None:
+    """Raise ValueError if the backbone cannot be built with its settings."""
+    with _built("backbone", run.backbone), torch.device("meta"):
+        build_objectives(run)
+
+
+def check_init(run: Run, corpus: Corpus) -> list[str]:
+    """Return notes on the first weights; ValueError or FileNotFoundError if there are none, or they do not fit."""
+    if not run.init.source:
+        return []
+    source = read_source(Path(run.init.source), run)
+    notes = check_source(source, run)
+    fill(build_objectives(run).masked_lm, source, run, corpus.tokenizer_file)
+    return notes
+
+
+def check_optim(run: Run) -> None:
+    """Raise ValueError if the optimizers cannot be built with their settings."""
+    linear = nn.Linear(2, 2)  # any weights will do to check the settings
+    objectives: Any = SimpleNamespace(
+        masked_lm=linear, backbone=SimpleNamespace(matrices=lambda: [linear.weight]), tasks=nn.ModuleDict()
+    )
+    with _built("optim", run.optim):
+        optim.build(objectives, run.optim)
+
+
+@contextmanager
+def _built(group: str, node: dict[str, Any]) -> Iterator[None]:
+    """Name the group of settings in an error of what is built."""
+    try:
+        yield
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if str(error).startswith(group):
+            raise
+        name = node["_target_"].rpartition(".")[2]
+        raise ValueError(f"{group}: {name} cannot be built with these settings: {error}") from error

@@ -1,0 +1,56 @@
+"""Check all that training would check, except for the hardware, and print the plan."""
+
+import json
+from pathlib import Path
+
+from modernenc.config import Run
+from modernenc.data.blocks import Corpus
+from modernenc.data.loader import open_mixes
+from modernenc.model.init_source import check_source, read_source
+from modernenc.planning.branch import branched
+from modernenc.planning.checks import check_run, check_settings
+from modernenc.planning.measure import tokens_per_second
+from modernenc.planning.model_checks import check_backbone, check_init, check_optim
+from modernenc.planning.sizes import corpus_of
+from modernenc.planning.summary import summarize
+from modernenc.planning.tables import comparison_text, estimates_text, plan_text
+from modernenc.reporting.plots import draw_curriculum
+
+
+def show(run: Run, png: Path | None, as_json: bool, measured: bool, against: str) -> None:
+    """Print the plan of a run, or draw or compare it; errors are those that the run would raise."""
+    check_backbone(run)
+    check_optim(run)
+    corpus = corpus_of(run.data)
+    notes = _check_with(corpus, run) if corpus else _check_without_corpus(run)
+    curriculum = check_settings(run)  # finished phases of a branch are now those of its checkpoint
+    if png:
+        draw_curriculum(run, curriculum).savefig(png, dpi=110)
+    if against:
+        print(comparison_text(run, against))
+        return
+    summary = summarize(run, curriculum, corpus, tokens_per_second(run) if measured else None)
+    summary["warnings"] = [*notes, *summary["warnings"]]
+    print(json.dumps(summary, indent=1) if as_json else f"{plan_text(run, curriculum)}\n{estimates_text(run, summary)}")
+
+
+def _check_with(corpus: Corpus, run: Run) -> list[str]:
+    """Open what the run would open, with the errors that it would raise; return notes on its first weights."""
+    check_run(run)
+    open_mixes(run, corpus)
+    if run.branch_from:
+        branched(run, corpus)
+        return []
+    return check_init(run, corpus)
+
+
+def _check_without_corpus(run: Run) -> list[str]:
+    """Return notes on what a plan without a corpus omits; the first weights are checked if they exist."""
+    notes = [f"data.root={run.data.root}: there is no corpus yet; {run.data.hint}"]
+    if run.branch_from:
+        notes.append(f"+from={run.branch_from}: not checked without the corpus")
+    elif run.init.source and not Path(run.init.source).exists():
+        notes.append(f"init.source={run.init.source}: nothing exists there yet; a run needs it")
+    elif run.init.source:
+        notes += check_source(read_source(Path(run.init.source), run), run)
+    return notes

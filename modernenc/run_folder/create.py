@@ -1,0 +1,76 @@
+"""Create the folder of a new run."""
+
+import secrets
+import shlex
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import cast
+
+from omegaconf import OmegaConf
+
+from modernenc.config import CONFIG, Run, plain, save
+from modernenc.run_folder import checkpoints, lineage
+from modernenc.run_folder.lock import LOG, try_acquire
+
+
+def create(run: Run, plan: str, branch: checkpoints.Checkpoint | None = None, numbered: bool = False) -> None:
+    """Create the run folder with the text of the plan, and the checkpoint that a branch starts from; the configuration comes last.
+
+    With `numbered`, an existing folder belongs to another run, and this run's folder gets a number as suffix. ValueError if the
+    folder holds a run already, or another process starts one in it; OSError if it cannot be written.
+    """
+    folder = _made(Path(run.run_dir), numbered)
+    with _started_here(folder):
+        run.run_dir = str(folder)
+        run.logger.run_id = secrets.token_hex(4)
+        shutil.rmtree(folder / checkpoints.FOLDER, ignore_errors=True)  # left by a start that was interrupted
+        if branch is not None:
+            branch.run = plain(run)
+            checkpoints.write(branch, folder / checkpoints.FOLDER / "branch.ckpt")
+        write_plan(folder, plan)
+        lineage.write(folder, [])
+        save(run)
+
+
+def write_plan(folder: Path, plan: str) -> None:
+    """Write the text of the plan into a run folder."""
+    (folder / "plan.txt").write_text(plan + "\n")
+
+
+def _made(folder: Path, numbered: bool) -> Path:
+    """Create the folder and return it, with a number as suffix if it exists and may have one."""
+    if not numbered:
+        _check_holds_no_run(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    for number in count(1):
+        made = folder.with_name(f"{folder.name}-{number}") if number > 1 else folder
+        try:
+            made.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return made
+    raise AssertionError("count() does not end")
+
+
+@contextmanager
+def _started_here(folder: Path) -> Iterator[None]:
+    """Hold the lock on the folder; ValueError if another process holds it, or has started a run meanwhile."""
+    with (folder / LOG).open("a") as file:
+        if not try_acquire(file, folder):
+            raise ValueError(f"run_dir={folder} is being started by another process; choose another run_dir")
+        _check_holds_no_run(folder)
+        yield
+
+
+def _check_holds_no_run(folder: Path) -> None:
+    """Raise ValueError if the folder holds a run."""
+    if (folder / CONFIG).exists():
+        held = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
+        raise ValueError(
+            f"run_dir={folder} holds a run of recipe {cast(dict, held).get('recipe')}; "
+            f"go on with it by python -m modernenc.resume {shlex.quote(str(folder))}, or choose another run_dir"
+        )

@@ -1,0 +1,55 @@
+"""Save checkpoints when they are due."""
+
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as L
+
+from modernenc.config import Run
+from modernenc.run_folder.checkpoints import UNSHARDED, Shard, Writer
+from modernenc.training.module import Pretraining
+from modernenc.training.snapshot import capture
+
+
+class Checkpointing(L.Callback):
+    """Saves at each phase boundary, between boundaries by tokens and by time, and on a request to stop; always after a whole step."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._time_of_save = time.monotonic()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock, and the writer: all ranks know the run folder only since they synchronised."""
+        self._writer = Writer(Path(self.run.run_dir), self.run.checkpoint.keep_last)
+        self._time_of_save = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save when a checkpoint is due; OSError if the last one could not be written."""
+        module = cast(Pretraining, pl_module)
+        self._writer.check()
+        phase = module.finished_phase
+        if module.abort_all_ranks or not (phase or module.stop_all_ranks or self._due(trainer, module)):
+            return
+        sharded = self.run.checkpoint.distributed and module.is_split
+        content = capture(module, sharded)
+        shard = UNSHARDED
+        if sharded:
+            shard = Shard(trainer.global_rank, trainer.world_size, save=trainer.strategy.broadcast(time.time_ns()))
+        if sharded or trainer.is_global_zero:
+            self._writer.save(content, f"end-of-{phase}" if phase else f"step-{module.step:08d}", shard)
+        self._time_of_save = time.monotonic()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Wait on all ranks until everything is on disk, because a launcher may kill the first rank once another has ended."""
+        self._writer.close()
+        trainer.strategy.barrier()
+
+    def _due(self, trainer: L.Trainer, module: Pretraining) -> bool:
+        every_s = self.run.checkpoint.every_minutes * 60
+        by_time = 0 < every_s <= time.monotonic() - self._time_of_save
+        if every_s:
+            by_time = bool(trainer.strategy.broadcast(by_time))  # clocks differ
+        return by_time or module.crossed(self.run.checkpoint.every_tokens)

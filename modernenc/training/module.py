@@ -1,0 +1,209 @@
+"""The training loop: a Lightning module that obeys the curriculum; one item of the loader is one optimizer step."""
+
+import logging
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as L
+import numpy as np
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from modernenc.config import Run
+from modernenc.curriculum import Curriculum, StepSpec
+from modernenc.data.blocks import Corpus
+from modernenc.data.loader import DataState, Step, Steps, fingerprint
+from modernenc.data.worker import StepLoader
+from modernenc.model import optim
+from modernenc.model.build import build_objectives, checkpoint_activations, compile_layers, set_attributes
+from modernenc.model.init_source import check_source, read_source
+from modernenc.model.initialization import fill
+from modernenc.model.unigrams import init_decoder_bias_from_unigrams
+from modernenc.run_folder.checkpoints import Checkpoint
+from modernenc.training.accumulator import Metrics
+from modernenc.training.snapshot import restore, restore_metrics, restore_optimizers
+
+log = logging.getLogger(__name__)
+
+
+class Pretraining(L.LightningModule):
+    """Objectives, optimizers and the position in the curriculum.
+
+    The loss of a step is the mean over the predicted tokens, or items, of the global batch, however that is split.
+    `checkpoint` is what to go on from; ValueError if it does not fit the run or the data.
+    """
+
+    def __init__(self, run: Run, curriculum: Curriculum, corpus: Corpus, checkpoint: Checkpoint | None = None) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.run = run
+        self.curriculum = curriculum
+        self.corpus = corpus
+        self.fingerprint = fingerprint(run, corpus)
+        self.objectives = build_objectives(run)
+        checkpoint_activations(self.objectives.backbone, run.trainer.activation_checkpointing_every)
+        self.tokens_seen = 0
+        self.step = 0
+        self.seconds = 0.0
+        """Time spent training, over all resumes."""
+        self.data_state = DataState().to_dict()
+        self.stop_requested = False
+        """Whether this process was asked to save and stop after the step."""
+        self.stop_all_ranks = False
+        """Whether any rank was asked to stop before the last step began; the same on all ranks."""
+        self.abort_reason = ""
+        """Why the run should stop without saving; set on the first rank."""
+        self.abort_all_ranks = False
+        """Whether there was such a reason before the last step began; the same on all ranks."""
+        self.last_spec = curriculum.at(0)
+        """What the curriculum prescribed for the last step."""
+        self.metrics: dict[str, Metrics] = {}
+        """Metrics since the last call of `flush_metrics`, by objective."""
+        self._checkpoint = checkpoint
+        """The checkpoint, until all parts of it are restored."""
+        if checkpoint is not None:
+            restore(self, checkpoint)
+        elif run.init.source:
+            source = read_source(Path(run.init.source), run)
+            for note in check_source(source, run):
+                log.warning(note)
+            left = fill(self.objectives.masked_lm, source, run, corpus.tokenizer_file)
+            log.info("starts with the weights of %s%s", run.init.source, f", but for {', '.join(left)}" if left else "")
+        elif run.init.unigram:
+            init_decoder_bias_from_unigrams(self.objectives.masked_lm, run, corpus)
+
+    @property
+    def spec(self) -> StepSpec:
+        """What the curriculum prescribes for the next step."""
+        return self.curriculum.at(self.tokens_seen)
+
+    @property
+    def finished_phase(self) -> str:
+        """The phase that ends exactly here; empty within a phase."""
+        ends = {self.curriculum.end_of(phase): phase for phase in self.run.phases}
+        return ends.get(self.tokens_seen, "")
+
+    def crossed(self, every_tokens: float) -> bool:
+        """Return whether the last step reached or passed a multiple of `every_tokens`; never for 0."""
+        return every_tokens > 0 and self.tokens_seen // every_tokens > self.last_spec.tokens_seen // every_tokens
+
+    def configure_model(self) -> None:
+        """Compile the layers if the recipe says so; under FSDP2, split the parameters over the ranks, layer by layer."""
+        if self.compiles:
+            compile_layers(self.objectives.backbone)
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not isinstance(self.objectives, FSDPModule):
+            mesh = self.trainer.strategy.device_mesh["data_parallel"]
+            for block in self.objectives.backbone.blocks():
+                fully_shard(block, mesh=mesh)
+            fully_shard(self.objectives, mesh=mesh)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the layers are compiled: only on a GPU in bf16, and only if the recipe says so."""
+        trainer = self.run.trainer
+        return trainer.compile and trainer.precision == "bf16-mixed" and self.trainer.strategy.root_device.type == "cuda"
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        """Return the optimizers that the recipe chose, with their states from the checkpoint."""
+        optimizers = optim.build(self.objectives, self.run.optim)
+        if self._checkpoint is not None:
+            restore_optimizers(self, optimizers, self._checkpoint)
+        return optimizers
+
+    def on_train_start(self) -> None:
+        """Restore what needs the number of ranks, and let go of the checkpoint, which holds a copy of all states."""
+        if self._checkpoint is not None:
+            restore_metrics(self, self._checkpoint.state)
+            self._checkpoint = None
+
+    def train_dataloader(self) -> StepLoader:
+        """Return the loader of the steps from here on."""
+        state = DataState.from_dict(self.data_state)
+        steps = Steps(self.run, self.curriculum, self.corpus, self.global_rank, self.trainer.world_size, state)
+        return StepLoader(steps, self.run.data.workers, pin_memory=self.device.type == "cuda")
+
+    def transfer_batch_to_device(self, batch: Step, device: torch.device, dataloader_idx: int) -> Step:
+        """Move the micro-batches to the device; the state of the data stays on the CPU."""
+        batch.micro_batches = [micro_batch.to(device) for micro_batch in batch.micro_batches]
+        return batch
+
+    def training_step(self, batch: Step, batch_idx: int) -> None:
+        """Take one optimizer step."""
+        started = time.monotonic()
+        spec = self.spec
+        set_attributes(self.objectives.backbone, spec)
+        optimizers = self._optimizers()
+        optim.apply((optimizer.optimizer for optimizer in optimizers), spec, self.run.optim["lr"])
+        targets, stops, aborts = self.sum_over_ranks([batch.targets, self.stop_requested, bool(self.abort_reason)])
+        loss = torch.zeros((), device=self.device)
+        for number, micro_batch in enumerate(batch.micro_batches, 1):
+            self._seed_dropout(micro_batch.first_row)
+            with self._gradient_sync(number == len(batch.micro_batches)):
+                part, _ = self.objectives(micro_batch)
+                # Ranks average their gradients; the factor of the world size turns the average into a sum.
+                self.manual_backward(part * (self.trainer.world_size / max(1, targets)))
+            loss += part.detach()
+        grad_norm = self._clip()
+        optim.step(optimizers)
+        self.last_spec = spec
+        self.tokens_seen += spec.step_tokens
+        self.step += 1
+        self.data_state = batch.state
+        metrics = self.metrics.setdefault(spec.objective, Metrics(spec, torch.zeros((), device=self.device)))
+        metrics.add(spec, loss, int(targets), batch.tokens, grad_norm)
+        self.stop_all_ranks, self.abort_all_ranks = stops > 0, aborts > 0
+        self.seconds += time.monotonic() - started
+        if self.stop_all_ranks or self.abort_all_ranks or self.tokens_seen >= self.curriculum.total_tokens:
+            self.trainer.should_stop = True
+
+    @property
+    def is_split(self) -> bool:
+        """Whether each rank holds only its shard of the weights."""
+        return isinstance(self.objectives, FSDPModule)
+
+    def plain_optimizers(self) -> list[Optimizer]:
+        """Return torch's optimizers without Lightning's wrappers."""
+        return [optimizer.optimizer for optimizer in self._optimizers()]
+
+    def flush_metrics(self) -> dict[str, Metrics]:
+        """Return the metrics accumulated since the last call, by objective, and reset them."""
+        metrics, self.metrics = self.metrics, {}
+        return metrics
+
+    def sum_over_ranks(self, numbers: list[float]) -> list[float]:
+        """Return each number summed over the ranks."""
+        if self.trainer.world_size == 1:
+            return numbers
+        tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(tensor)  # Lightning's own reduce waits at a barrier first
+        return tensor.tolist()
+
+    def _optimizers(self) -> list[Any]:
+        optimizers = cast(Any, self.optimizers(use_pl_optimizer=True))
+        return optimizers if isinstance(optimizers, list) else [optimizers]
+
+    def _seed_dropout(self, first_row: int) -> None:
+        """Make dropout a function of (seed, step, first row), whatever ran before."""
+        words = np.random.SeedSequence([self.run.seed, self.step, first_row]).generate_state(1, np.uint64)
+        torch.manual_seed(int(words[0] >> np.uint64(1)))
+
+    def _gradient_sync(self, last: bool) -> AbstractContextManager[None]:
+        """Synchronise gradients between ranks on the last micro-batch only."""
+        if isinstance(self.objectives, FSDPModule):  # for which Lightning's own switch has no effect
+            self.objectives.set_requires_gradient_sync(last)
+        elif isinstance(self.trainer.strategy, DDPStrategy) and not last:
+            return self.trainer.strategy.block_backward_sync()
+        return nullcontext()
+
+    def _clip(self) -> torch.Tensor:
+        """Clip the gradient to `clip_grad_norm` if that is not 0, and return its norm over all ranks before."""
+        parameters = list(self.objectives.parameters())
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if self.run.clip_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.run.clip_grad_norm, norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,0 +1,79 @@
+"""Show progress: a bar on a terminal, else a log line every half minute."""
+
+import logging
+import time
+from typing import Any, cast
+
+import lightning.pytorch as L
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from modernenc.curriculum import MASKED_LM, Curriculum
+from modernenc.training.module import Pretraining
+from modernenc.training.recorder import MetricsWriter
+
+log = logging.getLogger(__name__)
+
+_LINE_EVERY_S = 30
+
+
+class TokenProgress(L.Callback):
+    """Shows the phase, tokens, loss, speed and the time left."""
+
+    def __init__(self, curriculum: Curriculum, writer: MetricsWriter) -> None:
+        self.curriculum = curriculum
+        self.writer = writer
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        self._started = self._last_line = time.monotonic()
+        self._tokens_at_start = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the bar, if there is a terminal."""
+        self._started = self._last_line = time.monotonic()
+        self._tokens_at_start = cast(Pretraining, pl_module).tokens_seen
+        if trainer.is_global_zero and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
+                TimeElapsedColumn(), console=self._console,
+            )  # fmt: skip
+            self._bar.add_task("", total=self.curriculum.total_steps, text="", completed=cast(Pretraining, pl_module).step)
+            self._bar.start()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update the bar, or log a line if one is due."""
+        module = cast(Pretraining, pl_module)
+        phase = module.last_spec.phase
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=module.step, description=phase, text=self._text(module))
+        elif trainer.is_global_zero and time.monotonic() - self._last_line > _LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            log.info("%s step %d/%d %s", phase, module.step, self.curriculum.total_steps, self._text(module))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remove the bar from the terminal."""
+        self._stop()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Remove the bar from the terminal."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _text(self, module: Pretraining) -> str:
+        rows = self.writer.latest_rows
+        speed = (module.tokens_seen - self._tokens_at_start) / (time.monotonic() - self._started)
+        left = (self.curriculum.total_tokens - module.tokens_seen) / speed
+        parts = [f"{module.tokens_seen / 1e6:.1f}/{self.curriculum.total_tokens / 1e6:.1f}M tokens"]
+        for row in rows:
+            parts.append(f"{'' if row['objective'] == MASKED_LM else row['objective'] + ' '}loss {row['loss']:.3f}")
+        if rows:
+            parts.append(f"{rows[0]['tokens_per_s']:,.0f} tokens/s")
+        if self.writer.last_validation_loss is not None:
+            parts.append(f"validation {self.writer.last_validation_loss:.3f}")
+        return "  ".join([*parts, f"{left / 3600:.0f} h left" if left > 36000 else f"{left // 60:.0f}:{left % 60:02.0f} left"])

@@ -1,0 +1,100 @@
+"""Go on with a run from one of its checkpoints, under its own settings or, after a rollback, under others."""
+
+import logging
+from pathlib import Path
+
+from modernenc.cli import checkpoint_argument
+from modernenc.config import Run, changed, from_plain
+from modernenc.data.loader import DataState, Steps
+from modernenc.planning.branch import check_same_run, done_phases, fork
+from modernenc.planning.checks import check_run, check_settings
+from modernenc.planning.model_checks import check_backbone, check_optim
+from modernenc.planning.tables import plan_text
+from modernenc.reporting import page
+from modernenc.run_folder import checkpoints
+from modernenc.run_folder.checkpoints import Checkpoint
+from modernenc.run_folder.history import ABANDONED, prepare_rollback
+from modernenc.run_folder.lineage import Event
+from modernenc.run_folder.load import locate
+from modernenc.training import ranks
+from modernenc.training.fit import fit
+from modernenc.training.hardware import check_hardware
+
+log = logging.getLogger("modernenc")
+
+
+def resume(path: Path, overrides: list[str]) -> None:
+    """Resume from a run folder or a checkpoint; ValueError or FileNotFoundError names what is wrong."""
+    run, file = _located(path)
+    if file is None:
+        if run.branch_from:
+            raise FileNotFoundError(f"{run.run_dir} has lost its branch.ckpt; branch again, into another run_dir")
+        return _go_on(changed(run, overrides), None, Event("resume"))
+    checkpoint, event = checkpoints.read(file), Event("resume", file.stem)
+    if checkpoint.run["rollbacks"] > run.rollbacks:  # a rollback was interrupted after its checkpoint was written
+        run, event = from_plain(checkpoint.run, run.run_dir), checkpoint.event
+    check_same_run(run, file, checkpoint)
+    others = (checkpoints.sort_key(other) for other in file.parent.glob("*.ckpt"))
+    if path.suffix == ".ckpt" and any(checkpoints.sort_key(file) < other for other in others):
+        checkpoint = prepare_rollback(run, checkpoint, Event("rollback", file.stem))
+        event = checkpoint.event
+    _go_on(changed(run, overrides), checkpoint, event)
+
+
+def rollback(path: Path, overrides: list[str], skip_tokens: int) -> None:
+    """Go back to a checkpoint, and on under other settings; ValueError or FileNotFoundError names what is wrong."""
+    if skip_tokens < 0:
+        raise ValueError(f"--skip-tokens {skip_tokens}: expected a number of tokens, 0 or more")
+    now, file = _located(path)
+    assert file is not None
+    checkpoint = checkpoints.read(file)
+    before = from_plain(checkpoint.run, now.run_dir)
+    before.rollbacks = now.rollbacks
+    run = changed(before, overrides)
+    check_settings(run)
+    _follow_optimizer(before, run, overrides)
+    for name in done_phases(before, checkpoint.state.tokens_seen):
+        if any(override.startswith(f"phases.{name}.") for override in overrides):
+            raise ValueError(f"phases.{name}: the checkpoint is at its end or past it: what was trained already cannot change")
+    _, corpus = check_run(run)
+    run.data.root = str(corpus.store)
+    event = Event("rollback", file.stem, changed=overrides, skipped_tokens=skip_tokens)
+    checkpoint = prepare_rollback(run, fork(run, corpus, checkpoint, skip_tokens), event)
+    _go_on(run, checkpoint, checkpoint.event)
+
+
+def _located(path: Path) -> tuple[Run, Path | None]:
+    run, file = locate(path)
+    if Path(run.run_dir).parent.name == ABANDONED:
+        raise ValueError(
+            f"{path} was abandoned by a rollback; branch from it with python -m modernenc.train +recipe={run.recipe} "
+            f"+from={checkpoint_argument(path)}"
+        )
+    return run, file
+
+
+def _go_on(run: Run, checkpoint: Checkpoint | None, event: Event) -> None:
+    curriculum, corpus = check_run(run)
+    check_hardware(run)
+    check_backbone(run)
+    check_optim(run)
+    if checkpoint and checkpoint.state.tokens_seen >= curriculum.total_tokens:
+        print(f"{run.run_dir} is finished: {event.checkpoint} is at the end of the curriculum")
+        if ranks.is_rank_zero() and not (Path(run.run_dir) / page.REPORT).exists():
+            page.write(run)
+        return
+    if event.event == "rollback" and checkpoint:  # which changes the run folder: verify first that the data are as they were
+        Steps(run, curriculum, corpus, 0, 1, DataState.from_dict(checkpoint.state.data)).check()
+    fit(run, curriculum, corpus, plan_text(run, curriculum), checkpoint, event)
+    if ranks.is_rank_zero():
+        log.info("report: %s", page.write(run))
+
+
+def _follow_optimizer(before: Run, run: Run, overrides: list[str]) -> None:
+    """Let phases that took a value from `optim` when the run started follow its change, unless they were changed themselves."""
+    changed_keys = {override.partition("=")[0] for override in overrides}
+    for name, phase in run.phases.items():
+        if f"phases.{name}.lr" not in changed_keys and phase.lr == before.optim["lr"]:
+            phase.lr *= run.optim["lr"] / before.optim["lr"]
+        if f"phases.{name}.weight_decay" not in changed_keys and phase.weight_decay == before.optim["weight_decay"]:
+            phase.weight_decay = run.optim["weight_decay"]

@@ -1,0 +1,57 @@
+"""Start a new run, from the start of its curriculum or as a branch of another run."""
+
+import logging
+from pathlib import Path
+
+from modernenc.config import Run
+from modernenc.curriculum import Curriculum
+from modernenc.data.blocks import Corpus
+from modernenc.data.loader import open_mixes
+from modernenc.planning.branch import branched
+from modernenc.planning.checks import check_settings
+from modernenc.planning.model_checks import check_backbone, check_init, check_optim
+from modernenc.planning.tables import plan_text
+from modernenc.reporting import page
+from modernenc.run_folder import lineage
+from modernenc.run_folder.create import create
+from modernenc.run_folder.lineage import Event
+from modernenc.training import ranks
+from modernenc.training.fit import fit
+from modernenc.training.hardware import check_hardware
+
+log = logging.getLogger(__name__)
+
+
+def start(run: Run, curriculum: Curriculum, corpus: Corpus, numbered: bool) -> None:
+    """Check what the earlier checks could not without torch, create the run folder, train, and write the report.
+
+    With `numbered`, the folder may get a number as suffix. Errors are those of the checks, of `create` and of `fit`.
+    """
+    check_hardware(run)
+    check_backbone(run)
+    check_optim(run)
+    if not run.branch_from:
+        check_init(run, corpus)
+    open_mixes(run, corpus)
+    run.data.root = str(corpus.store)  # absolute, because a run may be resumed from another folder
+    for task in run.tasks.values():
+        task.train, task.validation = (str(Path(path).resolve()) for path in (task.train, task.validation))
+    if run.init.source:
+        run.init.source = str(Path(run.init.source).resolve())
+    parent = Path(run.branch_from).resolve()
+    checkpoint, event = None, Event("start")
+    if run.branch_from:
+        checkpoint, event = branched(run, corpus), Event("branch", str(parent))
+        curriculum = check_settings(run)  # finished phases are now those of the checkpoint
+    plan = plan_text(run, curriculum)
+    if ranks.is_rank_zero():  # the folder's name holds the time; the other ranks learn it when they synchronise
+        create(run, plan, checkpoint, numbered)
+        if checkpoint is not None and (parent.parent.parent / lineage.LINEAGE).is_file():
+            into = Event("branched", parent.stem, into=str(Path(run.run_dir).resolve()))
+            try:
+                lineage.add(parent.parent.parent, into, 1, checkpoint.state.tokens_seen)
+            except OSError as error:
+                log.warning("the lineage of %s could not record its branch: %s", parent.parent.parent, error)
+    fit(run, curriculum, corpus, plan, checkpoint, event)
+    if ranks.is_rank_zero():
+        log.info("report: %s", page.write(run))
