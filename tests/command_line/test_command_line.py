@@ -13,12 +13,16 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
+from data_prep.config import Corpus
+from data_prep.config import register as register_corpora
 from modernenc import resume
+from modernenc.cli import typed
 from modernenc.config import CONF_DIR, RECIPES_DIR, Data
 from modernenc.quoting import quoted
 from support.commands import ROOT, error
@@ -74,7 +78,7 @@ def test_what_hydra_reads_stays_as_it_is_and_what_it_does_not_is_plain_text_or_n
         else:
             seen["as it is"] += 1
             assert quoted([*flags, argument])[-1] == argument
-    assert min(seen.values()) > 300, seen
+    assert set(seen) == {"as it is", "plain text", "named"} and min(seen.values()) > 300, seen
 
 
 @pytest.mark.parametrize(
@@ -126,25 +130,31 @@ def commands(text: str) -> list[list[str]]:
     return [[capitals.sub(lambda name: PLACEHOLDERS[name[0]], word) for word in shlex.split(line)] for line in found]
 
 
-def check_prepares(words: list[str]) -> None:
+def prepared_by(words: list[str]) -> Corpus:
+    """The corpus that a command prepares."""
     module, *overrides = words
     assert module == "data_prep"
-    from data_prep.config import register as register_corpora
+    return composed_corpus(overrides)
 
+
+def composed_corpus(overrides: list[str]) -> Corpus:
+    """What `python -m data_prep` makes of its arguments; ValueError for an unknown key or a missing value."""
     register_corpora()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        corpus = compose("prepare", [*overrides, "name=any"])
-    assert not OmegaConf.missing_keys(corpus), overrides
+        cfg = compose("prepare", quoted(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        with open_dict(cfg):
+            del cfg["hydra"]
+            cfg["name"] = "any"  # Hydra fills in the corpus's, outside of tests
+        return typed(cfg, Corpus, ("corpus",))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_hint_of_a_recipe_is_a_command_that_prepares_what_it_reads(recipe):
     run = composed([f"+recipe={recipe}", "data.root=elsewhere"])
     (words,) = commands(run.data.hint)
-    check_prepares(words)
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        corpus = compose("prepare", words[1:])
+    corpus = prepared_by(words)
     assert corpus.out == "elsewhere"
     sources = {source.partition("/")[0] for phase in run.phases.values() for source in phase.mix}
     assert sources <= set(corpus.sources)
@@ -153,7 +163,7 @@ def test_the_hint_of_a_recipe_is_a_command_that_prepares_what_it_reads(recipe):
 def test_so_are_the_hints_where_no_recipe_has_one():
     for hint in (Data.hint, OmegaConf.load(CONF_DIR / "train.yaml").data.hint.replace("${data.root}", "DIR")):
         (words,) = commands(hint)
-        check_prepares(words)
+        assert prepared_by(words).sources
 
 
 def strings(path: Path) -> Iterator[str]:

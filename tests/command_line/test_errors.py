@@ -2,33 +2,51 @@
 
 import resource
 import shutil
+import subprocess
 import sys
 
 import pytest
 import yaml
 
 from modernenc.checks import check_run
-from support.commands import command, error
+from support.commands import ROOT, command, error
 from support.damage import flip
 from support.runs import composed, small
 
+MODULES = [
+    "modernenc.train",
+    "modernenc.plan",
+    "modernenc.resume",
+    "modernenc.export",
+    "modernenc.compare",
+    "modernenc.remaining",
+    "modernenc.report",
+    "modernenc.bench",
+    "modernenc.launch",
+    "data_prep",
+    "data_prep.verify",
+]
+HELP = """
+import runpy, sys
+module, sys.argv = sys.argv[1], [sys.argv[1], "--help"]
+try:
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+except SystemExit as ended:
+    assert not ended.code
+heavy = {"torch", "lightning", "transformers", "datatrove", "matplotlib", "pyarrow"} & set(sys.modules)
+assert not heavy, heavy
+"""
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "modernenc.train",
-        "modernenc.plan",
-        "modernenc.resume",
-        "modernenc.export",
-        "modernenc.compare",
-        "modernenc.remaining",
-        "modernenc.report",
-        "modernenc.bench",
-        "modernenc.launch",
-        "data_prep",
-        "data_prep.verify",
-    ],
-)
+
+@pytest.mark.parametrize("module", MODULES)
+def test_help_is_there_before_a_library_that_takes_seconds_to_import(module):
+    result = subprocess.run([sys.executable, "-c", HELP, module], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "python -m" in result.stdout
+
+
+@pytest.mark.wall_clock
+@pytest.mark.parametrize("module", MODULES)
 def test_help_is_there_at_once(module):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = command(module, "--help")

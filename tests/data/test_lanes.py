@@ -1,6 +1,7 @@
 """Lanes: every block once a pass, declared proportions, exact state."""
 
 from collections import Counter
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -20,25 +21,38 @@ def test_each_pass_serves_each_block_once(sizes, lanes):
     order = BlockOrder(sizes, lanes, seed=1, name="a/slice-000")
     blocks = sum(sizes)
     everything = {(shard, index) for shard, size in enumerate(sizes) for index in range(size)}
+    spans = [blocks * (span + 1) // lanes - blocks * span // lanes for span in range(lanes)]
+    assert max(spans) - min(spans) <= 1
     drawn = [0] * lanes
     for turn in range(lanes + 1):
         seen = []
         for lane in range(lanes):
-            span = (lane + turn) % lanes
-            length = blocks * (span + 1) // lanes - blocks * span // lanes
-            for _ in range(length):
+            for _ in range(spans[(lane + turn) % lanes]):
                 seen.append(order.block_at(lane, drawn[lane]))
                 drawn[lane] += 1
         assert len(seen) == blocks
         assert set(seen) == everything
 
 
-def test_spans_differ_by_at_most_one_block_and_passes_differ_in_order():
-    order = BlockOrder([50, 53], 8, seed=1, name="a/slice-000")
-    lengths = [103 * (span + 1) // 8 - 103 * span // 8 for span in range(8)]
-    assert max(lengths) - min(lengths) <= 1
-    passes = [[order.block_at(0, turn * 103 // 8 + at) for at in range(10)] for turn in range(3)]
-    assert passes[0] != passes[1] != passes[2]
+def passes_of(sizes: list[int], seed: int = 1, name: str = "a/slice-000") -> list[list[tuple[int, int]]]:
+    """The first passes of a lane that is alone, and so walks all blocks in each."""
+    order, blocks = BlockOrder(sizes, 1, seed, name), sum(sizes)
+    return [[order.block_at(0, turn * blocks + at) for at in range(blocks)] for turn in range(3)]
+
+
+def test_the_order_depends_on_the_pass_the_seed_and_the_slice_alone():
+    passes = passes_of([50, 53])
+    assert passes == passes_of([50, 53])
+    orders = [*passes, passes_of([50, 53], seed=2)[0], passes_of([50, 53], name="b/slice-000")[0]]
+    assert all(one != other for one, other in combinations(orders, 2))
+    assert all(sorted(order) == sorted(passes[0]) for order in orders)
+
+
+def test_blocks_are_shuffled_among_eight_shards_at_a_time():
+    for order in passes_of([20] * 24):
+        groups = [{shard for shard, _ in order[at : at + 160]} for at in range(0, 480, 160)]
+        assert [len(group) for group in groups] == [8, 8, 8] and len(set.union(*groups)) == 24
+        assert len({shard for shard, _ in order[:20]}) > 4
 
 
 def lanes_of(corpus_root, lanes=4, mix=None, window_rows=8, seq_len=64):

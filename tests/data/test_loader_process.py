@@ -171,22 +171,29 @@ def taken(steps: Any) -> list[int]:
     return [step.targets for step in iter(StepLoader(steps, 1, pin_memory=False))]
 
 
-@pytest.mark.parametrize(
-    ("how", "kind", "message"),
-    [
-        ("killed", ChildProcessError, r"data.workers=1: the loader process was killed by SIGKILL, .*memory.*data.workers=0"),
-        ("a mistake in the data", ValueError, r"^shard.00000.mds is damaged$"),
-        ("a mistake in the code", ChildProcessError, r"the loader process ended with status 1, as its own lines say"),
-        ("an error that cannot be sent", ChildProcessError, r"the loader process ended with status 1"),
-        ("exit", ChildProcessError, r"the loader process ended with status 7"),
-    ],
-)
+ENDINGS = [
+    ("killed", ChildProcessError, r"data.workers=1: the loader process was killed by SIGKILL, .*memory.*data.workers=0"),
+    ("a mistake in the data", ValueError, r"^shard.00000.mds is damaged$"),
+    ("a mistake in the code", ChildProcessError, r"the loader process ended with status 1, as its own lines say"),
+    ("an error that cannot be sent", ChildProcessError, r"the loader process ended with status 1"),
+    ("exit", ChildProcessError, r"the loader process ended with status 7"),
+]
+
+
+@pytest.mark.wall_clock
+@pytest.mark.parametrize(("how", "kind", "message"), ENDINGS)
 def test_the_end_of_a_worker_is_told_at_once(how, kind, message, capfd):
-    threads = threading.active_count()
     started = time.monotonic()
     with pytest.raises(kind, match=message):
         taken(Ends(how))
     assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize(("how", "kind", "message"), ENDINGS)
+def test_the_end_of_a_worker_is_told_and_leaves_no_thread(how, kind, message, capfd):
+    threads = threading.active_count()
+    with pytest.raises(kind, match=message):
+        taken(Ends(how))
     deadline = time.monotonic() + 10
     while threading.active_count() > threads and time.monotonic() < deadline:
         time.sleep(0.01)

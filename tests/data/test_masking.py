@@ -44,11 +44,11 @@ def test_special_tokens_are_never_predicted_and_never_drawn():
 
 
 def test_masks_depend_on_seed_and_row_alone():
-    documents = row(50, 60)
-    first = masked(documents, 1, 0, 5)
-    np.random.default_rng(0).random(100)
-    again, other = masked(documents, 1, 0, 5), masked(documents, 1, 0, 6)
-    assert torch.equal(first.input_ids, again.input_ids)
+    documents, masker = row(50, 60), Masker(ROLES, ORDINARY, 0.3)
+    first, other, again = (masker.batch([documents], [(1, 0, number)], first_row=0) for number in (5, 6, 5))
+    anew = masked(documents, 1, 0, 5)
+    for same in (again, anew):
+        assert torch.equal(first.input_ids, same.input_ids) and torch.equal(first.target_positions, same.target_positions)
     assert not torch.equal(first.target_positions, other.target_positions)
 
 

@@ -35,8 +35,12 @@ def test_every_phase_exports_to_a_model_that_fills_masks(run_dir, tmp_path):
         assert (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
         fill = pipeline("fill-mask", model=model, tokenizer=tokenizer)
         answers = fill(f"import{tokenizer.mask_token} as np")
-        assert len(answers) == 5
-        assert all(0 <= answer["score"] <= 1 for answer in answers)
+        row = tokenizer(f"import{tokenizer.mask_token} as np", return_tensors="pt")
+        with torch.no_grad():
+            logits = model(**row).logits[row["input_ids"] == tokenizer.mask_token_id]
+        best = logits[0].softmax(-1).topk(5)
+        assert [answer["token"] for answer in answers] == best.indices.tolist()
+        assert [answer["score"] for answer in answers] == pytest.approx(best.values.tolist(), rel=1e-4)
         batch = tokenizer(["a longer line of text here", "short"], padding=True, return_tensors="pt")
         with torch.no_grad():
             assert torch.isfinite(model(**batch).logits[batch["attention_mask"].bool()]).all()

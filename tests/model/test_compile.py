@@ -18,6 +18,7 @@ from modernenc.backbones.transfer import traced_as_on_a_gpu
 from modernenc.config import CONF_DIR
 from modernenc.model import compile_parts, masked_lm_with, recompute
 from support.attention import gradient, inputs, plain
+from support.commands import importing
 
 BATCHES = [[320], [128, 100, 28, 64], [20, 300], [64] * 6, [31, 33, 256], [5] * 90]
 """The first has as many tokens as its document, which means nothing."""
@@ -108,7 +109,7 @@ def compare(name: str, every: int, device: str) -> tuple[int, float]:
 )
 def test_few_graphs_serve_all_documents_and_compute_the_same(name, every, graphs, device):
     command = [sys.executable, __file__, name, str(every), device]  # the compiler cannot look through checks of types
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = subprocess.run(command, env=importing(), capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     made, distance = json.loads(found.stdout)
     assert made == graphs

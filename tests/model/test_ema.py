@@ -30,6 +30,7 @@ def outcome(ema: MultiDimensionDampedEMA, x: torch.Tensor, layout: Documents) ->
     out.mul(weight).sum().backward()
     assert x.grad is not None
     gradients = [parameter.grad for name, parameter in ema.named_parameters() if name != "residual_weight"]
+    assert all(gradient is not None for gradient in gradients)
     return out.detach(), [x.grad, *(gradient for gradient in gradients if gradient is not None)]
 
 

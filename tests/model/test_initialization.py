@@ -223,8 +223,8 @@ def modernbert_source(folder: Path, **settings: Any) -> tuple[Any, dict[str, Any
     torch.manual_seed(0)
     sizes = {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
     ids = {"pad_token_id": 2, "cls_token_id": 0, "sep_token_id": 1, "bos_token_id": 0, "eos_token_id": 1}
-    config = ModernBertConfig(**sizes, **ids, max_position_embeddings=512, **settings)
-    config._attn_implementation = "sdpa"
+    settings |= {"max_position_embeddings": 512, "attn_implementation": "sdpa"}
+    config = ModernBertConfig(**sizes, **ids, **settings)
     model = ModernBertForMaskedLM(config).eval()
     with torch.no_grad():
         for weight in model.parameters():
@@ -271,8 +271,7 @@ def test_whatever_a_config_json_says_logits_are_equal_or_it_is_refused_by_name(t
             assert key in str(refused)
             continue
         outcomes["equal"] += 1
-        read = ModernBertConfig.from_dict(config)
-        read._attn_implementation = "sdpa"
+        read = ModernBertConfig.from_dict(config, attn_implementation="sdpa")
         model = ModernBertForMaskedLM(read).eval()
         assert not model.load_state_dict(theirs.state_dict(), strict=False).missing_keys
         expected = model(input_ids=tokens[None], return_dict=True).logits[0]

@@ -1,14 +1,16 @@
 """Triton kernels do what torch does: compiled where there is a GPU, in Triton's interpreter where there is none."""
 
-from functools import partial
+import sys
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
-from types import ModuleType
+from itertools import pairwise
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from modernenc.backbones import ema
+from modernenc.backbones.transfer import traced_as_on_a_gpu
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = [1, 64 * 70 + 3, 63, 64, 65, 64 * 140]
@@ -31,7 +33,7 @@ def carry():
 
 
 @pytest.mark.parametrize("ahead", [True, False])
-def test_states_are_carried_as_the_rounds_do(carry, ahead):
+def test_states_are_carried_within_documents(carry, ahead):
     where = ema.Documents(LENGTHS, DEVICE)
     torch.manual_seed(0)
     leaving, decay = (
@@ -39,25 +41,35 @@ def test_states_are_carried_as_the_rounds_do(carry, ahead):
         torch.rand(3, 10, device=DEVICE),
     )  # no whole tile of states
     half = slice(0, 5) if ahead else slice(5, 10)
-    expected, got = torch.zeros_like(leaving).double(), torch.full_like(leaving, torch.nan)
-    ema._run(leaving[:, half].double(), decay[:, half].double(), where, expected[:, half], ahead)
-    carry.run(leaving[:, half], decay[:, half], where.may_reach(1), got[:, half], ahead)
-    torch.testing.assert_close(got[:, half], expected[:, half].float(), rtol=1e-5, atol=1e-5)
+    same, got = where.may_reach(1), torch.full_like(leaving, torch.nan)
+    expected = torch.zeros(3, 5, where.blocks, dtype=torch.double, device=DEVICE)
+    order = range(where.blocks) if ahead else range(where.blocks - 1, -1, -1)
+    for before, block in pairwise(order):  # the definition, block by block
+        if same[min(before, block)]:
+            carried = decay[:, half].double() * expected[..., before]
+            expected[..., block] = leaving[:, half, before].double() + carried
+    carry.run(leaving[:, half], decay[:, half], same, got[:, half], ahead)
+    torch.testing.assert_close(got[:, half], expected.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_an_ema_and_its_gradients_are_the_same_with_the_kernel(carry, monkeypatch):
-    def by_kernel(leaving, decay, where, out, ahead):
-        carry.run(leaving, decay, where.may_reach(1), out, ahead)
+    calls = []
 
+    def counted(*arguments):
+        calls.append(arguments)
+        carry.run(*arguments)
+
+    monkeypatch.setitem(sys.modules, ema.KERNEL, SimpleNamespace(run=counted))
     found = []
-    for run in (partial(by_kernel), ema._run):
-        monkeypatch.setattr(ema, "_run", run)
-        monkeypatch.setattr(ema, "HAS_KERNEL", False)
+    for has_kernel in (True, False):
+        monkeypatch.setattr(ema, "HAS_KERNEL", has_kernel)
         torch.manual_seed(0)
         module = ema.MultiDimensionDampedEMA(4, 6).to(DEVICE)
         x = torch.randn(sum(LENGTHS), 4).to(DEVICE).requires_grad_()
-        out = module(x, ema.Documents(LENGTHS, DEVICE))
-        out.square().sum().backward()
+        with traced_as_on_a_gpu():
+            out = module(x, ema.Documents(LENGTHS, DEVICE))
+            out.square().sum().backward()
+        assert len(calls) == 4  # both directions, forward and backward, with the kernel alone
         found.append([out.detach(), *(leaf.grad for leaf in (x, *module.parameters()))])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -1,7 +1,7 @@
 """MEGA: the same as transformers 4's where that works, right where it does not.
 
 transformers 5 has no MEGA: what 4.57's gives for the same weights is kept in `mega_logits.safetensors`, which
-`python -m tests.model.test_mega` wrote under it.
+`PYTHONPATH=tests python tests/model/test_mega.py` wrote under it.
 """
 
 from pathlib import Path
@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from modernenc.backbones.ema import Documents
+from modernenc.backbones.gated_attention import chunks_of
 from modernenc.backbones.mega import Mega
 from modernenc.export import hugging_face_names
 from modernenc.objectives.masked_lm import MaskedLM
@@ -135,14 +137,15 @@ def test_a_norm_that_transformers_forgot_to_apply_works():
 
 
 def test_normalised_attention_scores_are_bounded_whatever_the_scale_of_the_stream():
+    """Attention over values that are the identity gives the weights."""
     attention = ours(normalize_attention=True).backbone.layers[0].mega_layer
     torch.nn.init.zeros_(attention.qk_weight)
     torch.nn.init.zeros_(attention.qk_bias)
     torch.nn.init.zeros_(attention.rel_pos_bias.rel_pos_bias)
-    weights = attention._weights(1000 * torch.randn(1, 20, 24), None)
-    assert (
-        float(weights.detach().max()) <= torch.e**2 / 20 + 1e-6
-    )  # scores are cosines: the largest ratio of two weights is e^2
+    chunks = chunks_of(Documents([20], torch.device("cpu")), CHUNK)
+    weights = attention.attend(1000 * torch.randn(20, 24), torch.eye(20), chunks).detach()
+    assert torch.allclose(weights.sum(1), torch.ones(20))
+    assert float(weights.max()) <= torch.e**2 / 20 + 1e-6  # scores are cosines: the largest ratio of two weights is e^2
 
 
 def test_two_hops_reach_back_to_the_input_of_the_block():

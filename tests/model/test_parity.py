@@ -37,8 +37,7 @@ def test_logits_equal_those_of_modernbert_for_masked_lm():
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.08)
     config = ours.backbone.hugging_face_model(pad_token_id=3).config
-    config._attn_implementation = "sdpa"
-    theirs = AutoModelForMaskedLM.from_config(config).eval()
+    theirs = AutoModelForMaskedLM.from_config(config, attn_implementation="sdpa").eval()
     assert type(theirs).__name__ == "ModernBertForMaskedLM"
     theirs.load_state_dict(hugging_face_names(ours.state_dict(), ours.backbone.HUGGING_FACE_NAMES))
     documents = [torch.randint(500, (length,)) for length in LENGTHS]

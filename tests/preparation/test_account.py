@@ -15,10 +15,12 @@ import zstandard
 from pyarrow import parquet
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
+from data_prep import encode
 from data_prep.build import block_size, build
 from data_prep.config import Roles, Source
 from data_prep.config import Tokenizer as TokenizerSettings
 from data_prep.inputs import inputs_of, reader_of
+from data_prep.split import SurveyBucket
 from modernenc.metrics import standard_error, tokens_for
 from support import many_documents
 from support.commands import ROOT, command
@@ -288,16 +290,16 @@ def test_how_much_is_read_does_not_depend_on_the_workers(tmp_path):
     assert stored(tmp_path / "1") == stored(tmp_path / "3")
 
 
-@pytest.mark.parametrize("stage", ["_survey", "_write"])
-def test_unfinished_work_on_other_settings_leaves_nothing_behind_and_no_shard_is_deleted(tmp_path, monkeypatch, stage):
-    from data_prep import build as module
-
-    def die(*arguments):
+@pytest.mark.parametrize(
+    ("owner", "name"), [(SurveyBucket, "run"), (encode, "roles")], ids=["before the survey", "after the tokenizer"]
+)
+def test_unfinished_work_on_other_settings_leaves_nothing_behind_and_no_shard_is_deleted(tmp_path, monkeypatch, owner, name):
+    def die(*arguments, **settings):
         raise KeyboardInterrupt
 
     write_jsonl(tmp_path / "a" / "0.jsonl", texts(100, 1))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, stage, die)
+        patch.setattr(owner, name, die)
         build(corpus(tmp_path / "out", {"a": jsonl(tmp_path / "a")}, buckets=4))
     settings = dict(buckets=1, tokenizer=TokenizerSettings(vocab_size=280, train_mb=1))
     shard = tmp_path / "out" / "a" / "slice-000" / "bucket-00000" / "shard.00000.mds"
@@ -431,8 +433,6 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_marks_stay_in_words_and_a_word_has_one_spelling(script):
-    from data_prep import encode
-
     text = SCRIPTS[script]
     tokenizer = encode.train([text] * 50, vocab_size=2000)
     assert len(tokenizer.encode(text, add_special_tokens=False).ids) == len(text.split())
@@ -467,4 +467,11 @@ def test_preparing_works_however_processes_are_started(tmp_path, method):
 @pytest.mark.parametrize(("tokens", "size"), [(10_000, 4096), (3_000_000, 4096), (8_400_000, 16_384), (2e12, 32_768)])
 def test_blocks_are_as_large_as_leaves_the_smallest_source_many(tokens, size):
     assert block_size(tokens) == size
-    assert size == 4096 or tokens / size >= 512
+
+
+@pytest.mark.parametrize("tokens", [10**exponent * first for exponent in range(3, 13) for first in (1, 2, 5)])
+def test_a_block_is_the_largest_power_of_two_of_which_a_source_has_512(tokens):
+    size = block_size(tokens)
+    assert size in (4_096, 8_192, 16_384, 32_768)
+    assert size == 4_096 or tokens / size >= 512
+    assert size == 32_768 or tokens / (2 * size) < 512

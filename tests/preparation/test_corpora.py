@@ -26,6 +26,7 @@ GROUPS = {
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_shipped_file_is_yaml_and_is_said_what_it_is_for(path):
     assert OmegaConf.load(path)
+    assert "# " in path.read_text()
     if path.parent not in (CONF_DIR, RECIPES_DIR):
         assert path.parent.name in {*GROUPS, "corpus"}
 

@@ -1,5 +1,6 @@
 """Runs that start at the same time, and what goes on being one run."""
 
+import fcntl
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from modernenc.checks import check_run
 from modernenc.config import load, unfinished
+from modernenc.fit import fit
 from modernenc.lineage import read as read_lineage
 from modernenc.metrics import Table
 from modernenc.resume import resume, rollback
@@ -115,26 +117,25 @@ def test_branches_of_one_run_at_once_are_all_in_its_lineage(small_run):
 
 def test_what_went_on_while_the_folder_was_waited_for_is_not_trained_again(small_run, monkeypatch):
     """Another process trains the run to its end between the reading of a checkpoint and the lock."""
-    from modernenc import fit
-
     folder = train(small_run())
     held = (folder / "log.txt").open("a")
-    fit._locked(held, folder)
-    waiting, attempts = fit._locked, []
+    lock, attempts = fcntl.flock, []
+    lock(held, fcntl.LOCK_EX)
 
-    def released(file, run_dir):
-        attempts.append(waiting(file, run_dir))
-        held.close()
-        return attempts[-1]
+    def released_after_the_first_attempt(file, operation):
+        attempts.append(operation)
+        if len(attempts) == 2:
+            held.close()
+        return lock(file, operation)
 
-    monkeypatch.setattr(fit, "_locked", released)
+    monkeypatch.setattr(fcntl, "flock", released_after_the_first_attempt)
     run = load(folder)
     run.run_dir = str(folder)
     curriculum, corpus = check_run(run)
     rows = Table(folder / "metrics.csv").read()
     with pytest.raises(ValueError, match="went on in another process until just now; go on with: "):
-        fit.fit(run, curriculum, corpus, None, {"event": "resume", "checkpoint": ""})
-    assert attempts == [False, True] and Table(folder / "metrics.csv").read() == rows
+        fit(run, curriculum, corpus, None, {"event": "resume", "checkpoint": ""})
+    assert len(attempts) == 2 and Table(folder / "metrics.csv").read() == rows
 
 
 def ids(folder: Path) -> list[str]:

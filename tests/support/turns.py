@@ -1,7 +1,9 @@
-"""A contestant for the benchmark that costs nothing; in a module that any process can import."""
+"""Work for the benchmarks that costs nothing; in a module that any process can import."""
 
 import os
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from modernenc.bench.turns import Turn, Work
 
@@ -27,3 +29,10 @@ class Sleeper:
             return Work(os.getpid(), float(number))
 
         return turn
+
+
+def touch_after(path: Path, seconds: float) -> dict[str, float]:
+    """Create a file after some seconds, and return no measurements."""
+    time.sleep(seconds)
+    path.touch()
+    return {}

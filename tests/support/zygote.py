@@ -16,34 +16,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from modernenc import checkpoints
-from modernenc.data.lanes import Lane
-from modernenc.data.store import Store
+from modernenc.config import UNFINISHED
+from modernenc.data import lanes
 from modernenc.resume import resume
 from modernenc.train import main
 from modernenc.trainer import Pretraining
 from modernenc.validation import Validator
 from support.runs import composed
 
-PLACES = {
-    "step": (Pretraining, "training_step"),
-    "write": (checkpoints, "write"),
-    "manifest": (checkpoints, "write_json"),
-    "validation": (Validator, "scores"),
-    "refill": (Lane, "_open"),
-    "download": (Store, "_download"),
-}
-"""What is called where: the child tells when it enters, and runs it as it is."""
+CALLS: dict[str, tuple[Any, str]] = {"validation": (Validator, "scores"), "refill": (lanes, "pack")}
+"""The function that is called at a place."""
+FILES = {"write": (".ckpt.", UNFINISHED), "manifest": (".json.", UNFINISHED), "download": ("@", ".part")}
+"""What the name of a file that is opened at a place contains, and what it ends with."""
 PATIENCE = 30
+"""Steps past the one that was asked for after which the run is killed at a step, wherever that is."""
 
 
 def serve() -> None:
+    """Answer orders until the input ends."""
     for line in sys.stdin:
         order = json.loads(line)
         print(json.dumps(run(order)), flush=True)
 
 
 def run(order: dict[str, Any]) -> dict[str, Any]:
+    """Fork a run, kill it where the order says so, and return how it ended."""
     reads, writes = os.pipe()
     child = os.fork()
     if not child:
@@ -81,6 +78,7 @@ def run(order: dict[str, Any]) -> dict[str, Any]:
 
 
 def train(order: dict[str, Any], pipe: int) -> int:
+    """Train as the command line of the order does."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     if order["place"]:
@@ -114,13 +112,22 @@ def tell_at(place: str, step: int, pipe: int) -> None:
             os.write(pipe, where.encode())
 
     module_class.training_step = counted
-    if place in ("step", "phase"):
-        return
-    owner, name = PLACES[place]
-    called: Callable[..., Any] = getattr(owner, name)
+    if place in CALLS:
+        owner, name = CALLS[place]
+        called: Callable[..., Any] = getattr(owner, name)
 
-    def observed(*arguments: Any, **named: Any) -> Any:
-        tell(place)
-        return called(*arguments, **named)
+        def observed(*arguments: Any, **named: Any) -> Any:
+            tell(place)
+            return called(*arguments, **named)
 
-    setattr(owner, name, observed)
+        setattr(owner, name, observed)
+    elif place in FILES:
+        part, ending = FILES[place]
+
+        def opened(event: str, arguments: tuple[Any, ...]) -> None:
+            if event == "open" and not at["told"] and isinstance(arguments[0], str | os.PathLike):
+                name = Path(arguments[0]).name
+                if part in name and name.endswith(ending):
+                    tell(place)
+
+        sys.addaudithook(opened)

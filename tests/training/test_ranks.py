@@ -169,11 +169,9 @@ def test_a_lost_rank_ends_the_run_with_a_message(settings, tmp_path, launcher, v
     process = begin(2, "modernenc.train", *settings, *ENDLESS, f"run_dir={folder}", launcher=launcher)
     wait_for(process, lambda: steps_done(folder) > 5)
     os.kill(rank_process(process.pid, victim, launcher), signal.SIGKILL)
-    started = time.monotonic()
     said = process.communicate(timeout=60)[0]
     assert process.returncode, said
     assert "another rank was lost after step" in said and f"python -m modernenc.resume {folder}" in said
-    assert time.monotonic() - started < 60
 
 
 def rank_process(parent: int, rank: int, launcher: str) -> int:

@@ -1,7 +1,7 @@
 """A run on a corpus that is kept gives the figures that it gave: through years, versions of libraries, and changes of ours.
 
 What is expected is in saved_corpus/golden.json. Where numbers are meant to change, and only there, it is written anew by
-`python -m tests.training.test_saved_corpus`, and the commit says why.
+`PYTHONPATH=tests python tests/training/test_saved_corpus.py`, and the commit says why.
 """
 
 import json
