@@ -1,4 +1,4 @@
-"""Hydra at the command line: one clear line for a user's mistake, instead of a traceback."""
+"""The command line of Hydra programs: a user's mistake becomes one clear line instead of a traceback."""
 
 import os
 import shlex
@@ -35,7 +35,7 @@ def run(schema: type[Config], groups: tuple[str, ...], config_name: str, job: Ca
         print(help_text(groups if schema is not Run else [group for group in parts() if group != "corpus"]))
         return
     verbose = os.environ.get(_TRACEBACK) == "1"
-    os.environ[_TRACEBACK] = "1"  # so that Hydra raises instead of printing its several lines
+    os.environ[_TRACEBACK] = "1"  # so that Hydra raises errors instead of printing several lines
 
     def main(cfg: DictConfig) -> None:
         if not verbose:
@@ -58,7 +58,7 @@ class one_line_errors:
         self.composing = composing
 
     def __enter__(self) -> None:
-        """Begin."""
+        """Enter the context."""
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         """Turn a mistake into one line on stderr and status 2."""
@@ -87,7 +87,7 @@ def _message(error: BaseException) -> str:
 
 
 def help_text(groups: Iterable[str]) -> str:
-    """What the module that is run says of itself, and the parts to choose from."""
+    """Return the docstring of the module that runs, and the parts to choose from."""
     lines = [sys.modules["__main__"].__doc__ or "", "Parts, chosen with KEY=NAME, or +KEY=NAME where there is none yet:"]
     lines += [f"  {group}: {', '.join(names)}" for group, names in parts().items() if group in groups]
     schema = "data_prep" if "corpus" in groups else "modernenc"
@@ -95,7 +95,7 @@ def help_text(groups: Iterable[str]) -> str:
 
 
 def parts() -> dict[str, list[str]]:
-    """What is shipped to choose from, by group."""
+    """Return the names of the shipped options by group."""
     folders = {"recipe": RECIPES_DIR, **{path.name: path for path in sorted(CONF_DIR.iterdir()) if path.is_dir()}}
     return {group: sorted(path.stem for path in folder.glob("*.yaml")) for group, folder in folders.items()}
 

@@ -1,4 +1,4 @@
-"""The hash that guards files: xxh3, fast enough to check every shard and checkpoint."""
+"""Hash of files: xxh3, which is fast enough to check every shard and checkpoint."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import xxhash
 
 
 def hash_file(path: Path) -> str:
-    """xxh3_64 of a file's bytes, in hex."""
+    """Return the xxh3_64 hash of a file's bytes in hex."""
     digest = xxhash.xxh3_64()
     with path.open("rb") as file:
         while chunk := file.read(1 << 24):

@@ -1,4 +1,4 @@
-"""KEY=VALUE of a command line for Hydra, whose grammar has no é, #, or second = in a value that is not quoted."""
+"""Quote the values of KEY=VALUE arguments for Hydra, whose grammar knows no é, # or second = in an unquoted value."""
 
 import re
 import shlex
@@ -13,14 +13,14 @@ _FLAGS_WITH_A_VALUE = (
     "--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p", "--experimental-rerun",
 )  # fmt: skip
 _MEANT_FOR_HYDRA = re.compile(r"[\[{'\"]|\w+\(")
-"""How a list, a dict, a quoted string and a function begin."""
+"""Beginning of a list, a dict, a quoted string or a function."""
 
 
 def quoted(arguments: Sequence[str]) -> list[str]:
-    """The arguments of a program of Hydra's, with quotes around values that it could not read without.
+    """Return the arguments of a Hydra program with quotes around the values that it could not parse without them.
 
-    What it can read stays as it is. ValueError names an argument that quotes alone do not mend, or that could mean several
-    things: a list, a dict, a sweep.
+    Values that it can parse stay unchanged. Raises ValueError for an argument that quotes cannot repair, or that has several
+    meanings: a list, a dict, a sweep.
     """
     parser = OverridesParser.create()
     sweeps = bool({"--multirun", "-m"} & set(arguments))
@@ -33,7 +33,7 @@ def quoted(arguments: Sequence[str]) -> list[str]:
 
 
 def assigned(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Keys and values where there is no Hydra to compose them, by the same grammar; what it takes for a sweep is text."""
+    """Yield keys and values by the same grammar without Hydra; the value of a sweep is taken as text."""
     parser = OverridesParser.create()
     for argument in quoted(arguments):
         if "=" not in argument or argument.startswith("~"):

@@ -12,8 +12,8 @@ data that caused trouble. What it abandons is kept in its folder `abandoned`. To
 import argparse
 from pathlib import Path
 
-from modernenc.cli import checkpoint_argument, one_line_errors
-from modernenc.config import is_identity, is_resumable, resumable_keys
+from modernenc.cli import one_line_errors
+from modernenc.run_folder.overrides import check_overrides
 
 
 def main() -> None:
@@ -40,25 +40,6 @@ def main() -> None:
         else:
             resume.resume(path, overrides)
     ranks.leave()
-
-
-def check_overrides(path: Path, overrides: list[str], rollback: bool) -> None:
-    """Raise ValueError for a setting that cannot be changed."""
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if rollback and is_identity(key):
-            raise ValueError(
-                f"{override}: a rollback stays in its run; branch with python -m modernenc.train +recipe=NAME "
-                f"+from={checkpoint_argument(path)}"
-            )
-        if not rollback and not (equals and is_resumable(key)):
-            raise ValueError(
-                f"{override}: a resumed run may change {', '.join(resumable_keys())} only; anything else makes "
-                "another run: add --rollback, or branch with python -m modernenc.train +recipe=NAME "
-                f"+from={checkpoint_argument(path)}"
-            )
-    if rollback and path.suffix != ".ckpt":
-        raise ValueError(f"{path}: name the checkpoint to go back to, one of {path}/checkpoints/*.ckpt")
 
 
 if __name__ == "__main__":

@@ -3,60 +3,23 @@
 import csv
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pytest
 import torch
-from beartype import BeartypeConf, beartype
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from jaxtyping import install_import_hook
-from omegaconf import OmegaConf, open_dict
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, and where a kernel is defined
 
-# Shapes and dtypes in signatures are checked here, and cost nothing in use. An int is a float, as PEP 484 has it.
-checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
-_SHAPED = ["modernenc.backbones", "modernenc.objectives", "modernenc.data.packing", "modernenc.data.masking"]
-_hook = install_import_hook(_SHAPED, "conftest.checked")
-_hook.__enter__()
+from support.shapes import check_shapes
 
-from modernenc.config import CONF_DIR, Run, register  # noqa: E402
+check_shapes()  # ahead of the first import of modernenc
+
+from modernenc.config import Run  # noqa: E402
 from modernenc.data.choices import COLUMNS  # noqa: E402
-from modernenc.planning.sizes import choose_sizes  # noqa: E402
-
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared" / "data"
-
-_ANY_BACKBONE = [
-    "data.lanes=4", "data.buffer_rows=8", "data.workers=0", "trainer.micro_batch_tokens=256",
-    "backbone.hidden_size=32", "backbone.intermediate_size=48", "backbone.num_hidden_layers=3", "backbone.vocab_size=512",
-    "phases.stable.tokens=6000", "phases.stable.seq_len=64", "phases.stable.warmup_tokens=1000",
-    "phases.stable.ramp.tokens=1500", "phases.extend.tokens=3000", "phases.extend.seq_len=128",
-    "phases.decay.tokens=3000", "phases.decay.seq_len=128",
-    "checkpoint.every_tokens=1500", "validation.every_tokens=0", "validation.tokens_per_source=512",
-    "phases.stable.mix={code: 3, docstrings: 2, reference: 1, prose: 0}",
-    "phases.extend.mix={code: 1, docstrings: 1, reference: 0, prose: 0}",
-    "phases.decay.mix={code: 1, docstrings: 3, reference: 0, prose: 0}", "logger.every_steps=1",
-]  # fmt: skip
-SMALL = [*_ANY_BACKBONE, "backbone.num_attention_heads=2", "backbone.local_attention=32"]
-"""The demo recipe cut down to a second: three phases, a ramp, a change of length, three sources."""
-SMALL_MEGA = [
-    *_ANY_BACKBONE, "backbone.nffn_hidden_size=48", "backbone.shared_representation_size=16",
-    "backbone.ema_projection_size=4", "backbone.chunk_size=48",
-]  # fmt: skip
-"""The same for its form in MEGA, with rows longer than a chunk."""
-DROPOUT = {
-    "demo": ["backbone.attention_out_dropout=0.1"],
-    "demo_mega": ["backbone.dropout_prob=0.1", "backbone.attention_probs_dropout_prob=0.1"],
-}
-"""By recipe."""
+from support.runs import SMALL, SMALL_MEGA, composed  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -66,22 +29,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):  # its keywords have the names of its folders too
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-
-
-def composed(overrides: list[str], config_name: str = "train") -> Run:
-    """The typed run that a command line stands for."""
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = compose(config_name, overrides, return_hydra_config=True)
-    HydraConfig.instance().set_config(cfg)
-    with open_dict(cfg):
-        del cfg["hydra"]
-    OmegaConf.resolve(cfg)
-    run = cast(Run, OmegaConf.to_object(cfg))
-    if config_name == "train":
-        choose_sizes(run)
-    return run
 
 
 @pytest.fixture(scope="session")
@@ -164,19 +111,3 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     yield make
     for disk in mounted:
         subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
-def task(items: Path) -> list[str]:
-    """Settings of a task `next` on these items."""
-    return [
-        "+task@tasks.next=multiple_choice", f"tasks.next.train={items / 'train.csv'}",
-        f"tasks.next.validation={items / 'validation.csv'}", "tasks.next.validation_items=20", "tasks.next.seq_len=32",
-        "tasks.next.batch_items=5", "tasks.next.lr_factor=0.5",
-    ]  # fmt: skip
-
-
-def command(module: str, *arguments: str, cwd: Path = ROOT, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run `python -m module arguments`."""
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments], cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False
-    )

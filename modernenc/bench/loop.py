@@ -122,8 +122,11 @@ def whole(run: Run, *callbacks: Any) -> list[float]:
             times.append(time.perf_counter())
 
     curriculum, corpus = check_run(run)
-    fitting.start(run, curriculum)
-    fitting.fit(run, curriculum, corpus, None, {"event": "start", "checkpoint": ""}, [Clock(), *callbacks])
+    from modernenc.run_folder.create import create
+    from modernenc.run_folder.lineage import Event
+
+    create(run, "")
+    fitting.fit(run, curriculum, corpus, "", None, Event("start"), [Clock(), *callbacks])
     return [after - before for before, after in pairwise(times)]
 
 

@@ -162,9 +162,12 @@ def _ours(run: Run, rows: Run, optimizer: str) -> Training:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         run.run_dir = f"{folder}/run"
         curriculum, corpus = check_run(run)
-        fitting.start(run, curriculum)
+        from modernenc.run_folder.create import create
+        from modernenc.run_folder.lineage import Event
+
+        create(run, "")
         clock = Clock(training)
-        fitting.fit(run, curriculum, corpus, None, {"event": "start", "checkpoint": ""}, [Timed()])
+        fitting.fit(run, curriculum, corpus, "", None, Event("start"), [Timed()])
     return training
 
 

@@ -43,9 +43,8 @@ def compile_layers(backbone: Backbone) -> None:
     from torch.fx.experimental import _config as sizes
 
     sizes.use_duck_shape = False
-    _dynamo.config.recompile_limit = (
-        32  # types of layers, with and without activation checkpointing, in training and in validation
-    )
+    # Types of layers, with and without activation checkpointing, in training and in validation.
+    _dynamo.config.recompile_limit = 32
     for part in backbone.compilable():
         part.forward = torch.compile(part.forward, dynamic=True, fullgraph=True)
 
@@ -57,14 +56,14 @@ def set_attributes(backbone: Backbone, spec: StepSpec) -> None:
 
 
 def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and saved buffers by name, each once: tied ones go by their first name."""
+    """Return parameters and saved buffers by name, each once: tied parameters appear under their first name."""
     saved = module.state_dict()
     buffers = {name: buffer for name, buffer in module.named_buffers() if name in saved}
     return {**dict(module.named_parameters()), **buffers}
 
 
 def masked_lm_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Of a checkpoint's weights those of the backbone and of masked LM, by their names in `MaskedLM`."""
+    """Return the weights of the backbone and of masked LM in a checkpoint, by their names in `MaskedLM`."""
     shared = ("backbone.", "masked_lm.")
     return {name.removeprefix("masked_lm."): value for name, value in weights.items() if name.startswith(shared)}
 

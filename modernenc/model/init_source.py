@@ -87,7 +87,7 @@ def _from_checkpoint(path: Path) -> Source:
 
 
 def _from_hugging_face(folder: Path, run: Run) -> Source:
-    """A folder that `save_pretrained` wrote, of transformers 4 or 5."""
+    """Read a folder that `save_pretrained` of transformers 4 or 5 wrote."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"init.source={folder}: no config.json; name a checkpoint (*.ckpt) or a Hugging Face folder")
     config = json.loads((folder / "config.json").read_text())
@@ -115,7 +115,7 @@ def _from_hugging_face(folder: Path, run: Run) -> Source:
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Weights in fp32, from safetensors or else from a .bin, which is read without running code."""
+    """Yield weights in fp32 from safetensors, or else from a .bin, which is read without running code."""
     for path in sorted(folder.glob("*.safetensors")):
         yield from ((name, value.float()) for name, value in load_file(path).items())
     if not list(folder.glob("*.safetensors")):

@@ -1,8 +1,8 @@
-"""Optimizers: `(parameters, matrices, ...) -> optimizers`, chosen by `_target_` in `conf/optim/*.yaml`.
+"""Optimizers: functions `(parameters, matrices, ...) -> optimizers`, chosen by `_target_` in `conf/optim/*.yaml`.
 
-Each parameter group carries `base_lr` and `decays`; `apply` scales them by the curriculum. Biases and norms do not decay,
-embeddings do. `lr` is the scale on which phases state their learning rates. `matrices` are those of the parameters that may be
-orthogonalised. A task's head has optimizers of its own, which rest while other objectives are trained.
+Each parameter group carries `base_lr` and `decays`, and `apply` scales them by the curriculum. Embeddings decay, biases and
+norms do not. `lr` is the scale on which phases state their learning rates. `matrices` are the parameters that may be
+orthogonalised. The head of a task has its own optimizers, which pause while other objectives are trained.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,11 +19,11 @@ from modernenc.objectives import Objectives
 
 Parameters = Sequence[nn.Parameter]
 _COUNTERS = ("step", "setup")
-"""What optimi keeps in parameter groups that is state, not a setting."""
+"""Entries of optimi's parameter groups that are state and not settings."""
 
 
 def build(objectives: Objectives, settings: dict[str, Any]) -> list[Optimizer]:
-    """The optimizers that a recipe's `optim` names."""
+    """Return the optimizers that a recipe's `optim` specifies."""
     make = partial(get_method(settings["_target_"]), **{key: value for key, value in settings.items() if key != "_target_"})
     optimizers = make(list(objectives.masked_lm.parameters()), objectives.backbone.matrices())
     return [*optimizers, *(optimizer for task in objectives.tasks.values() for optimizer in make(list(task.parameters()), []))]
@@ -32,7 +32,8 @@ def build(objectives: Objectives, settings: dict[str, Any]) -> list[Optimizer]:
 def stable_adamw(
     parameters: Parameters, matrices: Parameters, lr: float, weight_decay: float, betas: list[float], eps: float
 ) -> list[Optimizer]:
-    """AdamW with update clipping and fully decoupled decay, as ModernBERT was trained: Wortsman et al. 2023, arXiv:2304.13013.
+    """Return AdamW with update clipping and fully decoupled decay, as ModernBERT was trained: Wortsman et al. 2023,
+    arXiv:2304.13013.
 
     The decay of a step is `weight_decay` x lr / peak lr of the phase.
     """
@@ -45,7 +46,7 @@ def stable_adamw(
 def adamw(
     parameters: Parameters, matrices: Parameters, lr: float, weight_decay: float, betas: list[float], eps: float
 ) -> list[Optimizer]:
-    """AdamW of torch, whose decay of a step is `weight_decay` x lr: Loshchilov and Hutter 2017, arXiv:1711.05101."""
+    """Return torch's AdamW, whose decay of a step is `weight_decay` x lr: Loshchilov and Hutter 2017, arXiv:1711.05101."""
     groups = _groups(parameters, lr)
     return [torch.optim.AdamW(groups, lr, (betas[0], betas[1]), eps, weight_decay, fused=True)]
 
@@ -61,10 +62,10 @@ def muon(
     eps: float,
     ns_steps: int = 5,
 ) -> list[Optimizer]:
-    """Muon for the backbone's matrices, AdamW for the rest: Liu et al. 2025, arXiv:2502.16982.
+    """Return Muon for the backbone's matrices and AdamW for the rest: Liu et al. 2025, arXiv:2502.16982.
 
-    Updates are scaled to the size of AdamW's, so that learning rates of AdamW carry over. `ns_steps` are Newton and Schulz's,
-    of which fewer are faster and orthogonalise less. ValueError when they are not from 1 to 99.
+    Updates are scaled to the size of AdamW's, so that AdamW's learning rates carry over. `ns_steps` is the number of
+    Newton-Schulz iterations; fewer are faster and orthogonalise less well. Raises ValueError if it is not between 1 and 99.
     """
     if not 1 <= ns_steps <= 99:
         raise ValueError(f"ns_steps={ns_steps}: expected a number from 1 to 99")
@@ -82,7 +83,7 @@ def muon(
 
 
 def step(optimizers: Iterable[Optimizer]) -> None:
-    """Step those whose weights have gradients, and drop these."""
+    """Step the optimizers whose weights have gradients, and clear the gradients."""
     for optimizer in optimizers:
         if any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"]):
             optimizer.step()
@@ -90,17 +91,17 @@ def step(optimizers: Iterable[Optimizer]) -> None:
 
 
 def apply(optimizers: Iterable[Optimizer], spec: StepSpec, lr_scale: float) -> None:
-    """Set learning rate and decay of every group to what the curriculum says; `lr_scale` is `optim.lr`."""
+    """Set the learning rate and weight decay of every group as the curriculum prescribes; `lr_scale` is `optim.lr`."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * spec.lr / lr_scale
             group["weight_decay"] = spec.weight_decay if group["decays"] else 0.0
-            if "max_lr" in group:  # the peak that decoupled decay is relative to
+            if "max_lr" in group:  # decoupled decay is relative to this peak
                 group["max_lr"] = group["base_lr"] * spec.peak_lr / lr_scale
 
 
 def state_numbers(target: str, objectives: Objectives) -> int:
-    """Numbers that an optimizer keeps beside the weights: two moments each, but one for a matrix under Muon."""
+    """Return how many numbers the optimizers keep besides the weights: two moments each, and one for a matrix under Muon."""
     numbers = 2 * sum(parameter.numel() for parameter in objectives.parameters())
     if target == f"{muon.__module__}.{muon.__name__}":
         numbers -= sum(parameter.numel() for parameter in objectives.backbone.matrices())
@@ -108,12 +109,12 @@ def state_numbers(target: str, objectives: Objectives) -> int:
 
 
 def names_of(module: nn.Module) -> dict[int, str]:
-    """Name of each parameter by its identity: checkpoints know parameters by name, optimizers by position."""
+    """Return the name of each parameter by its identity: checkpoints use names, optimizers use positions."""
     return {id(parameter): name for name, parameter in module.named_parameters()}
 
 
 def snapshot(optimizers: Iterable[Optimizer], names: dict[int, str]) -> list[dict[str, Any]]:
-    """State of each optimizer by parameter name; hyperparameters are the recipe's and left out."""
+    """Return the state of each optimizer by parameter name, without hyperparameters, which the recipe holds."""
     return [
         {
             "state": {names[id(parameter)]: dict(state) for parameter, state in optimizer.state.items()},
@@ -124,9 +125,9 @@ def snapshot(optimizers: Iterable[Optimizer], names: dict[int, str]) -> list[dic
 
 
 def restore(optimizers: Iterable[Optimizer], names: dict[int, str], saved: list[dict[str, Any]]) -> None:
-    """Give new optimizers the states of `snapshot`, split over ranks where their parameters are.
+    """Give new optimizers the states that `snapshot` returned, split over ranks as their parameters are.
 
-    One that has none there, such as that of a head that was not trained yet, stays new.
+    An optimizer without a saved state stays new: the head of a task that was not trained yet has none.
     """
     for optimizer in optimizers:
         content = optimizer.state_dict()

@@ -1,1 +1,1 @@
-"""TODO"""
+"""The page and the plots that show a run."""

@@ -1,0 +1,230 @@
+"""The benchmarks measure what they say, in processes that do not disturb each other."""
+
+import csv
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import open_dict
+
+from modernenc.backbones import attention, rotary
+from modernenc.bench import gpu, inference, kernels, step, time_to_loss
+from modernenc.bench.settings import Bench, register_bench
+from modernenc.bench.turns import Result, Work, take_turns
+from modernenc.cli import typed
+from modernenc.config import CONF_DIR
+from modernenc.quoting import quoted
+from support.commands import command
+from support.turns import Sleeper, touch_after
+
+
+def test_all_take_their_turns_each_in_its_process():
+    one, other = take_turns([Sleeper("one"), Sleeper("other")], 3)
+    assert [work.flops for work in one.work] == [1.0, 2.0, 3.0]
+    assert len({work.tokens for work in one.work}) == 1
+    assert one.work[0].tokens not in (other.work[0].tokens, os.getpid())
+    assert one.peak_bytes > 0 and not one.failure
+
+
+def test_one_that_needs_too_much_memory_or_dies_is_told_of_and_the_rest_go_on():
+    fine, killed, large = take_turns([Sleeper("fine"), Sleeper("killed", dies_at=2), Sleeper("large", needs_gb=1e5)], 3)
+    assert len(fine.work) == 3
+    assert "killed" in killed.failure and len(killed.work) == 1
+    assert "GB that are free" in large.failure
+
+
+def test_ratios_are_taken_turn_by_turn():
+    fast = Result("fast", [Work(10, 0.0), Work(10, 0.0), Work(10, 0.0)], [1.0, 2.0, 1.0])
+    slow = Result("slow", [Work(5, 0.0), Work(5, 0.0), Work(5, 0.0)], [1.0, 8.0, 2.0])
+    assert fast.times_faster(slow) == [2.0, 4.0, 8.0]
+    assert fast.speed == 10.0
+
+
+def test_the_data_path_is_measured_beside_others(corpus_root, tmp_path):
+    result = command(
+        "modernenc.bench", "parts=[data]", "lengths=[512]", "repetitions=1", f"root={corpus_root}", f"out={tmp_path / 'bench'}"
+    )
+    assert result.returncode == 0, result.stderr
+    (case,) = json.loads((tmp_path / "bench" / "data.json").read_text())
+    assert next(entry["name"] for entry in case["results"]) == "modernenc"
+    assert all(len(entry["work"]) == 1 and entry["work"][0][0] >= 4_000_000 for entry in case["results"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("parts=[speed]", "parts=speed: there is none; there are step, growth, inference, data, loop, time_to_loss"),
+        ("parts=[gpu] gpu.cells=[cache]", "gpu.cells=cache: there is none; there are products, copies, step"),
+        ("parts=[gpu] gpu.lengths=[64]", "gpu.lengths=[64]: expected two"),
+        ("parts=[gpu] gpu.run_steps=5", "gpu.run_steps=5: expected 25 at least"),
+        ("backbones=[bert]", "backbones=bert: there is none; there are mega_small_16k"),
+        ("root=nowhere", "nowhere: no manifest.json there"),
+    ],
+)
+def test_mistakes_are_told(corpus_root, tmp_path, setting, expected):
+    result = command("modernenc.bench", f"root={corpus_root}", f"out={tmp_path}", "lengths=[64]", *setting.split())
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and expected in result.stderr
+
+
+@pytest.fixture
+def bench(corpus_root, tmp_path) -> Iterator[Callable[..., Bench]]:
+    """Settings of the benchmark, where they can be composed."""
+
+    def make(*overrides: str) -> Bench:
+        line = quoted([f"root={corpus_root}", f"out={tmp_path / 'bench'}", *overrides])
+        cfg = compose("bench", line, return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        return typed(cfg, Bench, ())
+
+    register_bench()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        yield make
+
+
+def test_a_peer_that_transformers_has_not_is_told_before_anything_is_measured(bench, tmp_path):
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("transformers 4 has a MEGA")
+    with pytest.raises(ValueError, match=r"backbones=mega_tiny: transformers 5.* has no mega .*install 'transformers<5'"):
+        step.measure(bench("backbones=[mega_tiny]", "lengths=[64]"), tmp_path)
+
+
+@pytest.mark.slow
+def test_inference_is_measured_beside_transformers(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, "LENGTHS", (64,))
+    monkeypatch.setattr(inference, "KINDS", ("variable",))
+    monkeypatch.setattr(inference, "RUNS", 2)
+    inference.measure(bench("inference_tokens=512"), tmp_path)
+    (case,) = json.loads((tmp_path / "inference.json").read_text())
+    ours, theirs = case["results"]
+    lengths = inference.lengths_of("variable", 64, 8)
+    assert ours["work"] == theirs["work"] == [[sum(lengths), 0.0]] * 2 and len(set(lengths)) > 1
+    assert min(case["fit"]) > case["documents"] == 8
+    assert inference.lengths_of("fixed", 64, 8) == [64] * 8
+
+
+@pytest.mark.slow
+def test_time_to_loss_is_that_of_the_best_of_the_trainers_learning_rates(bench, tmp_path):
+    time_to_loss.measure(
+        bench(
+            *("trainer_tokens=8192", "validation_tokens=1024", "trainer_lrs=[1e-5,1e-3]", "lanes=2"),
+            *("~optimizers.muon", "~optimizers.stable_adamw"),
+        ),
+        tmp_path,
+    )
+    found = json.loads((tmp_path / "time_to_loss_modernbert_tiny.json").read_text())
+    slow, fast, ours = found["trainings"]
+    assert found["best"] == fast and fast["losses"][-1] < slow["losses"][-1]
+    assert ours["name"] == "modernenc" and ours["lr"] == 1e-3
+    assert all(len(one["losses"]) >= 4 and one["seconds"] == sorted(one["seconds"]) for one in found["trainings"])
+
+
+def test_time_stands_still_while_a_training_is_validated(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    training = time_to_loss.Training("one", "adamw", 1.0)
+    clock = time_to_loss.Clock(training)
+
+    def loss() -> float:
+        nonlocal now
+        now += 50
+        return 5.0 - len(training.losses)
+
+    for trained in (3, 4):
+        now += trained
+        clock.validate(loss)
+    assert training.seconds == [3, 7]
+    assert training.seconds_to(4.0) == training.seconds[1] and training.seconds_to(3.0) is None
+
+
+TINY = (
+    *("gpu.backbone=modernbert_tiny", "gpu.lengths=[64,256]", "num_hidden_layers=1", "+gpu.others.mega_tiny=128"),
+    *("~gpu.others.modernbert_large", "~gpu.others.mega_small_16k", "gpu.step_tokens=512", "gpu.micro_batch_tokens=512"),
+    *("gpu.repetitions=2", "gpu.matrix_size=64", "gpu.run_steps=25"),
+)
+
+
+CELLS = (
+    "products",
+    "step",
+    "sparse",
+    "run",
+    "window blocks 64",
+    "window FA3 64",
+    "other ettin",
+    "optimizer muon",
+    "chunk 1024",
+)
+
+
+def _rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "gpu.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+def test_the_gpu_part_has_figures_without_a_gpu_too_or_says_why_not(bench, tmp_path):
+    gpu.measure(bench(*TINY, f"gpu.cells={list(CELLS)}", "gpu.seconds=1e4"), tmp_path)
+    rows = {row["cell"]: row for row in _rows(tmp_path)}
+    assert all(any(name.startswith(cell) for name in rows) for cell in CELLS)
+    failed = [name for name, row in rows.items() if row["failure"]]
+    assert failed == ["window FA3 64"] or torch.cuda.is_available()
+    assert all(float(row["ms"]) > 0 and row["torch"] == torch.__version__ for row in rows.values() if not row["failure"])
+    step, run = rows["step modernbert_tiny 64"], rows["run modernbert_tiny 64"]
+    assert all(float(row["tokens_per_s"]) > 0 for row in (step, run, rows["sparse modernbert_tiny 64"]))
+    assert float(step["of_products"]) == pytest.approx(float(step["tflops"]) / float(rows["products"]["tflops"]), rel=1e-2)
+    assert float(run["between_ms"]) < float(run["ms"]) and run["save_s"]
+
+
+def test_the_gpu_part_begins_what_fits_into_its_time_and_keeps_the_rows_of_before(corpus_root, tmp_path):
+    settings = [*TINY, f"root={corpus_root}", f"out={tmp_path}", "gpu.cells=[products,copies,run]"]
+    for seconds in (30, 100):
+        result = command("modernenc.bench", "gpu", *settings, f"gpu.seconds={seconds}")
+        assert result.returncode == 0, result.stderr
+    rows = _rows(tmp_path)
+    assert [row["cell"] for row in rows] == 2 * ["products", "copies", "run modernbert_tiny 64"]
+    assert ["not begun" in row["failure"] for row in rows] == [True, True, True, False, False, True]
+    assert result.stdout.count("cell=") == 3 and float(rows[4]["gb_per_s"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("figures", "expected"),
+    [
+        (partial(os._exit, 9), "its process was killed"),
+        (partial(int, "ten"), "ValueError: invalid literal for int"),
+    ],
+)
+def test_a_cell_that_fails_is_a_row_with_its_reason(figures, expected):
+    assert expected in gpu.in_a_process(gpu.Cell("one", 60, figures))["failure"]
+
+
+def test_a_cell_that_takes_too_long_is_ended_and_is_a_row_with_its_reason(tmp_path):
+    late = partial(touch_after, tmp_path / "ended", seconds=20)
+    assert "took more than 5 s" in gpu.in_a_process(gpu.Cell("one", 5, late))["failure"]
+    assert not (tmp_path / "ended").exists()  # it was not waited for
+
+
+@pytest.mark.parametrize("lengths", [[64, 64], [5, 1, 90, 32]])
+def test_the_window_that_is_measured_as_a_function_of_scores_is_the_same_attention(lengths):
+    tokens, window = sum(lengths), 8
+    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    layout = attention.Layout(ends, max(lengths), tokens, torch.device("cpu"))
+    rotation = rotary.rotation(1e4, 16, rotary.positions_of(ends, tokens), max(lengths))
+    qkv = torch.randn(tokens, 3, 2, 16)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile", UserWarning)
+        found = kernels.flex(layout, window)(qkv, rotation, layout, window)
+    torch.testing.assert_close(found, attention.blocks(qkv, rotation, layout, window))

@@ -1,0 +1,80 @@
+"""Masks are a function of (seed, row), and never fall on special tokens."""
+
+import numpy as np
+import pytest
+import torch
+
+from modernenc.data.blocks import Roles
+from modernenc.data.lanes import Chunk
+from modernenc.data.masking import Masker, MicroBatch
+
+ROLES = Roles(cls=1, sep=2, pad=3, mask=4, unk=0)
+ORDINARY = np.arange(5, 1000)
+
+
+def row(*lengths: int) -> list[Chunk]:
+    rng = np.random.default_rng(7)
+    return [Chunk(rng.choice(ORDINARY, size=length).astype(np.uint16), "a") for length in lengths]
+
+
+def masked(documents: list[Chunk], *seed: int, ratio: float = 0.3) -> MicroBatch:
+    return Masker(ROLES, ORDINARY, ratio).batch([documents], [seed], first_row=0)
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.15, 0.3, 0.5])
+def test_the_ratio_of_text_tokens_is_predicted_and_replaced_80_10_10(ratio):
+    documents = row(*[500] * 200)
+    batch = masked(documents, 1, 2, ratio=ratio)
+    text = np.concatenate([chunk.tokens for chunk in documents])
+    assert len(batch.targets) / len(text) == pytest.approx(ratio, abs=0.01)
+    seen = batch.input_ids[batch.target_positions]
+    assert np.mean(seen.numpy() == ROLES.mask) == pytest.approx(0.8, abs=0.02)
+    assert np.mean((seen == batch.targets).numpy()) == pytest.approx(0.1, abs=0.02)
+
+
+def test_special_tokens_are_never_predicted_and_never_drawn():
+    documents = row(1, 2, 3, 100, 1)
+    for seed in range(50):
+        batch = masked(documents, seed, ratio=0.9)
+        specials = np.flatnonzero(np.isin(batch.input_ids, [ROLES.cls, ROLES.sep]))
+        ends = batch.cu_seqlens.numpy()
+        assert sorted([*(ends[1:] - 1), *ends[:-1]]) == specials.tolist()
+        assert not np.isin(batch.target_positions, specials).any()
+        assert np.isin(batch.targets, ORDINARY).all()
+
+
+def test_masks_depend_on_seed_and_row_alone():
+    documents, masker = row(50, 60), Masker(ROLES, ORDINARY, 0.3)
+    first, other, again = (masker.batch([documents], [(1, 0, number)], first_row=0) for number in (5, 6, 5))
+    anew = masked(documents, 1, 0, 5)
+    for same in (again, anew):
+        assert torch.equal(first.input_ids, same.input_ids) and torch.equal(first.target_positions, same.target_positions)
+    assert not torch.equal(first.target_positions, other.target_positions)
+
+
+def test_masks_are_those_that_the_rows_have_alone():
+    documents, seeds = [row(5, 9), row(30), row(1, 200, 2)], [(4,), (1, 2), (7,)]
+    together = Masker(ROLES, ORDINARY, 0.3).batch(documents, seeds, first_row=0)
+    alone = [masked(one, *seed) for one, seed in zip(documents, seeds, strict=True)]
+    assert torch.equal(together.input_ids, torch.cat([one.input_ids for one in alone]))
+    assert torch.equal(together.targets, torch.cat([one.targets for one in alone]))
+
+
+def test_a_higher_ratio_predicts_the_same_tokens_and_more():
+    low, high = (set(masked(row(300), 3, ratio=ratio).target_positions.tolist()) for ratio in (0.15, 0.4))
+    assert low < high
+
+
+def test_a_micro_batch_lays_documents_end_to_end_and_targets_point_at_their_tokens():
+    documents = [row(5, 9), row(30)]
+    batch = Masker(ROLES, ORDINARY, 0.3).batch(documents, [(0,), (1,)], first_row=4)
+    assert batch.cu_seqlens.tolist() == [0, 7, 18, 50]
+    assert batch.max_seqlen == 32
+    assert batch.first_row == 4
+    original = np.concatenate([np.concatenate([[1], chunk.tokens, [2]]) for r in documents for chunk in r])
+    assert np.array_equal(batch.targets.numpy(), original[batch.target_positions.numpy()])
+
+
+def test_a_row_without_a_predicted_token_is_no_error():
+    assert len(masked(row(1), 0, ratio=0.001).targets) == 0
+    assert Masker(ROLES, ORDINARY, 0.9).batch([], [], first_row=0).input_ids.tolist() == [ROLES.cls, ROLES.sep]

@@ -1,0 +1,95 @@
+"""An exported folder is a Hugging Face model."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer
+
+from modernenc.backbones.modernbert import ModernBERT
+from modernenc.export import TOLERANCE, compare, export, hugging_face_names
+from modernenc.objectives.masked_lm import MaskedLM
+from support.runs import train
+
+
+@pytest.fixture
+def run_dir(small_run) -> Path:
+    return train(small_run("phases.stable.tokens=3000", "phases.extend.tokens=1000", "phases.decay.tokens=1000"))
+
+
+def test_every_phase_exports_to_a_model_that_fills_masks(run_dir, tmp_path):
+    from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
+
+    for phase, theta in (("stable", 10_000), ("extend", 160_000), ("decay", 160_000)):
+        out = tmp_path / phase
+        assert export([run_dir / "checkpoints" / f"end-of-{phase}.ckpt"], out) <= TOLERANCE
+        model, tokenizer = AutoModelForMaskedLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+        config = json.loads((out / "config.json").read_text())  # as transformers 4 spells it, and as 5 does
+        assert config["global_rope_theta"] == config["rope_parameters"]["full_attention"]["rope_theta"] == theta
+        assert model.config.pad_token_id == tokenizer.pad_token_id
+        ids = tokenizer("def main(): return 0")["input_ids"]
+        assert (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
+        fill = pipeline("fill-mask", model=model, tokenizer=tokenizer)
+        answers = fill(f"import{tokenizer.mask_token} as np")
+        row = tokenizer(f"import{tokenizer.mask_token} as np", return_tensors="pt")
+        with torch.no_grad():
+            logits = model(**row).logits[row["input_ids"] == tokenizer.mask_token_id]
+        best = logits[0].softmax(-1).topk(5)
+        assert [answer["token"] for answer in answers] == best.indices.tolist()
+        assert [answer["score"] for answer in answers] == pytest.approx(best.values.tolist(), rel=1e-4)
+        batch = tokenizer(["a longer line of text here", "short"], padding=True, return_tensors="pt")
+        with torch.no_grad():
+            assert torch.isfinite(model(**batch).logits[batch["attention_mask"].bool()]).all()
+
+
+@pytest.mark.parametrize(
+    "other", [["layer_types", "rope_parameters"], ["global_attn_every_n_layers", "global_rope_theta", "local_rope_theta"]]
+)
+def test_a_config_is_whole_in_the_words_of_transformers_4_and_of_5(tmp_path, other):
+    from transformers import AutoModelForMaskedLM
+
+    torch.manual_seed(0)
+    thetas = {"global_rope_theta": 4_000.0, "local_rope_theta": 300.0}
+    ours = MaskedLM(ModernBERT(300, 32, 48, 5, 2, 256, **thetas, global_attn_every_n_layers=2, local_attention=16)).eval()
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
+    model = ours.backbone.hugging_face_model()
+    model.load_state_dict(hugging_face_names(ours.state_dict(), ours.backbone.HUGGING_FACE_NAMES))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    own = {key: value for key, value in config.items() if key not in other}
+    assert len(own) == len(config) - len(other)
+    settings = ModernBERT.settings_from_hugging_face(own)
+    assert {key: settings[key] for key in thetas} == thetas and settings["global_attn_every_n_layers"] == 2
+    version_4 = "layer_types" in other
+    if version_4 == (int(transformers.__version__.split(".")[0]) == 4):  # the other would fall back to defaults
+        (tmp_path / "config.json").write_text(json.dumps(own))
+        assert compare(ours, AutoModelForMaskedLM.from_pretrained(tmp_path), 300) <= TOLERANCE
+
+
+def test_an_existing_folder_is_not_overwritten(run_dir, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="out exists"):
+        export([run_dir], tmp_path / "out")
+
+
+def test_a_tokenizer_that_cuts_and_pads_is_exported_without(small_run, corpus_root, tmp_path):
+    """A file as sentence-transformers ships it: other libraries heed what it says, where transformers does not."""
+    root = tmp_path / "corpus"
+    shutil.copytree(corpus_root, root)
+    cutting = Tokenizer.from_file(str(root / "tokenizer.json"))
+    cutting.enable_truncation(16)
+    cutting.enable_padding(length=16)
+    cutting.save(str(root / "tokenizer.json"))
+    manifest = json.loads((root / "manifest.json").read_text())
+    manifest["tokenizer"]["sha256"] = hashlib.sha256((root / "tokenizer.json").read_bytes()).hexdigest()
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    run = small_run(f"data.root={root}", "phases.stable.tokens=3000", "phases.extend.tokens=1000", "phases.decay.tokens=1000")
+    export([train(run)], tmp_path / "out")
+    exported = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert exported.truncation is None and exported.padding is None
+    assert len(exported.encode("import os, sys; " * 40).ids) > 64 and len(exported.encode("a").ids) == 3

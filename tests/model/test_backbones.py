@@ -1,0 +1,127 @@
+"""The contract of backbones, over every file of conf/backbone."""
+
+import pytest
+import torch
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+
+from modernenc.backbones import Backbone
+from modernenc.config import CONF_DIR
+from modernenc.objectives.masked_lm import MaskedLM
+from support.tensors import relative
+
+YAMLS = sorted((CONF_DIR / "backbone").glob("*.yaml"))
+SMALLER = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 6}
+LENGTHS = [1, 2, 3, 17, 64, 65, 128, 130, 333, 512, 700, 1022]
+
+
+@pytest.fixture(params=YAMLS, ids=lambda path: path.stem)
+def objective(request) -> MaskedLM:
+    """The backbone of one YAML, narrowed, in fp32 and without dropout."""
+    settings = OmegaConf.to_container(OmegaConf.load(request.param))
+    assert isinstance(settings, dict)
+    target = settings.pop("_target_")
+    dropout = {key: 0.0 for key in settings if "dropout" in str(key)}
+    torch.manual_seed(0)
+    smaller = {key: value for key, value in SMALLER.items() if key in settings}
+    model = MaskedLM(get_class(target)(**{**settings, **smaller, **dropout}))
+    for parameter in model.parameters():  # at initialisation the layers hardly change the residual: make them matter
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.1)
+    return model
+
+
+def documents(lengths=LENGTHS):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(300, (length,), generator=generator) for length in lengths]
+
+
+def run(model: MaskedLM, packed: list[torch.Tensor]) -> torch.Tensor:
+    lengths = [len(document) for document in packed]
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    return model.logits(torch.cat(packed), ends, max(lengths), torch.arange(sum(lengths)))
+
+
+def test_it_keeps_the_contract(objective):
+    backbone = objective.backbone
+    assert isinstance(backbone, Backbone)
+    hidden = backbone(torch.cat(documents([3, 5])), torch.tensor([0, 3, 8], dtype=torch.int32), 5)
+    assert hidden.shape == (8, backbone.hidden_size)
+    assert backbone.token_embeddings().weight.shape == (backbone.vocab_size, backbone.hidden_size)
+    owned = {id(parameter) for parameter in objective.parameters()}
+    matrices = backbone.matrices()
+    assert matrices
+    assert all(matrix.ndim == 2 and id(matrix) in owned for matrix in matrices)
+    assert id(backbone.token_embeddings().weight) not in {id(matrix) for matrix in matrices}
+    assert all(hasattr(backbone, name) for name in backbone.PHASE_ATTRIBUTES)
+
+
+def test_packed_equals_documents_alone_forward_and_backward(objective):
+    objective.double()  # some gradients are what is left of large numbers: let only leaks differ, not rounding
+    packed = run(objective, documents())
+    weight = torch.randn(packed.shape, generator=torch.Generator().manual_seed(2)) / len(packed)
+    (packed * weight).sum().backward()
+    together = {name: parameter.grad.clone() for name, parameter in objective.named_parameters()}
+    objective.zero_grad()
+    start = 0
+    for document in documents():
+        alone = run(objective, [document])
+        end = start + len(document)
+        assert relative(packed[start:end], alone) <= 1e-9
+        (alone * weight[start:end]).sum().backward()
+        start = end
+    for name, parameter in objective.named_parameters():
+        assert relative(together[name], parameter.grad) <= 1e-9, name
+
+
+def test_some_positions_are_those_of_all_forward_and_backward(objective):
+    """Their last block is computed for them alone."""
+    objective.double()
+    packed = documents([1, 3, 64, 70, 600])
+    ends = torch.tensor([0, *(len(document) for document in packed)]).cumsum(0).int()
+    positions = torch.tensor([0, 2, 3, 60, 61, 136, 137, 500, int(ends[-1]) - 1])
+    weight = torch.randn(len(positions), objective.backbone.hidden_size, generator=torch.Generator().manual_seed(2)).double()
+    results = []
+    for some in (False, True):
+        objective.zero_grad()
+        hidden = objective.backbone(torch.cat(packed), ends, 600, positions if some else None)
+        hidden = hidden if some else hidden[positions]
+        (hidden * weight).sum().backward()
+        results.append([hidden, *(parameter.grad.clone() for parameter in objective.backbone.parameters())])
+    for of_all, of_some in zip(*results, strict=True):
+        assert relative(of_all, of_some) <= 1e-9
+
+
+def test_what_shares_a_row_with_a_document_does_not_matter(objective):
+    first, second, third = documents([40, 90, 25])
+    one = run(objective, [first, second])[:40]
+    other = run(objective, [first, third.flip(0)])[:40]
+    assert relative(one, other) <= 1e-5
+
+
+def test_every_parameter_gets_a_gradient(objective):
+    run(objective, documents([300, 200])).square().mean().backward()
+    for name, parameter in objective.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_it_is_deterministic_and_survives_saving(objective, tmp_path):
+    before = run(objective, documents([10, 50]))
+    assert torch.equal(before, run(objective, documents([10, 50])))
+    torch.save(objective.state_dict(), tmp_path / "weights")
+    for parameter in objective.parameters():
+        parameter.data.zero_()
+    objective.load_state_dict(torch.load(tmp_path / "weights", weights_only=True))
+    assert torch.equal(before, run(objective, documents([10, 50])))
+
+
+def test_a_document_that_is_too_long_is_refused(objective):
+    longest = objective.backbone.max_position
+    with pytest.raises(ValueError, match=f"{longest + 1} tokens exceeds backbone.max_position={longest}"):
+        run(objective, documents([longest + 1]))
+
+
+def test_what_a_phase_sets_changes_the_model(objective):
+    for name in objective.backbone.PHASE_ATTRIBUTES:
+        before = run(objective, documents([200]))
+        setattr(objective.backbone, name, 2 * getattr(objective.backbone, name))
+        assert relative(run(objective, documents([200])), before) > 1e-4

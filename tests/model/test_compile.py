@@ -1,0 +1,120 @@
+"""What is compiled on a GPU is one graph for all documents, and computes the same: on the CPU, by a stand-in for the kernel."""
+
+import json
+import subprocess
+import sys
+from functools import partial
+from typing import Any, cast
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch._dynamo.utils import counters
+from torch.nn.attention import varlen
+
+from modernenc.backbones import ema
+from modernenc.backbones.attention import PATHS
+from modernenc.backbones.transfer import traced_as_on_a_gpu
+from modernenc.config import CONF_DIR
+from modernenc.model.build import checkpoint_activations, compile_layers, masked_lm_with
+from support.attention import gradient, inputs, plain
+from support.commands import importing
+
+BATCHES = [[320], [128, 100, 28, 64], [20, 300], [64] * 6, [31, 33, 256], [5] * 90]
+"""The first has as many tokens as its document, which means nothing."""
+
+
+def shares(q, k, ends, window):
+    documents = torch.repeat_interleave(torch.arange(len(ends) - 1), ends.diff().long(), output_size=len(q))
+    places = torch.arange(len(q))
+    seen = documents[:, None] == documents
+    if window is not None and window[0] >= 0:
+        seen &= (places[:, None] - places).abs() <= window[0]
+    scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) / q.shape[-1] ** 0.5
+    return scores.masked_fill(~seen, float("-inf")).softmax(-1)
+
+
+@varlen._varlen_attn.register_kernel("cpu")
+def _(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, scale=None, window_size=None, *rest):
+    out = torch.einsum("hqk,khd->qhd", shares(query, key, cu_seq_q, window_size), value.float())
+    return torch.empty_like(query).copy_(out), torch.zeros(query.shape[1], len(query)), torch.zeros(2, dtype=torch.uint64)
+
+
+@varlen._varlen_attn_backward.register_kernel("cpu")
+def _(grad, query, key, value, out, lse, cu_seq_q, cu_seq_k, max_q, max_k, is_causal, state, scale=None, window_size=None):
+    q, k, v, grad = (x.float() for x in (query, key, value, grad))
+    p = shares(q, k, cu_seq_q, window_size)
+    dp = torch.einsum("qhd,khd->hqk", grad, v)
+    ds = p * (dp - (dp * p).sum(-1, keepdim=True)) / q.shape[-1] ** 0.5
+    dq, dk, dv = (torch.einsum(how, *of) for how, of in (
+        ("hqk,khd->qhd", (ds, k)), ("hqk,qhd->khd", (ds, q)), ("hqk,qhd->khd", (p, grad)))
+    )  # fmt: skip
+    return tuple(torch.empty_like(x).copy_(made) for x, made in zip((query, key, value), (dq, dk, dv), strict=True))
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_the_call_of_torchs_kernel_is_plain_attention(window):
+    qkv, turn, layout = inputs(lengths=[1, 2, 15, 64, 200])
+    ours, expected = PATHS["varlen"](qkv, turn, layout, window), plain(qkv, turn, layout, window)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient(ours, qkv), gradient(expected, qkv), rtol=1e-4, atol=1e-5)
+
+
+def outcomes(model, device) -> list[torch.Tensor]:
+    """Hidden states in training and in validation, and gradients, of each batch."""
+    generator, made = torch.Generator().manual_seed(0), []
+    for lengths in BATCHES:
+        tokens = sum(lengths)
+        ids = torch.randint(300, (tokens,), generator=generator).to(device)
+        ends = torch.tensor([0, *lengths]).cumsum(0).int()
+        positions = torch.randperm(tokens, generator=generator)[:64].sort().values.to(device)
+        with torch.autocast(device, torch.bfloat16):
+            model.train()
+            hidden = model.backbone(ids, ends, max(lengths), positions)
+            weight = torch.randn(hidden.shape, generator=generator).to(device)
+            model.zero_grad()
+            (hidden.float() * weight).sum().backward()
+            model.eval()
+            with torch.no_grad():
+                made += [hidden.detach(), model.backbone(ids, ends, max(lengths), positions)]
+        made += [parameter.grad.clone() for parameter in model.backbone.parameters()]
+    return made
+
+
+def compare(name: str, every: int, device: str) -> tuple[int, float]:
+    """Graphs made, and the largest distance of an outcome of compiled parts."""
+    given = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "backbone" / f"{name}.yaml"))
+    settings = {**cast(dict[str, Any], given), "vocab_size": 300, "num_hidden_layers": 5}
+    settings |= {key: 0.0 for key in settings if "dropout" in key}
+    if device == "cpu":
+        ema.HAS_KERNEL = False  # Triton's interpreter takes minutes
+        torch.compile = partial(torch.compile, backend="aot_eager")
+    torch.manual_seed(0)
+    model = masked_lm_with(settings).to(device)
+    with traced_as_on_a_gpu():
+        expected = outcomes(model, device)
+        checkpoint_activations(model.backbone, every)
+        compile_layers(model.backbone)
+        ours = outcomes(model, device)
+    pairs = zip(ours, expected, strict=True)
+    return counters["stats"]["unique_graphs"], max(float((one - other).norm() / other.norm()) for one, other in pairs)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    ("name", "every", "graphs"),
+    # ModernBERT's layers: the first, global, local, and the last at some positions; those made again, and those that are not.
+    # MEGA's MLPs are of one kind. Each in training and in validation.
+    [("modernbert_tiny", 2, 10), ("mega_tiny", 0, 2)],
+)
+def test_few_graphs_serve_all_documents_and_compute_the_same(name, every, graphs, device):
+    command = [sys.executable, __file__, name, str(every), device]  # the compiler cannot look through checks of types
+    found = subprocess.run(command, env=importing(), capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    made, distance = json.loads(found.stdout)
+    assert made == graphs
+    assert distance < 2e-2
+
+
+if __name__ == "__main__":
+    print(json.dumps(compare(sys.argv[1], int(sys.argv[2]), sys.argv[3])))

@@ -1,0 +1,92 @@
+"""Triton kernels do what torch does: compiled where there is a GPU, in Triton's interpreter where there is none."""
+
+import sys
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from itertools import pairwise
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from modernenc.backbones import ema
+from modernenc.backbones.transfer import traced_as_on_a_gpu
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LENGTHS = [1, 64 * 70 + 3, 63, 64, 65, 64 * 140]
+
+
+def kernel(name: str) -> ModuleType:
+    """A module by another name, so that the check of shapes leaves its functions as Triton must read them."""
+    found = find_spec(name)
+    assert found is not None and found.origin is not None
+    spec = spec_from_file_location("kernel", found.origin)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def carry():
+    return kernel(ema.KERNEL)
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_states_are_carried_within_documents(carry, ahead):
+    where = ema.Documents(LENGTHS, DEVICE)
+    torch.manual_seed(0)
+    leaving, decay = (
+        torch.randn(3, 10, where.blocks, device=DEVICE),
+        torch.rand(3, 10, device=DEVICE),
+    )  # no whole tile of states
+    half = slice(0, 5) if ahead else slice(5, 10)
+    same, got = where.may_reach(1), torch.full_like(leaving, torch.nan)
+    expected = torch.zeros(3, 5, where.blocks, dtype=torch.double, device=DEVICE)
+    order = range(where.blocks) if ahead else range(where.blocks - 1, -1, -1)
+    for before, block in pairwise(order):  # the definition, block by block
+        if same[min(before, block)]:
+            carried = decay[:, half].double() * expected[..., before]
+            expected[..., block] = leaving[:, half, before].double() + carried
+    carry.run(leaving[:, half], decay[:, half], same, got[:, half], ahead)
+    torch.testing.assert_close(got[:, half], expected.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_an_ema_and_its_gradients_are_the_same_with_the_kernel(carry, monkeypatch):
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        carry.run(*arguments)
+
+    monkeypatch.setitem(sys.modules, ema.KERNEL, SimpleNamespace(run=counted))
+    found = []
+    for has_kernel in (True, False):
+        monkeypatch.setattr(ema, "HAS_KERNEL", has_kernel)
+        torch.manual_seed(0)
+        module = ema.MultiDimensionDampedEMA(4, 6).to(DEVICE)
+        x = torch.randn(sum(LENGTHS), 4).to(DEVICE).requires_grad_()
+        with traced_as_on_a_gpu():
+            out = module(x, ema.Documents(LENGTHS, DEVICE))
+            out.square().sum().backward()
+        assert len(calls) == 4  # both directions, forward and backward, with the kernel alone
+        found.append([out.detach(), *(leaf.grad for leaf in (x, *module.parameters()))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("vocab", [5, 4096, 10_007])
+def test_losses_predictions_and_gradients_of_logits_are_those_of_cross_entropy(vocab):
+    torch.manual_seed(0)
+    logits = (10 * torch.randn(7, vocab)).to(DEVICE)
+    logits[3] = 0  # all are equal: the first is the prediction
+    targets = torch.randint(vocab, (7,)).to(DEVICE)
+    wanted = logits.double().requires_grad_()
+    expected = F.cross_entropy(wanted, targets, reduction="none")
+    expected.sum().backward()
+    first = logits.argmax(1)
+    losses, best = kernel("modernenc.objectives.cross_entropy").to_gradients(logits, targets)
+    torch.testing.assert_close(losses, expected.float(), rtol=1e-5, atol=1e-5)
+    assert best.tolist() == first.tolist() and best[3] == 0
+    assert wanted.grad is not None
+    torch.testing.assert_close(logits, wanted.grad.float(), rtol=1e-4, atol=1e-6)

@@ -1,0 +1,75 @@
+"""The same model as transformers'."""
+
+import pytest
+import torch
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+
+from modernenc.config import CONF_DIR
+from modernenc.export import hugging_face_names, our_names
+from modernenc.objectives.masked_lm import MaskedLM
+
+LENGTHS = [1, 2, 63, 64, 65, 66, 127, 128, 129, 130, 257, 400, 513, 700]
+
+
+def build(name: str, **changes) -> MaskedLM:
+    settings = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "backbone" / f"{name}.yaml"))
+    assert isinstance(settings, dict)
+    return MaskedLM(get_class(settings.pop("_target_"))(**{**settings, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("modernbert_base", 149_655_232), ("modernbert_large", 395_881_664), ("mega_small_16k", 122_568_801)],
+)
+def test_parameter_counts_are_the_published_ones(name, parameters):
+    with torch.device("meta"):
+        objective = build(name)
+    assert sum(parameter.numel() for parameter in objective.parameters()) == parameters
+
+
+def test_logits_equal_those_of_modernbert_for_masked_lm():
+    from transformers import AutoModelForMaskedLM
+
+    torch.manual_seed(0)
+    changes = dict(vocab_size=500, hidden_size=96, intermediate_size=160, num_attention_heads=4, num_hidden_layers=7)
+    ours = build("modernbert_base", **changes, global_rope_theta=160_000.0).eval()
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.08)
+    config = ours.backbone.hugging_face_model(pad_token_id=3).config
+    theirs = AutoModelForMaskedLM.from_config(config, attn_implementation="sdpa").eval()
+    assert type(theirs).__name__ == "ModernBertForMaskedLM"
+    theirs.load_state_dict(hugging_face_names(ours.state_dict(), ours.backbone.HUGGING_FACE_NAMES))
+    documents = [torch.randint(500, (length,)) for length in LENGTHS]
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    with torch.no_grad():
+        packed = ours.logits(torch.cat(documents), ends, max(LENGTHS), torch.arange(sum(LENGTHS)))
+        worst = largest = 0.0
+        for document, start, end in zip(documents, ends[:-1], ends[1:], strict=True):
+            expected = theirs(input_ids=document[None], attention_mask=torch.ones(1, len(document))).logits[0]
+            worst = max(worst, float((packed[start:end] - expected).abs().max()))
+            largest = max(largest, float(expected.abs().max()))
+    print(f"largest difference {worst:.1e}, largest logit {largest:.1f}")
+    assert worst <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["modernbert_tiny", "mega_small_16k"])
+def test_names_of_weights_go_there_and_back(name):
+    ours = build(name, num_hidden_layers=1, vocab_size=300)
+    there = hugging_face_names(ours.state_dict(), ours.backbone.HUGGING_FACE_NAMES)
+    assert set(there) == set(ours.backbone.hugging_face_model().state_dict())
+    assert list(our_names(there, ours.backbone.HUGGING_FACE_NAMES)) == list(ours.state_dict())
+
+
+def test_initialisation_has_the_published_spread():
+    torch.manual_seed(0)
+    backbone = build("modernbert_base", num_hidden_layers=2, vocab_size=2000).backbone
+    inner, outer = 0.02, 0.02 / (2 * 2) ** 0.5
+    cut = 0.88  # of a normal that is cut at two standard deviations
+    for name, parameter in backbone.named_parameters():
+        if parameter.ndim == 1:
+            assert (parameter == 1).all(), name
+        else:
+            expected = (outer if name.endswith("Wo.weight") else inner) * cut
+            assert float(parameter.detach().std()) == pytest.approx(expected, rel=0.02), name
+            assert float(parameter.detach().abs().max()) <= 2 * expected / cut + 1e-6, name

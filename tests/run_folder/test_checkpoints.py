@@ -1,0 +1,168 @@
+"""Checkpoints are whole or refused."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from modernenc.run_folder.checkpoints import (
+    Checkpoint,
+    Shard,
+    TrainState,
+    check,
+    manifest_of,
+    newest,
+    prune,
+    read,
+    remove_partial,
+    write,
+)
+from support.damage import flip, truncate
+
+
+def checkpoint(tokens: int, weights: dict[str, torch.Tensor], optimizers: list[dict] | None = None) -> Checkpoint:
+    state = TrainState(
+        tokens_seen=tokens, step=tokens // 10, phase="stable", boundary=False, seconds=0.0, unlogged={}, data={}, corpus="",
+        tasks={}, ranks=1, threads=1, versions={},
+    )  # fmt: skip
+    return Checkpoint(weights, optimizers or [], state, {"rollbacks": 0})
+
+
+def save(run_dir: Path, name: str, tokens: int) -> Path:
+    path = run_dir / "checkpoints" / f"{name}.ckpt"
+    write(checkpoint(tokens, {"all": torch.full((1000,), float(tokens))}), path)
+    return path
+
+
+def save_shards(run_dir: Path, name: str, tokens: int, ranks: int = 3, save: int = 1) -> Path:
+    """Each of some ranks holds some rows of a matrix, rank 2 none; only rank 0 has what is not split."""
+    path = run_dir / "checkpoints" / f"{name}.ckpt"
+    for rank in range(ranks):
+        rows = torch.arange(8.0).reshape(4, 2)[2 * rank : 2 * rank + 2] + tokens
+        weights, optimizer = {"split": rows}, {"state": {"split": {"exp_avg": -rows}}}
+        content = {"weights": weights, "optimizers": [optimizer]}
+        if rank == 0:
+            content = checkpoint(tokens, {**weights, "not split": torch.ones(3)}, [{**optimizer, "groups": [{"step": 7}]}])
+        write(content, path, Shard(rank, ranks, save))
+    return path
+
+
+def test_what_was_saved_is_loaded(tmp_path):
+    path = save(tmp_path, "step-1", 10)
+    assert read(path).weights["all"][0] == 10
+    assert json.loads(manifest_of(path).read_text())["tokens_seen"] == 10
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, lambda path: manifest_of(path).unlink()])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage):
+    path = save(tmp_path, "step-1", 10)
+    damage(path)
+    with pytest.raises(ValueError, match=r"step-1.ckpt is (not whole|corrupt)"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    "change", ["", "{", '{"bytes": 1}', "[]", '"ranks": 1 -> "ranks": 0', '"tokens_seen": 30 -> "tokens_seen": 38']
+)
+def test_a_damaged_manifest_is_passed_over_by_name(tmp_path, change, caplog):
+    for tokens in (10, 30):
+        path = save(tmp_path, f"step-{tokens}", tokens)
+    old, _, new = change.partition(" -> ")
+    manifest_of(path).write_text(manifest_of(path).read_text().replace(old, new) if new else change)
+    with pytest.raises(ValueError, match=r"step-30.ckpt is not whole: step-30.json beside it is damaged"):
+        read(path)
+    assert newest(tmp_path) == tmp_path / "checkpoints" / "step-10.ckpt"
+    assert "step-30.json" in caplog.text
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, lambda path: manifest_of(path).unlink()])
+def test_the_newest_whole_checkpoint_is_taken_with_a_warning(tmp_path, damage, caplog):
+    for tokens in (10, 30, 20):
+        save(tmp_path, f"step-{tokens}", tokens)
+    assert newest(tmp_path) == tmp_path / "checkpoints" / "step-30.ckpt"
+    damage(tmp_path / "checkpoints" / "step-30.ckpt")
+    with caplog.at_level(logging.WARNING):
+        assert newest(tmp_path) == tmp_path / "checkpoints" / "step-20.ckpt"
+    assert "step-30.ckpt" in caplog.text
+
+
+def test_no_whole_checkpoint_is_an_error(tmp_path):
+    truncate(save(tmp_path, "step-1", 10))
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
+        newest(tmp_path)
+
+
+def test_a_kill_while_writing_leaves_the_checkpoint_before(tmp_path):
+    path = save(tmp_path, "step-1", 10)
+    # What is on disk at each moment of a later save: an unfinished file beside the target, then a target without manifest.
+    path.with_suffix(".ckpt.tmp").write_bytes(b"half")
+    assert newest(tmp_path) == path
+    (tmp_path / "checkpoints" / "step-2.ckpt").write_bytes(path.read_bytes())
+    assert newest(tmp_path) == path
+
+
+def test_pruning_keeps_boundaries_and_the_last(tmp_path):
+    save(tmp_path, "end-of-stable", 25)
+    for tokens in (10, 20, 30, 40):
+        save(tmp_path, f"step-{tokens}", tokens)
+    prune(tmp_path, keep_last=2)
+    assert sorted(path.stem for path in (tmp_path / "checkpoints").glob("*.ckpt")) == ["end-of-stable", "step-30", "step-40"]
+
+
+def test_shares_of_ranks_are_read_as_one(tmp_path):
+    content = read(save_shards(tmp_path, "step-1", 10))
+    assert torch.equal(content.weights["split"], torch.arange(8.0).reshape(4, 2) + 10)
+    assert torch.equal(content.optimizers[0]["state"]["split"]["exp_avg"], -content.weights["split"])
+    assert content.optimizers[0]["groups"] == [{"step": 7}] and content.weights["not split"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink, lambda path: manifest_of(path).unlink()])
+def test_a_checkpoint_with_a_damaged_share_is_passed_over_by_name(tmp_path, damage, caplog):
+    before = save_shards(tmp_path, "step-1", 10)
+    path = save_shards(tmp_path, "step-2", 20)
+    damage(path.with_suffix(".1.part"))
+    with pytest.raises(ValueError, match=r"step-2.1.part is (not whole|corrupt|missing)"):
+        read(path)
+    assert newest(tmp_path) == before
+    assert "step-2.1.part" in caplog.text
+
+
+def test_shares_of_two_saves_are_not_one_checkpoint(tmp_path):
+    path = save_shards(tmp_path, "step-1", 10, ranks=2, save=1)
+    older = path.with_suffix(".1.part").read_bytes(), path.with_suffix(".1.json").read_bytes()
+    save_shards(tmp_path, "step-1", 10, ranks=2, save=2)
+    for file, content in zip((path.with_suffix(".1.part"), path.with_suffix(".1.json")), older, strict=True):
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"step-1.1.part is of another save"):
+        read(path)
+
+
+def test_a_save_that_not_all_ranks_finished_prunes_nothing_and_is_swept(tmp_path):
+    first = save_shards(tmp_path, "step-1", 10)
+    second = save_shards(tmp_path, "step-2", 20)
+    manifest_of(second.with_suffix(".2.part")).unlink()
+    prune(tmp_path, keep_last=1)
+    assert newest(tmp_path) == first
+    third = save_shards(tmp_path, "step-3", 30)
+    for path in (third, manifest_of(third)):  # ranks 1 and 2 were faster
+        path.unlink()
+    remove_partial(tmp_path)
+    assert {path.name.partition(".")[0] for path in first.parent.iterdir()} == {"step-1", "step-2"}  # a share may be elsewhere
+    save_shards(tmp_path, "step-4", 40)
+    prune(tmp_path, keep_last=1)
+    assert {path.name.partition(".")[0] for path in first.parent.iterdir()} == {"step-4"}
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("run",))
+
+    path = tmp_path / "checkpoints" / "step-1.ckpt"
+    state = {"tokens_seen": 1, "step": 1, "phase": "a", "boundary": False}
+    write({"evil": Evil(), "state": state}, path)
+    check(path)
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+        read(path)

@@ -1,0 +1,140 @@
+"""kill -9 of the whole process group, at any moment, any number of times: the weights end as they would have."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from modernenc.data.loader import DataState, Steps
+from modernenc.planning.checks import check_run
+from modernenc.run_folder.tables import Table
+from support.commands import ROOT, importing
+from support.results import FINAL, same_state
+from support.runs import SMALL, task
+
+KILLS = int(os.environ.get("MODERNENC_KILLS", "20"))
+"""How many times; 60 and more for the long form."""
+LONGER = [
+    "phases.stable.tokens=60000", "phases.extend.tokens=40000", "phases.decay.tokens=40000", "data.buffer_rows=16",
+    "checkpoint.every_tokens=4000", "validation.every_tokens=6000", "logger.every_steps=3",
+    "backbone.attention_out_dropout=0.1",
+]  # fmt: skip
+PLACES = ("step", "write", "validation", "refill", "manifest", "download", "step")
+LONGEST_DELAY_S = {
+    "step": 0.03,
+    "phase": 0.03,
+    "write": 0.01,
+    "manifest": 0.005,
+    "validation": 0.04,
+    "refill": 0.01,
+    "download": 0.05,
+}
+
+
+ZYGOTE = "from support.shapes import check_shapes; check_shapes(); from support.zygote import serve; serve()"
+
+
+class Zygote:
+    """Runs, at once and in processes of their own; see support/zygote.py."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", ZYGOTE],
+            cwd=ROOT,
+            env=importing(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *argv: str, place: str = "", step: int = 0, delay_s: float = 0) -> dict[str, Any]:
+        assert self.process.stdin and self.process.stdout and self.process.stderr
+        print(json.dumps({"argv": argv, "place": place, "step": step, "delay_s": delay_s}), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        assert answer, self.process.stderr.read()
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+def shared_memory() -> set[Path]:
+    return set(Path("/dev/shm").glob("*"))
+
+
+def left_behind(*folders: Path) -> Counter[str]:
+    """What a killed run could leave in its folder: locks, unfinished files."""
+    found: Counter[str] = Counter()
+    for folder in folders:
+        for path in folder.rglob("*"):
+            found["lock"] += "lock" in path.name
+            found["unfinished"] += path.suffix == ".tmp" or ".part" in path.name
+    return found
+
+
+@pytest.mark.slow
+def test_killed_anywhere_ends_with_the_same_weights(small_run, corpus_root, items, tmp_path):
+    longer = [*LONGER, *task(items), "+phases.decay.objectives={masked_lm: 4, next: 1}"]
+    run = small_run(*longer)
+    curriculum, corpus = check_run(run)
+    windows: dict[tuple[str, int], set[int]] = {}
+    for step in Steps(run, curriculum, corpus, 0, 1, DataState()):
+        for lane, state in step.state["lanes"].items():
+            windows.setdefault((step.state["phase"], lane), set()).add(state["window"])
+    assert len(run.phases) == 3 and len(windows) == 3 * run.data.lanes
+    assert min(len(numbers) for numbers in windows.values()) >= 3
+
+    rng = np.random.default_rng(20)
+    boundaries = [curriculum.stages_of(phase)[0].first_step for phase in ("extend", "decay")]
+    moments = [(int(step), PLACES[number % len(PLACES)]) for number, step in
+               enumerate(sorted(rng.integers(3, curriculum.total_steps - 12, KILLS - 2)))]  # fmt: skip
+    moments = sorted([*moments, *((step, "phase") for step in boundaries)])
+    cache = tmp_path / "cache"
+    settings = ["+recipe=demo", *SMALL, *longer, f"data.root={corpus_root}"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    zygote = Zygote()
+    assert zygote.run("train", *settings, f"run_dir={whole}")["code"] == 0
+    before, shared_before = left_behind(tmp_path), shared_memory()
+    kills: Counter[str] = Counter()
+    missed = 0
+    argv = ["train", *settings, f"data.cache={cache}", f"run_dir={killed}"]
+    for step, place in moments:
+        shards = sorted(cache.rglob("*.mds"))
+        for number in rng.permutation(len(shards))[: len(shards) // (1 if place == "download" else 2)]:
+            shards[number].unlink()  # so that there is something to fetch, soonest when windows are read again
+        # Calls in a loader worker are told of without the step: with none, all is in one process.
+        worker = 0 if place in ("refill", "download") else int(rng.integers(2))
+        delay_s = float(rng.uniform(0, LONGEST_DELAY_S[place]))
+        answer = zygote.run(
+            *argv, f"data.workers={worker}", place=place, step=0 if place == "download" else step, delay_s=delay_s
+        )
+        if answer["killed"]:
+            kills[answer["place"]] += 1
+        else:
+            assert answer["code"] == 0, answer
+            missed += 1
+        if (killed / "config.yaml").exists():
+            argv = ["resume", str(killed)]
+    assert zygote.run(*argv)["code"] == 0
+    zygote.close()
+    after = left_behind(tmp_path)
+    deadline = time.monotonic() + 60
+    while shared_memory() - shared_before and time.monotonic() < deadline:
+        time.sleep(1)  # tests that run beside have some for a while; what a killed run left would stay
+    shared = len(shared_memory() - shared_before)
+    print(f"{sum(kills.values())} kills: {dict(kills)}; {missed} runs ended first")
+    print(f"left before {before}, after {after}, shared memory {shared}")
+    assert sum(kills.values()) >= KILLS - 2 and set(kills) == {*PLACES, "phase"}
+    assert same_state(whole / FINAL, killed / FINAL)
+    for table in ("metrics.csv", "validation.csv"):
+        rows = [Table(folder / table).read() for folder in (whole, killed)]
+        assert [(row["step"], row["loss"]) for row in rows[0]] == [(row["step"], row["loss"]) for row in rows[1]]
+    assert after == before and not shared

@@ -1,0 +1,207 @@
+"""Any launcher, any number of ranks, any strategy: the same documents in the same steps, and so the same training."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from modernenc.run_folder.checkpoints import manifest_of, newest, read, read_manifest
+from modernenc.run_folder.tables import Table
+from modernenc.training.preemption import STOPPED
+from support.commands import ROOT
+from support.results import FINAL, distance, losses, metrics, same_state
+from support.runs import SMALL
+
+EXACT = ["optim=adamw", "optim.lr=1e-3", "trainer.precision=32-true"]
+WIDER = ["phases.extend.batch_rows=4", "phases.decay.batch_rows=4", "phases.extend.tokens=6000", "phases.decay.tokens=40000"]
+ENDLESS = ["phases.stable.tokens=2000000", "data.workers=1", "checkpoint.every_tokens=0"]
+
+
+def launched(ranks: int, launcher: str = "torchrun") -> list[str]:
+    python = [sys.executable, "-m"]
+    if ranks > 1 and launcher == "torchrun":
+        python += ["torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", "-m"]
+    return python
+
+
+def run(ranks: int, module: str, *arguments: str, launcher: str = "torchrun") -> str:
+    line = [*launched(ranks, launcher), module, *arguments, f"trainer.devices={ranks}"]
+    result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def begin(ranks: int, module: str, *arguments: str, launcher: str = "torchrun") -> subprocess.Popen[str]:
+    line = [*launched(ranks, launcher), module, *arguments, f"trainer.devices={ranks}"]
+    return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def wait_for(process: subprocess.Popen[str], happened) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(process.communicate()[0])
+        time.sleep(0.02)
+
+
+def steps_done(folder: Path) -> int:
+    rows = Table(folder / "metrics.csv").read()
+    return int(rows[-1]["step"] or 0) if rows else 0
+
+
+def kill_all(process: subprocess.Popen[str], folder: Path) -> None:
+    """kill -9 of a launcher and of all that it launched, which torchrun puts into groups of their own."""
+    process.kill()
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(folder).encode() in (entry / "cmdline").read_bytes():
+                os.kill(int(entry.name), signal.SIGKILL)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    process.communicate()
+
+
+def saved_step(folder: Path) -> int:
+    """Step of the newest checkpoint between boundaries."""
+    saved = [path for path in folder.glob("checkpoints/step-*.ckpt") if manifest_of(path).exists()]
+    return max((int(path.stem.partition("-")[2]) for path in saved), default=0)
+
+
+@pytest.fixture
+def settings(corpus_root: Path) -> list[str]:
+    return ["+recipe=demo", *SMALL, f"data.root={corpus_root}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "tolerance"), [(EXACT, 1e-4), (["trainer.precision=bf16-mixed"], 2e-2)], ids=["adamw, fp32", "muon, bf16"]
+)
+def test_other_ranks_workers_and_micro_batches_go_on_with_a_killed_run(settings, tmp_path, kind, tolerance):
+    """1 -> 2 -> 3 -> 1 ranks (1 -> 3 -> 1 with Muon), each but the last killed after a checkpoint of its own.
+
+    In fp32, the three share the weights (FSDP2) and write a share of the checkpoints each.
+    """
+    settings = [*settings, *WIDER, *kind, "checkpoint.every_tokens=1000"]
+    alone, elastic = tmp_path / "alone", tmp_path / "elastic"
+    run(1, "modernenc.train", *settings, f"run_dir={alone}")
+    arguments = ["modernenc.train", *settings, f"run_dir={elastic}"]
+    stages = [(1, 0, 256), (2, 1, 128), (3, 0, 512)]
+    for ranks, workers, micro_batch_tokens in stages if kind == EXACT else stages[::2]:
+        had = saved_step(elastic)
+        place = [f"data.workers={workers}", f"trainer.micro_batch_tokens={micro_batch_tokens}"]
+        if (kind, ranks) == (EXACT, 3):
+            place += ["trainer.strategy=fsdp", "checkpoint.distributed=true"]
+        process = begin(ranks, *arguments, *place)
+        wait_for(process, lambda had=had: saved_step(elastic) >= had + 8)
+        kill_all(process, elastic)
+        arguments = ["modernenc.resume", str(elastic)]
+    run(1, *arguments, "data.workers=1", "trainer.strategy=auto")
+    assert len(losses(alone)) == len(losses(elastic)) > 50
+    assert losses(alone) == pytest.approx(losses(elastic), rel=tolerance)
+    if kind == EXACT:
+        assert distance(alone / FINAL, elastic / FINAL) < 1e-5
+    assert read(alone / FINAL).state.data["accounts"] == read(elastic / FINAL).state.data["accounts"]
+
+
+@pytest.mark.slow
+def test_ddp_and_fsdp_train_as_one_rank_and_take_up_each_others_checkpoints(settings, tmp_path):
+    settings = [*settings, *WIDER, *EXACT, "checkpoint.keep_last=100", "clip_grad_norm=0.5"]
+    folders = {strategy: tmp_path / strategy for strategy in ("auto", "ddp", "fsdp")}
+    for strategy, folder in folders.items():
+        ranks = 1 if strategy == "auto" else 2
+        place = [f"trainer.strategy={strategy}", f"run_dir={folder}", "checkpoint.distributed=true"]
+        said = run(ranks, "modernenc.train", *settings, *place)
+        assert bool(list(folder.glob("checkpoints/*.part"))) == (strategy == "fsdp")
+        assert ("split over ranks" in " ".join(said.split())) == (strategy == "fsdp")
+        assert len(losses(folder)) > 50
+        assert losses(folder) == pytest.approx(losses(folders["auto"]), rel=1e-4)
+        assert distance(folders["auto"] / FINAL, folder / FINAL) < 1e-5
+    reference = tmp_path / "reference.ckpt"
+    for path in (FINAL, FINAL.with_suffix(".json")):
+        (folders["auto"] / path).rename(reference.with_suffix(path.suffix))
+    for origin, strategy in (("auto", "fsdp"), ("fsdp", "ddp"), ("ddp", "auto")):
+        checkpoint = folders[origin] / "checkpoints" / "end-of-stable.ckpt"
+        place = [f"trainer.strategy={strategy}", "checkpoint.distributed=false"]
+        run(1 if strategy == "auto" else 2, "modernenc.resume", str(checkpoint), *place)
+        assert distance(folders[origin] / FINAL, reference) < 1e-5, (origin, strategy)
+
+
+@pytest.mark.slow
+def test_two_ranks_that_start_at_different_times_share_a_folder_and_resume_to_the_same_bits(settings, tmp_path):
+    """The folder's name holds the second of the start, and the second rank starts seconds later."""
+    place = ["trainer.devices=2", "trainer.strategy=fsdp", "checkpoint.distributed=true", "logger.every_steps=3"]
+    line = [*launched(2, "lightning"), "modernenc.train", *settings, *EXACT, *place, "checkpoint.keep_last=100"]
+    result = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr
+    (whole,) = (path for path in (tmp_path / "runs" / "demo").iterdir() if not path.is_symlink())
+    middle = next(path for path in whole.glob("checkpoints/step-*.ckpt") if read_manifest(path)["step"] % 3)
+    resumed = Path(shutil.copytree(whole, tmp_path / "resumed"))
+    run(2, "modernenc.resume", str(resumed / "checkpoints" / middle.name), launcher="lightning")
+    assert same_state(resumed / FINAL, whole / FINAL)
+    assert metrics(resumed) == metrics(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "lightning"])
+def test_a_signal_to_stop_saves_at_a_step_boundary_on_all_ranks(settings, tmp_path, launcher):
+    folder = tmp_path / "run"
+    process = begin(2, "modernenc.train", *settings, *ENDLESS, f"run_dir={folder}", launcher=launcher)
+    wait_for(process, lambda: steps_done(folder) > 5)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == (STOPPED if launcher == "lightning" else 1), said  # torchrun has codes of its own
+    assert re.search(r"stopped at step \d+ and saved", " ".join(said.split()))
+    checkpoint = newest(folder)
+    assert checkpoint is not None and read_manifest(checkpoint)["step"] == steps_done(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "victim"), [("torchrun", 1), ("lightning", 0)])
+def test_a_lost_rank_ends_the_run_with_a_message(settings, tmp_path, launcher, victim):
+    folder = tmp_path / "run"
+    process = begin(2, "modernenc.train", *settings, *ENDLESS, f"run_dir={folder}", launcher=launcher)
+    wait_for(process, lambda: steps_done(folder) > 5)
+    os.kill(rank_process(process.pid, victim, launcher), signal.SIGKILL)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode, said
+    assert "another rank was lost after step" in said and f"python -m modernenc.resume {folder}" in said
+
+
+def rank_process(parent: int, rank: int, launcher: str) -> int:
+    """The process of a rank: with Lightning's launcher the first one is the parent of the others."""
+    if launcher == "lightning" and rank == 0:
+        return parent
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            is_child = int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent
+            if is_child and f"LOCAL_RANK={rank}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                return int(entry.name)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def test_another_number_of_processes_than_the_recipe_has_devices_is_an_error(settings, tmp_path):
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    line = [sys.executable, "-m", "modernenc.train", *settings, f"run_dir={tmp_path / 'run'}"]
+    result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "trainer.devices=1 trainer.num_nodes=1, but 2 processes were launched" in result.stderr
+
+
+@pytest.mark.parametrize(("rank", "rest"), [("0", "went on, taken down"), ("1", "")])
+def test_a_rank_with_no_report_to_write_leaves_with_all_it_said(rank, rest):
+    """What is registered to run when the interpreter goes stands for the threads of a process group."""
+    code = "import atexit; from modernenc import ranks; atexit.register(lambda: print(', taken down', end=''))"
+    code += "; print('done', end=' '); ranks.leave(); print('went on', end='')"
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "RANK": rank}, capture_output=True, text=True, check=False
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (0, f"done {rest}", "")
