@@ -19,7 +19,8 @@ from modernenc import checkpoints, lineage, plan
 from modernenc.config import CONFIG, TASK_FILES, Run, plain, save, unfinished
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
-from modernenc.data.loader import DataState, Steps, fingerprint
+from modernenc.data.loader import Steps, fingerprint
+from modernenc.data.state import DataState
 from modernenc.model import build_objectives, weights_of
 
 ABANDONED = "abandoned"
@@ -30,7 +31,7 @@ PLACE = (
     "data.root", "data.cache", "data.timeout_s", "data.workers", "data.hint", "data.from_corpus",
 )  # fmt: skip
 """Settings that do not change what a run trains."""
-_HISTORY = ("seed", "backbone", "data.lanes", "data.window_rows", "optim._target_")
+_HISTORY = ("seed", "backbone", "data.lanes", "data.buffer_rows", "optim._target_")
 """Settings that a position in the data, or the weights, only make sense with."""
 
 

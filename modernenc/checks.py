@@ -193,7 +193,7 @@ def _check_values(run: Run) -> None:
     require(trainer.num_nodes > 0, "trainer.num_nodes", trainer.num_nodes, "1 or more")
     require(data.workers in (0, 1), "data.workers", data.workers, "0 or 1; more would repeat the packing")
     require(data.lanes > 0, "data.lanes", data.lanes, "1 or more")
-    require(data.window_rows > 0, "data.window_rows", data.window_rows, "1 or more")
+    require(data.buffer_rows > 0, "data.buffer_rows", data.buffer_rows, "1 or more")
     require(run.logger.wandb in WANDB_MODES, "logger.wandb", run.logger.wandb, f"one of {', '.join(WANDB_MODES)}")
     if run.logger.wandb != "off" and importlib.util.find_spec("wandb") is None:
         raise ValueError(f"logger.wandb={run.logger.wandb}: wandb is not installed; pip install 'modernenc[wandb]'")

@@ -122,7 +122,7 @@ class Data:
     lanes: int = MISSING
     """Number of lanes: the unit of order, and the largest number of ranks. Rows of a step come from as many windows, so
     few lanes mean few documents. 0 means as many as suit the corpus, by `modernenc.sizes`."""
-    window_rows: int = MISSING
+    buffer_rows: int = MISSING
     """Rows' worth of text that a lane packs at a time. 0 likewise."""
     from_corpus: list[str] = field(default_factory=list)
     """Settings that were 0 and are the corpus's now; filled in by `modernenc.sizes`, for who reads config.yaml."""

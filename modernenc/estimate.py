@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from modernenc.config import Phase, Run
 from modernenc.curriculum import CHOICES, MASKED_LM, Curriculum, items_at_once, objectives_of, reads_text, tokens_of_cycle
 from modernenc.data.blocks import Corpus
-from modernenc.sizes import MULTIPLE, in_windows
+from modernenc.sizes import MULTIPLE, tokens_in_buffers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,12 +147,12 @@ def warnings(run: Run, curriculum: Curriculum, corpus: Corpus | None) -> Iterato
         if before and before[1] and first and not 0.2 <= first / before[1] <= 5:
             yield f"phases.{name}.lr: jumps from {before[1]:.3g} at the end of {before[0]} to {first:.3g}"
         before = name, curriculum.at(levels[-1].end_tokens - levels[-1].last_step_tokens).lr
-        left, tokens = in_windows(run, phase, corpus.block_tokens if corpus else 0), curriculum.text_of(name)
+        left, tokens = tokens_in_buffers(run, phase, corpus.block_tokens if corpus else 0), curriculum.text_of(name)
         if left > MOST_LEFT * tokens:
             yield (
-                f"phases.{name}: when its {tokens:,} tokens of text are over, up to {left:,} more lie in windows, drawn and "
-                f"not trained on: each of {run.data.lanes} lanes holds up to {run.data.window_rows} rows and a block. Fewer do "
-                "with lower data.window_rows or data.lanes (0 takes what suits the corpus), or with smaller blocks"
+                f"phases.{name}: when its {tokens:,} tokens of text are over, up to {left:,} more remain in buffers, drawn but "
+                f"not trained on: each of {run.data.lanes} lanes holds up to {run.data.buffer_rows} rows and a block. Fewer do "
+                "with lower data.buffer_rows or data.lanes (0 takes what suits the corpus), or with smaller blocks"
             )
         if given := run.estimate.device:
             needed, there = memory(run, phase, corpus).total, DEVICES[given].memory

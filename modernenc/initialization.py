@@ -262,7 +262,7 @@ def _under_tokenizer(source: Source, model: Any, run: Run, tokenizer: Path) -> d
 
 def made_of(old: "Tokenizer", new: "Tokenizer") -> dict[int, list[int]]:
     """Which old tokens each new one is written with; a special token has the old one of its role."""
-    from data_prep.encode import ROLE_NAMES
+    from modernenc.data.tokenizer import ROLE_NAMES
 
     known = old.get_vocab()
     roles = {name: names for names in ROLE_NAMES.values() for name in names}

@@ -24,7 +24,7 @@ from modernenc.config import Phase, Run, plain, register
 from modernenc.curriculum import MASKED_LM, Curriculum, reads_text
 from modernenc.data.blocks import VALIDATION, Corpus
 from modernenc.metrics import standard_error
-from modernenc.sizes import corpus_of, in_windows
+from modernenc.sizes import corpus_of, tokens_in_buffers
 
 _WIDTH = 100
 
@@ -226,7 +226,7 @@ def _phases(run: Run, curriculum: Curriculum, corpus: Corpus | None) -> Table:
     for key in sorted({key for phase in run.phases.values() for key in phase.backbone}):
         table.add_row(key, *(f"{values[key]:g}" for values in attributes))
     block = corpus.block_tokens if corpus else 0
-    row("drawn, not trained on", lambda _, phase: f"<= {in_windows(run, phase, block):,}")
+    row("drawn, not trained on", lambda _, phase: f"<= {tokens_in_buffers(run, phase, block):,}")
     return table
 
 
@@ -244,7 +244,7 @@ def _sizes(run: Run, corpus: Corpus | None) -> str:
     data, vocabulary = run.data, run.backbone["vocab_size"]
     where = "from the corpus" if corpus else f"assumed, until {data.root} is prepared"
     taken = f" ({', '.join(data.from_corpus)}: {where})" if data.from_corpus else ""
-    return f"{data.lanes:,} lanes of {data.window_rows:,} rows, a vocabulary of {vocabulary:,}{taken}"
+    return f"{data.lanes:,} lanes of {data.buffer_rows:,} rows, a vocabulary of {vocabulary:,}{taken}"
 
 
 def _mixes(run: Run, curriculum: Curriculum, corpus: Corpus | None) -> Table:

@@ -38,7 +38,7 @@ def cut_down(run: Run) -> Run:
     run = deepcopy(run)
     run.data.root, run.data.cache = run.rehearse, ""
     run.data.hint = f"prepare it with: python -m data_prep +corpus=demo out={shlex.quote(run.rehearse)}"
-    run.data.lanes, run.data.window_rows, run.data.workers = 4, 4, 0
+    run.data.lanes, run.data.buffer_rows, run.data.workers = 4, 4, 0
     corpus = Corpus.of(run.data)
     sources = list(corpus.sources)
     standing_in = {source: sources[number % len(sources)] for number, source in enumerate(_sources(run))}
@@ -83,9 +83,9 @@ def _sources(run: Run) -> list[str]:
 
 def _items(corpus: Corpus, folder: Path) -> list[Path]:
     """Two files of multiple choice, written to `folder`: a stretch of a document, how it goes on, and how others do."""
-    from data_prep.encode import load
+    from modernenc.data.tokenizer import load_tokenizer
 
-    tokenizer = load(corpus.tokenizer_file)
+    tokenizer = load_tokenizer(corpus.tokenizer_file)
     paths = []
     for name, inside in (("train", "slice-000"), ("validation", VALIDATION)):
         shards = corpus.open(f"{next(iter(corpus.sources))}/{inside}")

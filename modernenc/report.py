@@ -140,7 +140,7 @@ def _account(run_dir: Path) -> str:
     checkpoint = newest(run_dir)
     if checkpoint is None:
         return "<p>No checkpoint yet.</p>"
-    accounts = read(checkpoint)["state"]["data"]["accounts"]
+    accounts = read(checkpoint)["state"]["data"]["token_counts"]
     lines = []
     for phase, account in accounts.items():
         served, drawn = sum(account["served"].values()), sum(account["drawn"].values())
@@ -161,7 +161,7 @@ def _account(run_dir: Path) -> str:
                      f"<td>{html.escape(shares)}</td></tr>")  # fmt: skip
     head = "".join(
         f"<th>{name}</th>"
-        for name in ("phase", "text", "cls, sep", "padding", "left in windows", "skipped", "cuts", "fill", "served")
+        for name in ("phase", "text", "cls, sep", "padding", "left in buffers", "skipped", "cuts", "fill", "served")
     )
     return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
 

@@ -140,7 +140,8 @@ def _checkpoint_of(path: Path) -> str:
 
 def _go_on(run: Run, content: dict[str, Any] | None, event: dict[str, Any]) -> None:
     from modernenc.checks import check_backbone, check_hardware, check_optim, check_run
-    from modernenc.data.loader import DataState, Steps
+    from modernenc.data.loader import Steps
+    from modernenc.data.state import DataState
     from modernenc.fit import fit
 
     curriculum, corpus = check_run(run)

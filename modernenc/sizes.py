@@ -12,7 +12,7 @@ from modernenc.data.blocks import Corpus
 
 VOCAB = "backbone.vocab_size"
 LANES = "data.lanes"
-WINDOW = "data.window_rows"
+WINDOW = "data.buffer_rows"
 
 MOST_LANES, ENOUGH_LANES = 64, 16
 """So many lanes, unless a slice has fewer blocks, or windows would hold too much: then fewer, but not below the second."""
@@ -60,11 +60,11 @@ def corpus_of(data: Data) -> Corpus | None:
         return None
 
 
-def in_windows(run: Run, phase: Phase, block_tokens: int) -> int:
+def tokens_in_buffers(run: Run, phase: Phase, block_tokens: int) -> int:
     """Tokens, at most, that lanes have drawn and not yet served when a phase ends: a window and the rest of a block each."""
     if not reads_text(phase):
         return 0
-    return _held(run.data.lanes, run.data.window_rows, phase.seq_len, block_tokens)
+    return _held(run.data.lanes, run.data.buffer_rows, phase.seq_len, block_tokens)
 
 
 def _held(lanes: int, rows: int, seq_len: int, block_tokens: int) -> int:
@@ -85,7 +85,7 @@ def _lanes_and_rows(run: Run, corpus: Corpus) -> tuple[int, int]:
     lanes, rows = MOST_LANES, MOST_ROWS
     while lanes > 1 and lanes > blocks:
         lanes //= 2
-    while lanes > ENOUGH_LANES and not fits(lanes, run.data.window_rows or FEWEST_ROWS):
+    while lanes > ENOUGH_LANES and not fits(lanes, run.data.buffer_rows or FEWEST_ROWS):
         lanes //= 2
     lanes = run.data.lanes or lanes
     while rows > FEWEST_ROWS and not fits(lanes, rows):

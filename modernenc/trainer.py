@@ -20,7 +20,8 @@ from modernenc import lineage, optim, ranks
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum, Point
 from modernenc.data.blocks import Corpus
-from modernenc.data.loader import DataState, Step, Steps, fingerprint, merge
+from modernenc.data.loader import Step, Steps, fingerprint
+from modernenc.data.state import DataState, merge_rank_states
 from modernenc.data.worker import StepLoader
 from modernenc.initialization import begin_at_unigrams, check_source, fill, read_source
 from modernenc.model import build_objectives, compile_parts, load_weights, recompute, set_backbone, weights_of
@@ -291,7 +292,7 @@ class Pretraining(L.LightningModule):
             return self.data_state
         states: list[Any] | None = [None] * self.trainer.world_size if self.global_rank == 0 else None
         torch.distributed.gather_object(self.data_state, states)
-        return merge([DataState.from_dict(state) for state in states]).to_dict() if states else {}
+        return merge_rank_states([DataState.from_dict(state) for state in states]).to_dict() if states else {}
 
     def _seed_dropout(self, first_row: int) -> None:
         """Dropout is a function of (seed, step, row), not of what ran before."""

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
 _ANY_BACKBONE = [
-    "data.lanes=4", "data.window_rows=8", "data.workers=0", "trainer.micro_batch_tokens=256",
+    "data.lanes=4", "data.buffer_rows=8", "data.workers=0", "trainer.micro_batch_tokens=256",
     "backbone.hidden_size=32", "backbone.intermediate_size=48", "backbone.num_hidden_layers=3", "backbone.vocab_size=512",
     "phases.stable.tokens=6000", "phases.stable.seq_len=64", "phases.stable.warmup_tokens=1000",
     "phases.stable.ramp.tokens=1500", "phases.extend.tokens=3000", "phases.extend.seq_len=128",
@@ -88,26 +88,26 @@ def composed(overrides: list[str], config_name: str = "train") -> Run:
 def corpus_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Block shards of real text, in blocks of 256 tokens."""
     from data_prep.build import build
-    from data_prep.config import Corpus, Source, Tokenizer
+    from data_prep.config import CorpusConfig, SourceConfig, TokenizerConfig
 
-    def python(part: str) -> Source:
+    def python(part: str) -> SourceConfig:
         reader = {"_target_": "data_prep.environment.PythonFiles", "packages": ["networkx", "yaml"], "part": part}
-        return Source(reader=reader, limit_mb=0.5, licence="BSD-3-Clause", url="https://networkx.org")
+        return SourceConfig(reader=reader, limit_mb=0.5, licence="BSD-3-Clause", url="https://networkx.org")
 
     reference = {"_target_": "data_prep.environment.ServiceReference"}
     out = tmp_path_factory.mktemp("corpus") / "small"
     build(
-        Corpus(
+        CorpusConfig(
             name="small",
             out=str(out),
             sources={
                 "code": python("code"),
                 "docstrings": python("docstrings"),
-                "reference": Source(
+                "reference": SourceConfig(
                     reader=reference, limit_mb=0.3, licence="Apache-2.0", url="https://github.com/boto/botocore"
                 ),
             },
-            tokenizer=Tokenizer(vocab_size=512, train_mb=0.3),
+            tokenizer=TokenizerConfig(vocab_size=512, train_mb=0.3),
             block_tokens=256,
             validation_error=0.02,
             validation_share=0.1,

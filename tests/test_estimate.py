@@ -16,7 +16,8 @@ from modernenc import estimate, optim
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
-from modernenc.data.loader import DataState, Steps
+from modernenc.data.loader import Steps
+from modernenc.data.state import DataState
 from modernenc.model import build_objectives, recompute
 
 
@@ -116,7 +117,7 @@ def peak(run: Run, corpus: Corpus) -> int:
 def test_memory_is_as_planned(corpus_root, recipe, settings):
     """At the demo's own widths; what libraries keep for themselves is not counted."""
     overrides = [
-        f"+recipe={recipe}", f"data.root={corpus_root}", "data.workers=0", "data.window_rows=16", "phases.stable.batch_rows=32",
+        f"+recipe={recipe}", f"data.root={corpus_root}", "data.workers=0", "data.buffer_rows=16", "phases.stable.batch_rows=32",
             "backbone.vocab_size=8_192",
         "phases.stable.mix={code: 3, docstrings: 2, reference: 1, prose: 0}", "trainer.micro_batch_tokens=8_192", *settings,
     ]  # fmt: skip

@@ -16,13 +16,14 @@ from conftest import ROOT, SMALL, task
 
 from modernenc.checkpoints import read
 from modernenc.checks import check_run
-from modernenc.data.loader import DataState, Steps
+from modernenc.data.loader import Steps
+from modernenc.data.state import DataState
 from modernenc.metrics import Table
 
 KILLS = int(os.environ.get("MODERNENC_KILLS", "20"))
 """How many times; 60 and more for the long form."""
 LONGER = [
-    "phases.stable.tokens=60000", "phases.extend.tokens=40000", "phases.decay.tokens=40000", "data.window_rows=16",
+    "phases.stable.tokens=60000", "phases.extend.tokens=40000", "phases.decay.tokens=40000", "data.buffer_rows=16",
     "checkpoint.every_tokens=4000", "validation.every_tokens=6000", "logger.every_steps=3",
     "backbone.attention_out_dropout=0.1",
 ]  # fmt: skip
@@ -85,7 +86,7 @@ def test_killed_anywhere_ends_with_the_same_weights(small_run, corpus_root, item
     windows: dict[tuple[str, int], set[int]] = {}
     for step in Steps(run, curriculum, corpus, 0, 1, DataState()):
         for lane, state in step.state["lanes"].items():
-            windows.setdefault((step.state["phase"], lane), set()).add(state["window"])
+            windows.setdefault((step.state["phase"], lane), set()).add(state["buffer"])
     assert len(run.phases) == 3 and len(windows) == 3 * run.data.lanes
     assert min(len(numbers) for numbers in windows.values()) >= 3
 

@@ -25,7 +25,7 @@ TOLERANCE = 1e-3
 """Relative; processors and versions of torch round and add in other orders. A change in the data or the model is far above."""
 MIXES = {"stable": {"stories": 3, "sums": 1}, "extend": {"stories": 1, "sums": 1}, "decay": {"stories": 3, "sums": 1}}
 SETTINGS = [
-    "+recipe=demo", f"data.root={FOLDER / 'corpus'}", "data.lanes=4", "data.window_rows=8", "data.workers=0",
+    "+recipe=demo", f"data.root={FOLDER / 'corpus'}", "data.lanes=4", "data.buffer_rows=8", "data.workers=0",
     "trainer.precision=32-true", "trainer.micro_batch_tokens=512", "trainer.accelerator=cpu", "logger.every_steps=1",
     "backbone.hidden_size=32", "backbone.intermediate_size=48", "backbone.num_hidden_layers=3", "backbone.vocab_size=512",
     "backbone.num_attention_heads=2", "backbone.local_attention=32",

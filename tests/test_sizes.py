@@ -14,9 +14,9 @@ from modernenc.checks import check_run
 from modernenc.config import RECIPES_DIR, load
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import MANIFEST, Corpus
-from modernenc.sizes import ENOUGH_LANES, FEWEST_ROWS, LEFT, MOST_LANES, MOST_ROWS, in_windows
+from modernenc.sizes import ENOUGH_LANES, FEWEST_ROWS, LEFT, MOST_LANES, MOST_ROWS, tokens_in_buffers
 
-FREE = ["backbone.vocab_size=0", "data.lanes=0", "data.window_rows=0"]
+FREE = ["backbone.vocab_size=0", "data.lanes=0", "data.buffer_rows=0"]
 
 
 @pytest.fixture
@@ -50,22 +50,22 @@ def test_a_corpus_of_any_size_gives_lanes_and_rows_that_it_can_fill(corpus_of, b
     run = composed(text_only(*settings, f"data.root={corpus_of(blocks, 4_096, 501)}"))
     check_run(run)
     data, curriculum = run.data, Curriculum.of(run)
-    assert 1 <= data.lanes <= min(MOST_LANES, blocks) and FEWEST_ROWS <= data.window_rows <= MOST_ROWS
+    assert 1 <= data.lanes <= min(MOST_LANES, blocks) and FEWEST_ROWS <= data.buffer_rows <= MOST_ROWS
     assert data.lanes & (data.lanes - 1) == 0, "any usual number of ranks divides a power of two"
     assert run.backbone["vocab_size"] == 512
-    left = max(in_windows(run, phase, 4_096) / curriculum.text_of(name) for name, phase in run.phases.items())
-    assert left <= LEFT or (data.lanes <= ENOUGH_LANES and data.window_rows == FEWEST_ROWS)
+    left = max(tokens_in_buffers(run, phase, 4_096) / curriculum.text_of(name) for name, phase in run.phases.items())
+    assert left <= LEFT or (data.lanes <= ENOUGH_LANES and data.buffer_rows == FEWEST_ROWS)
     if tokens == 5_000_000_000 and blocks >= 5_000:
-        assert (data.lanes, data.window_rows) == (MOST_LANES, MOST_ROWS)
+        assert (data.lanes, data.buffer_rows) == (MOST_LANES, MOST_ROWS)
     again = composed(text_only(*settings, f"data.root={data.root}", "trainer.precision=32-true", "data.workers=1"))
     assert again.data.from_corpus == [setting.partition("=")[0] for setting in FREE]
-    assert (again.data.lanes, again.data.window_rows) == (data.lanes, data.window_rows)
+    assert (again.data.lanes, again.data.buffer_rows) == (data.lanes, data.buffer_rows)
 
 
 def test_what_is_given_stays_and_what_is_left_free_follows(corpus_of):
     root = f"data.root={corpus_of(5_000, 256, 700)}"
     run = composed(text_only(root, "data.lanes=3", "backbone.vocab_size=1000"))
-    assert (run.data.lanes, run.backbone["vocab_size"], run.data.from_corpus) == (3, 1000, ["data.window_rows"])
+    assert (run.data.lanes, run.backbone["vocab_size"], run.data.from_corpus) == (3, 1000, ["data.buffer_rows"])
     assert not composed(["+recipe=demo", *SMALL, root, "backbone.vocab_size=1000"]).data.from_corpus
 
 
@@ -77,24 +77,24 @@ FITTED = {"demo", "demo_mega", "own", "adapt"}
 def test_published_recipes_state_their_sizes(recipe):
     run = composed([f"+recipe={recipe}"])
     assert not run.data.from_corpus
-    assert (run.data.lanes, run.data.window_rows) == (64, 256 if recipe == "mega_small_16k" else 512)
+    assert (run.data.lanes, run.data.buffer_rows) == (64, 256 if recipe == "mega_small_16k" else 512)
     assert run.backbone["vocab_size"] == {"mmbert": 256_000, "mega_small_16k": 50_265}.get(recipe, 50_368)
 
 
 def test_a_run_writes_down_its_sizes_and_what_is_resumed_or_branched_keeps_them(corpus_root, tmp_path):
     settings = text_only(f"data.root={corpus_root}")
     run = composed([*settings, f"run_dir={tmp_path / 'run'}"])
-    assert run.data.lanes == 16 and run.data.window_rows == 8 and run.backbone["vocab_size"] == 512
+    assert run.data.lanes == 16 and run.data.buffer_rows == 8 and run.backbone["vocab_size"] == 512
     folder = train(run)
     written = load(folder)
     assert written.data == run.data and written.backbone == run.backbone
-    assert "16 lanes of 8 rows, a vocabulary of 512 (backbone.vocab_size, data.lanes, data.window_rows: from the corpus)" in (
+    assert "16 lanes of 8 rows, a vocabulary of 512 (backbone.vocab_size, data.lanes, data.buffer_rows: from the corpus)" in (
         " ".join((folder / "plan.txt").read_text().split())
     )
     longer = [*settings, *(f"phases.{name}.tokens=900_000_000" for name in run.phases)]
-    assert composed(longer).data.window_rows > 8
+    assert composed(longer).data.buffer_rows > 8
     branch = composed([*longer, f"branch_from={folder / 'checkpoints/end-of-extend.ckpt'}"])
-    assert branch.data.window_rows == 8, "as the run that it leaves"
+    assert branch.data.buffer_rows == 8, "as the run that it leaves"
     assert (folder / FINAL).exists()
 
 
@@ -109,10 +109,10 @@ def test_a_plan_without_a_corpus_says_what_it_assumes(tmp_path):
 
 def test_a_plan_tells_what_is_left_in_windows_and_what_to_change(corpus_root):
     settings = ["+recipe=demo", *SMALL, f"data.root={corpus_root}"]
-    wasteful = command("modernenc.plan", *settings, "data.window_rows=512", "--json")
+    wasteful = command("modernenc.plan", *settings, "data.buffer_rows=512", "--json")
     notes = "\n".join(json.loads(wasteful.stdout)["warnings"])
-    assert "tokens of text are over, up to 132,096 more lie in windows, drawn and not trained on" in notes
-    assert "lower data.window_rows or data.lanes (0 takes what suits the corpus)" in notes
+    assert "tokens of text are over, up to 132,096 more remain in buffers, drawn but not trained on" in notes
+    assert "lower data.buffer_rows or data.lanes (0 takes what suits the corpus)" in notes
     plain = command("modernenc.plan", *settings).stdout
     assert "drawn, not trained on" in plain and "%" not in plain.split("drawn, not trained on")[1].splitlines()[0]
 

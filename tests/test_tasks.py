@@ -18,7 +18,8 @@ from modernenc.curriculum import MASKED_LM, Curriculum, cycle_of
 from modernenc.data.blocks import Corpus
 from modernenc.data.choices import COLUMNS, Choices
 from modernenc.data.choices import read as read_items
-from modernenc.data.loader import DataState, Steps, merge
+from modernenc.data.loader import Steps
+from modernenc.data.state import DataState
 from modernenc.export import export
 from modernenc.metrics import Table
 from modernenc.model import build_objectives, weights_of
@@ -184,7 +185,7 @@ def test_every_objective_learns_and_is_validated(mixed_run, items):
     assert {row["phase"] for row in scores if row["source"] == "all"} == {"stable", "extend", "decay"}
     report = (folder / "report.html").read_text()
     assert "next: which of 4 endings" in report and f"{accuracy['decay']:.1%}" in report
-    account = read(folder / FINAL)["state"]["data"]["accounts"]
+    account = read(folder / FINAL)["state"]["data"]["token_counts"]
     assert set(account["extend"]["served"]) == {"next"}
     assert set(account["decay"]["served"]) == {"code", "docstrings", "next"} or "next" in account["decay"]["served"]
 
@@ -231,7 +232,7 @@ def test_the_state_of_two_ranks_goes_on_on_one(mixed_run):
     states = [DataState.from_dict(next(rank).state) for rank in ranks]
     state = next(alone).state
     merged = merge(states).to_dict()
-    assert merged["accounts"] == state["accounts"]
+    assert merged["token_counts"] == state["token_counts"]
     assert {n: lane["row"] for n, lane in merged["lanes"].items()} == {n: lane["row"] for n, lane in state["lanes"].items()}
 
 
@@ -308,9 +309,9 @@ def test_a_mistake_is_one_line(mistake, mixed_run):
     [
         ("sent1,sent2,ending0,ending1,ending2,label\na,b,c,d,e,0\n", "no column ending3"),
         (",".join(COLUMNS) + "\na,b,c,d,e,f,4\n", "line 2: label=4; expected 0 to 3"),
-        (",".join(COLUMNS) + "\na,b,c,d,e,f,1\na,b,c\n", "line 3: nothing for ending1"),
+        (",".join(COLUMNS) + "\na,b,c,d,e,f,1\na,b,c\n", "line 3: no value for ending1"),
         (",".join(COLUMNS) + "\n", "has no items"),
-        (",".join(COLUMNS) + "\na,b,\xe9,d,e,f,1\n", "no CSV file in UTF-8"),
+        (",".join(COLUMNS) + "\na,b,\xe9,d,e,f,1\n", "not a CSV file in UTF-8"),
     ],
 )
 def test_a_file_that_is_not_in_the_layout_is_refused(text, said, tmp_path):

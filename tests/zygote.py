@@ -32,7 +32,7 @@ PLACES = {
     "write": (checkpoints, "write"),
     "manifest": (checkpoints, "write_json"),
     "validation": (Validator, "scores"),
-    "refill": (Lane, "_open"),
+    "refill": (Lane, "_fill_buffer"),
     "download": (Store, "_download"),
 }
 """What is called where: the child tells when it enters, and runs it as it is."""

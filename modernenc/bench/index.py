@@ -46,7 +46,8 @@ def first_batch(folder: Path, rank: int, share: float) -> tuple[float, int]:
 
     from modernenc.curriculum import Curriculum
     from modernenc.data.blocks import Corpus
-    from modernenc.data.loader import DataState, Steps
+    from modernenc.data.loader import Steps
+    from modernenc.data.state import DataState
 
     torch.set_num_threads(1)
     run = the_run(folder)
@@ -68,21 +69,21 @@ def the_run(folder: Path) -> Run:
     return Run(
         seed=17,
         phases={"stable": phase},
-        data=Data(root=str(folder), lanes=LANES, window_rows=512, workers=0),
+        data=Data(root=str(folder), lanes=LANES, buffer_rows=512, workers=0),
         trainer=Trainer(micro_batch_tokens=98_304),
     )
 
 
 def midway(run: Run, curriculum: Any, share: float) -> Any:
     """A state as a checkpoint has it, without the checksums, at a step boundary: lanes draw about evenly."""
-    from modernenc.data.loader import DataState, PhaseAccount
+    from modernenc.data.state import DataState, TokenCounts
 
     step_tokens = curriculum.at(0).step_tokens
     tokens = int(curriculum.total_tokens * share) // step_tokens * step_tokens
     blocks = tokens // BLOCK_TOKENS // LANES
-    lane = {"window": tokens // LANES // (512 * 1024), "row": 0, "blocks": {"web/slice-000": blocks},
+    lane = {"buffer": tokens // LANES // (512 * 1024), "row": 0, "blocks": {"web/slice-000": blocks},
             "tokens": {"web/slice-000": blocks * BLOCK_TOKENS}, "checksum": ""}  # fmt: skip
-    return DataState(tokens, "stable", {number: dict(lane) for number in range(LANES)}, {"stable": PhaseAccount()})
+    return DataState(tokens, "stable", {number: dict(lane) for number in range(LANES)}, {"stable": TokenCounts()})
 
 
 def write(folder: Path) -> None:

@@ -83,7 +83,8 @@ def bare(config: Run, steps: int = STEPS, warmup: int = WARMUP) -> float:
 
     from modernenc import optim
     from modernenc.checks import check_run
-    from modernenc.data.loader import DataState, Steps
+    from modernenc.data.loader import Steps
+    from modernenc.data.state import DataState
     from modernenc.data.worker import StepLoader
     from modernenc.fit import keep_freed_memory
     from modernenc.model import build_objectives

@@ -123,7 +123,7 @@ def ours_with(bench: Bench, backbone: str, optimizer: str) -> Run:
     run.validation.every_tokens = tokens // POINTS
     run.checkpoint.every_minutes = 0
     # Many windows open: a step of one is of few documents, and learns less.
-    run.data.lanes, run.data.window_rows = bench.lanes, WINDOW_ROWS
+    run.data.lanes, run.data.buffer_rows = bench.lanes, WINDOW_ROWS
     return run
 
 
@@ -230,7 +230,8 @@ def full_rows(documents: Run, tokens: int) -> Iterator[dict[str, "torch.Tensor"]
 
     from modernenc.curriculum import Curriculum
     from modernenc.data.blocks import Corpus
-    from modernenc.data.loader import DataState, Steps
+    from modernenc.data.loader import Steps
+    from modernenc.data.state import DataState
 
     (phase,) = documents.phases.values()
     phase.tokens = 2.0 * tokens  # of capacity
