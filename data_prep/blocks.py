@@ -14,6 +14,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from data_prep import encode
 from data_prep.buckets import Bucket, slice_of
+from data_prep.config import CorpusConfig
 from data_prep.read import FILE
 from data_prep.split import held_out_draw
 from modernenc.data.blocks import VALIDATION
@@ -81,32 +82,18 @@ class WriteBlocks(PipelineStep):
     type = "💽 - WRITER"
     name = "Write blocks"
 
-    def __init__(
-        self,
-        root: Path,
-        work: Path,
-        thresholds: dict[str, float],
-        block_tokens: int,
-        vocab_size: int,
-        dtype: str,
-        shard_mb: int,
-        slices: int,
-        seed: int,
-    ) -> None:
+    def __init__(self, corpus: CorpusConfig, root: Path, work: Path, thresholds: dict[str, float], vocab_size: int) -> None:
         super().__init__()
+        self.corpus = corpus
         self.root = root
         self.work = work
         self.thresholds = thresholds
-        self.block_tokens = block_tokens
         self.vocab_size = vocab_size
-        self.dtype = dtype
-        self.shard_mb = shard_mb
-        self.slices = slices
-        self.seed = seed
+        self.dtype = token_dtype(vocab_size)
 
     def run(self, data: Iterable[Document] | None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Write one bucket."""
-        bucket = Bucket(self.work / "buckets" / f"{rank:05d}", list(self.thresholds), self.seed)
+        bucket = Bucket(self.work / "buckets" / f"{rank:05d}", list(self.thresholds), self.corpus.seed)
         writers: dict[str, BlockWriter] = {}
         unigrams: defaultdict[str, np.ndarray] = defaultdict(lambda: np.zeros(self.vocab_size, dtype=np.int64))
         texts: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -120,9 +107,8 @@ class WriteBlocks(PipelineStep):
             texts[source].update(_text_size(document.text, encode.normalized(tokenizer, document.text)))
             folder = f"{source}/{self._split_of(document)}"
             if folder not in writers:
-                writers[folder] = BlockWriter(
-                    self.root / folder / f"bucket-{rank:05d}", self.block_tokens, self.dtype, self.shard_mb
-                )
+                path = self.root / folder / f"bucket-{rank:05d}"
+                writers[folder] = BlockWriter(path, self.corpus.block_tokens, self.dtype, self.corpus.shard_mb)
             writers[folder].add(tokens)
             unigrams[folder] += np.bincount(tokens, minlength=self.vocab_size)
         for writer in writers.values():
@@ -132,12 +118,12 @@ class WriteBlocks(PipelineStep):
         folders = {folder: writer.counts for folder, writer in writers.items()}
         report = json.dumps({"folders": folders, "texts": texts, "empty": empty})
         (self.work / "counts" / f"{rank:05d}.json").write_text(report)
-        yield from data or ()
+        yield from data or ()  # datatrove runs a step by exhausting its generator
 
     def _split_of(self, document: Document) -> str:
         if held_out_draw(document) < self.thresholds[document.metadata["source"]]:
             return VALIDATION
-        return slice_of(document, self.slices, self.seed)
+        return slice_of(document, self.corpus.slices, self.corpus.seed)
 
     def _encoded(self, bucket: Bucket, tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray]]:
         """Yield each document of the bucket with its tokens."""
@@ -145,6 +131,11 @@ class WriteBlocks(PipelineStep):
         for texts in encode.batches(document.text for document in bucket):
             for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
                 yield next(documents), np.array(encoding.ids, dtype=self.dtype)
+
+
+def token_dtype(vocab_size: int) -> str:
+    """Return the smallest type that can hold every token id of a vocabulary."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def _text_size(text: str, normal: str) -> dict[str, int]:

@@ -39,7 +39,7 @@ NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 """Valid names of a source, since it is the name of a folder and a key of mixes."""
 _WORK = ".work"
 _MEASURED_BYTES = 1 << 18
-"""Size of the sample, per file of a bucket, from which the bytes per token of a source are measured."""
+"""Size of the sample of each source on which its bytes per token are measured."""
 _WANTED_BLOCKS, _MIN_BLOCK_TOKENS, _MAX_BLOCK_TOKENS = 512, 4_096, 32_768
 _MUCH_CHANGED = 0.01
 """Fraction of characters that a given tokenizer may change without a warning."""
@@ -195,7 +195,7 @@ def _read(reading: Read, parts: int, corpus: CorpusConfig, work: Path) -> Accoun
 
 def _survey(corpus: CorpusConfig, work: Path) -> dict[str, Survey]:
     tokens = tokens_for(corpus.validation_error)
-    step = SurveyBucket(work, list(corpus.sources), corpus.validation_share, tokens, corpus.slices, corpus.seed)
+    step = SurveyBucket(corpus, work, tokens)
     _run(step, corpus.buckets, corpus.workers, work / "logs" / "survey")
     return surveys(work, list(corpus.sources), corpus.validation_share)
 
@@ -232,7 +232,7 @@ def _sample(corpus: CorpusConfig, work: Path, found: dict[str, Survey]) -> Itera
 
 
 def _bytes_per_token(corpus: CorpusConfig, work: Path, tokenizer: Tokenizer, found: dict[str, Survey]) -> dict[str, float]:
-    """Measure the bytes per token of each source, on a sample of its training text; 1.0 where a sample has no token."""
+    """Measure the bytes per token of each source on a sample of its training text; 1.0 where it certainly has none."""
     measured = {}
     for number, name in enumerate(corpus.sources):
         size = tokens = 0
@@ -268,18 +268,8 @@ def block_size(tokens: float) -> int:
 def _write(corpus: CorpusConfig, root: Path, work: Path, tokenizer: Tokenizer, found: dict[str, Survey]) -> None:
     """Write the blocks of all buckets, after choosing what to hold out and, where it is 0, `corpus.block_tokens`."""
     wanted, sizes = tokens_for(corpus.validation_error), _bytes_per_token(corpus, work, tokenizer, found)
-    vocabulary = vocabulary_size(tokenizer)
     smallest = min(found[name].bytes / sizes[name] for name in corpus.sources)
     corpus.block_tokens = corpus.block_tokens or block_size(smallest)
-    step = WriteBlocks(
-        root=root.resolve(),
-        work=work.resolve(),
-        thresholds={name: found[name].threshold(name, corpus.slices, wanted, sizes[name]) for name in corpus.sources},
-        block_tokens=corpus.block_tokens,
-        vocab_size=vocabulary,
-        dtype="uint16" if vocabulary <= 1 << 16 else "uint32",
-        shard_mb=corpus.shard_mb,
-        slices=corpus.slices,
-        seed=corpus.seed,
-    )
+    thresholds = {name: found[name].threshold(name, corpus.slices, wanted, sizes[name]) for name in corpus.sources}
+    step = WriteBlocks(corpus, root.resolve(), work.resolve(), thresholds, vocabulary_size(tokenizer))
     _run(step, corpus.buckets, corpus.workers, work / "logs" / "write")

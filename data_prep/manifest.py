@@ -13,6 +13,7 @@ from rich.table import Table
 
 import modernenc
 from data_prep.account import Account
+from data_prep.blocks import token_dtype
 from data_prep.config import CorpusConfig, SourceConfig
 from data_prep.split import Survey
 from modernenc.data.blocks import VALIDATION
@@ -78,7 +79,7 @@ def manifest_of(
         "modernenc": modernenc.__version__,
         "fingerprint": fingerprint,
         "block_tokens": corpus.block_tokens,
-        "dtype": "uint16" if vocabulary <= 1 << 16 else "uint32",
+        "dtype": token_dtype(vocabulary),
         "validation_error": corpus.validation_error,
         "tokenizer": {
             "sha256": hashlib.sha256((root / "tokenizer.json").read_bytes()).hexdigest(),

@@ -58,7 +58,7 @@ class Read(PipelineStep):
         folder = self.work / "accounts" / f"{self.number:03d}"
         folder.mkdir(parents=True, exist_ok=True)
         account.save(folder / f"{rank:05d}.json")
-        yield from data or ()
+        yield from data or ()  # datatrove runs a step by exhausting its generator
 
     def peek(self) -> list[str]:
         """Return some of the first texts; raises ValueError, with what was found instead, when there is none."""

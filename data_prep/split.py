@@ -19,6 +19,7 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from data_prep.buckets import Bucket, draw, slice_of
+from data_prep.config import CorpusConfig
 from data_prep.read import FILE
 from modernenc.data.blocks import VALIDATION
 
@@ -92,29 +93,30 @@ class Survey:
 
 
 class SurveyBucket(PipelineStep):
-    """A datatrove step whose task r writes the survey of bucket r to `<work>/surveys/<r>.json`."""
+    """A datatrove step whose task r writes the survey of bucket r to `<work>/surveys/<r>.json`.
+
+    `tokens` is how many tokens of each source validation needs.
+    """
 
     type = "📊 - STATS"
     name = "Survey"
 
-    def __init__(self, work: Path, sources: list[str], share: float, tokens: float, slices: int, seed: int) -> None:
+    def __init__(self, corpus: CorpusConfig, work: Path, tokens: float) -> None:
         super().__init__()
+        self.corpus = corpus
         self.work = work
-        self.sources = sources
-        self.share = share
         self.tokens = tokens
-        self.slices = slices
-        self.seed = seed
 
     def run(self, data: Iterable[Document] | None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Survey one bucket."""
-        bucket = Bucket(self.work / "buckets" / f"{rank:05d}", self.sources, self.seed)
-        surveys = {name: Survey(duplicates=bucket.duplicates[name]) for name in self.sources}
-        documents: dict[str, list[tuple[float, int, str]]] = {name: [] for name in self.sources}
+        slices, seed = self.corpus.slices, self.corpus.seed
+        bucket = Bucket(self.work / "buckets" / f"{rank:05d}", list(self.corpus.sources), seed)
+        surveys = {name: Survey(duplicates=bucket.duplicates[name]) for name in self.corpus.sources}
+        documents: dict[str, list[tuple[float, int, str]]] = {name: [] for name in self.corpus.sources}
         for document in bucket:
             name = document.metadata["source"]
             surveys[name].kept[document.metadata[FILE]] += 1
-            entry = held_out_draw(document), len(document.text.encode()), slice_of(document, self.slices, self.seed)
+            entry = held_out_draw(document), len(document.text.encode()), slice_of(document, slices, seed)
             surveys[name].bytes += entry[1]
             documents[name].append(entry)
         for name, entries in documents.items():
@@ -126,7 +128,7 @@ class SurveyBucket(PipelineStep):
         folder.mkdir(exist_ok=True)
         content = json.dumps({name: vars(survey) for name, survey in surveys.items()})
         (folder / f"{rank:05d}.json").write_text(content)
-        yield from data or ()
+        yield from data or ()  # datatrove runs a step by exhausting its generator
 
     def _most_candidates(self, entries: list[tuple[float, int, str]]) -> int:
         """Return how many of the bucket's documents, in the order of their draws, are candidates.
@@ -134,7 +136,8 @@ class SurveyBucket(PipelineStep):
         A huge bucket need not list more than would suffice if all other buckets had none.
         """
         most, size = min(1, len(entries)), 0
-        while most < len(entries) and entries[most][0] < self.share and size < self.tokens * _MAX_BYTES_PER_TOKEN:
+        share, enough = self.corpus.validation_share, self.tokens * _MAX_BYTES_PER_TOKEN
+        while most < len(entries) and entries[most][0] < share and size < enough:
             size += entries[most][1]
             most += 1
         return most

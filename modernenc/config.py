@@ -120,10 +120,10 @@ class Data:
     timeout_s: float = 60
     """How long a remote may be silent before a read of it counts as failed; it is tried three times."""
     lanes: int = MISSING
-    """Number of lanes: the unit of order, and the largest number of ranks. Rows of a step come from as many windows, so
+    """Number of lanes: the unit of order, and the largest number of ranks. Rows of a step come from as many buffers, so
     few lanes mean few documents. 0 means as many as suit the corpus, by `modernenc.sizes`."""
     buffer_rows: int = MISSING
-    """Rows' worth of text that a lane packs at a time. 0 likewise."""
+    """Size of a lane's packing buffer: the rows that it packs at a time. 0 likewise."""
     from_corpus: list[str] = field(default_factory=list)
     """Settings that were 0 and are the corpus's now; filled in by `modernenc.sizes`, for who reads config.yaml."""
     workers: int = MISSING

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 WARMUP, STEPS = 2, 10
 """Steps of each phase that are measured, and those before."""
 MOST_LEFT = 0.25
-"""Share of a phase's text above which it is said what lies in windows when it ends."""
+"""Share of a phase's text above which it is said what remains in buffers when it ends."""
 SAMPLE = 576
 """Tokens of the two forward passes that memory is measured on, and twice as many: enough for a document to take any path."""
 SAMPLE_RATIO = 0.3

@@ -12,14 +12,14 @@ from modernenc.data.blocks import Corpus
 
 VOCAB = "backbone.vocab_size"
 LANES = "data.lanes"
-WINDOW = "data.buffer_rows"
+BUFFER = "data.buffer_rows"
 
 MOST_LANES, ENOUGH_LANES = 64, 16
-"""So many lanes, unless a slice has fewer blocks, or windows would hold too much: then fewer, but not below the second."""
+"""So many lanes, unless a slice has fewer blocks, or buffers would hold too much: then fewer, but not below the second."""
 MOST_ROWS, FEWEST_ROWS = 512, 8
-"""Rows of a window, likewise: 512 leave 0.5 % of the rows' room empty at 1,024 tokens; in fewer there is more."""
+"""Rows of a packing buffer, likewise: 512 leave 0.5 % of the rows' room empty at 1,024 tokens; in fewer there is more."""
 LEFT = 0.05
-"""Share of a phase's tokens that may lie in windows when it ends, where lanes and rows can be chosen so."""
+"""Share of a phase's tokens that may remain in buffers when it ends, where lanes and rows can be chosen so."""
 MULTIPLE = 64
 """Of the vocabulary: matrix products work in tiles."""
 UNKNOWN_VOCAB = 8_192
@@ -32,17 +32,17 @@ def settle_sizes(run: Run) -> None:
     A branch has those of the run that it leaves. Without a corpus, which a run refuses and a plan does not, they are assumed.
     ValueError where the corpus lacks what the phases' mixes name.
     """
-    asked = [key for key in (VOCAB, LANES, WINDOW) if _get(run, key) == 0]
+    asked = [key for key in (VOCAB, LANES, BUFFER) if _get(run, key) == 0]
     if not asked or run.rehearse:  # which has sizes of its own
         return
     sizes = _of_parent(Path(run.branch_from)) if run.branch_from else {}
     if not sizes:
         corpus = corpus_of(run.data)
-        sizes = {VOCAB: UNKNOWN_VOCAB, LANES: MOST_LANES, WINDOW: MOST_ROWS}
+        sizes = {VOCAB: UNKNOWN_VOCAB, LANES: MOST_LANES, BUFFER: MOST_ROWS}
         if corpus:
             sizes[VOCAB] = -(-corpus.vocab_size // MULTIPLE) * MULTIPLE
             if asked != [VOCAB]:
-                sizes[LANES], sizes[WINDOW] = _lanes_and_rows(run, corpus)
+                sizes[LANES], sizes[BUFFER] = _lanes_and_rows(run, corpus)
     for key in asked:
         group, _, name = key.partition(".")
         if group == "data":
@@ -61,7 +61,7 @@ def corpus_of(data: Data) -> Corpus | None:
 
 
 def tokens_in_buffers(run: Run, phase: Phase, block_tokens: int) -> int:
-    """Tokens, at most, that lanes have drawn and not yet served when a phase ends: a window and the rest of a block each."""
+    """Tokens, at most, that lanes have drawn and not yet served when a phase ends: a buffer and the rest of a block each."""
     if not reads_text(phase):
         return 0
     return _held(run.data.lanes, run.data.buffer_rows, phase.seq_len, block_tokens)
@@ -99,7 +99,7 @@ def _of_parent(checkpoint: Path) -> dict[str, int]:
         run = load(checkpoint.resolve().parent.parent)
     except FileNotFoundError:
         return {}
-    return {key: _get(run, key) for key in (VOCAB, LANES, WINDOW)}
+    return {key: _get(run, key) for key in (VOCAB, LANES, BUFFER)}
 
 
 def _get(run: Run, key: str) -> Any:

@@ -1,8 +1,8 @@
 """Time to the first batch of a corpus of 2T tokens: `python -m modernenc.bench.index FOLDER`.
 
 61 million blocks of 32,768 tokens in 60,000 shards, as the data of the `base` recipe would be. The shards are all one file
-under many names; the order, the hashes, the windows and the packing are real. Each of eight processes does what a rank of one
-node does: read the index, look at every shard, fill its lanes' first windows, make the first step; then again from a state in
+under many names; the order, the hashes, the buffers and the packing are real. Each of eight processes does what a rank of one
+node does: read the index, look at every shard, fill its lanes' first buffers, make the first step; then again from a state in
 the midst of the phase.
 """
 

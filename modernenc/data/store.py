@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from fsspec import get_filesystem_class
+from fsspec.core import url_to_fs
 
 from modernenc.hashing import hash_file
 
@@ -178,8 +180,6 @@ class Store:
         if "://" not in self.root:
             shutil.copyfile(Path(self.root) / name, part)
             return
-        from fsspec.core import url_to_fs
-
         if self._connection is None:
             self._connection = url_to_fs(self.root, skip_instance_cache=True, **_options(self.root))
         files, folder = self._connection
@@ -203,8 +203,6 @@ class _CopyThread(threading.Thread):
 
 
 def _check_scheme(root: str) -> None:
-    from fsspec import get_filesystem_class
-
     scheme = root.partition("://")[0]
     try:
         get_filesystem_class(scheme)
