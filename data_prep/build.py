@@ -84,6 +84,7 @@ def build(corpus: CorpusConfig) -> None:
         shutil.copyfile(work / "tokenizer.json", root / "tokenizer.json")
         passed_over = {name: entry.passed_over for name, entry in inputs.items()}
         manifest = manifest_of(corpus, root, work, tokenizer, fingerprint, accounts, found, passed_over)
+    # From here on the folder is a corpus, unless the check of every block finds a fault.
     unfinished = root / f"{MANIFEST}.tmp"
     unfinished.write_text(json.dumps(manifest, indent=1))
     os.replace(unfinished, root / MANIFEST)
@@ -92,7 +93,7 @@ def build(corpus: CorpusConfig) -> None:
     except (ValueError, FileNotFoundError):
         (root / MANIFEST).unlink()
         raise
-    shutil.rmtree(work)
+    shutil.rmtree(work)  # kept until now, so that preparation could be continued
     for table in tables(manifest):
         console.print(table)
     print(f"{root} is ready")
@@ -223,6 +224,7 @@ def _sample(corpus: CorpusConfig, work: Path, found: dict[str, Survey]) -> Itera
     for number, name in enumerate(corpus.sources):
         files = sorted((work / "buckets").glob(f"*/{number:03d}-*.jsonl.zst"))
         for file in files:
+            # There is one file per bucket and part of the reading: all parts of a source contribute equally.
             left = corpus.tokenizer.train_mb * 1e6 / len(corpus.sources) / len(files)
             for document in _trained_on(file, found[name]):
                 if left <= 0:
@@ -269,6 +271,7 @@ def _write(corpus: CorpusConfig, root: Path, work: Path, tokenizer: Tokenizer, f
     """Write the blocks of all buckets, after choosing what to hold out and, where it is 0, `corpus.block_tokens`."""
     wanted, sizes = tokens_for(corpus.validation_error), _bytes_per_token(corpus, work, tokenizer, found)
     smallest = min(found[name].bytes / sizes[name] for name in corpus.sources)
+    # Each lane needs a block of each slice, so the smallest source decides.
     corpus.block_tokens = corpus.block_tokens or block_size(smallest)
     thresholds = {name: found[name].threshold(name, corpus.slices, wanted, sizes[name]) for name in corpus.sources}
     step = WriteBlocks(corpus, root.resolve(), work.resolve(), thresholds, vocabulary_size(tokenizer))

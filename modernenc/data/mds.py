@@ -96,6 +96,7 @@ class Writer:
     def _flush(self) -> None:
         if not self._samples:
             return
+        # The running sum of the head's and the samples' sizes gives each sample's offset, and the end of the file.
         sizes = [4 * (2 + len(self._samples)) + len(self._header), *map(len, self._samples)]
         table = np.array([len(self._samples), *np.cumsum(sizes)], np.uint32)
         name = f"shard.{len(self._shards):05}.mds"
@@ -175,5 +176,6 @@ class Shard:
 
 def _encoded(array: np.ndarray, dtype: str) -> bytes:
     assert array.dtype == dtype and array.shape[0] > 0
+    # log2 of the bytes of the smallest integer type that can hold the length
     width = int(np.searchsorted([1 << 8, 1 << 16, 1 << 32], len(array), side="right"))
     return bytes([_AXES << 2 | width]) + np.array(array.shape, _SHAPE_DTYPES[width]).tobytes() + array.tobytes()
