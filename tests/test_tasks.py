@@ -19,7 +19,7 @@ from modernenc.data.blocks import Corpus
 from modernenc.data.choices import COLUMNS, Choices
 from modernenc.data.choices import read as read_items
 from modernenc.data.loader import Steps
-from modernenc.data.state import DataState
+from modernenc.data.state import DataState, merge_rank_states
 from modernenc.export import export
 from modernenc.metrics import Table
 from modernenc.model import build_objectives, weights_of
@@ -231,7 +231,7 @@ def test_the_state_of_two_ranks_goes_on_on_one(mixed_run):
             next(each)
     states = [DataState.from_dict(next(rank).state) for rank in ranks]
     state = next(alone).state
-    merged = merge(states).to_dict()
+    merged = merge_rank_states(states).to_dict()
     assert merged["token_counts"] == state["token_counts"]
     assert {n: lane["row"] for n, lane in merged["lanes"].items()} == {n: lane["row"] for n, lane in state["lanes"].items()}
 
