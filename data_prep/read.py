@@ -1,4 +1,4 @@
-"""Reading a source: each document of its files goes to a bucket, or into the account of drops."""
+"""Read a source: each document of its files goes to a bucket, or is counted as dropped in the account."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -16,26 +16,28 @@ from datatrove.pipeline.writers import JsonlWriter
 from hydra.utils import instantiate
 
 from data_prep.account import Account
-from data_prep.config import Source
+from data_prep.config import SourceConfig
 from data_prep.inputs import reader_of
 from data_prep.readers import FAULT
 
 FILE = "file"
-"""Key of a document's metadata: the file that it is from."""
+"""Key of the file in the metadata of a document."""
 _SHOWN_KEYS = 12
+"""Number of keys of a row that a message lists."""
 _PEEKED_FILES, _PEEKED_DOCUMENTS = 20, 1000
 
 
 class Read(PipelineStep):
-    """Task r reads every `parts`-th file, from the r-th, filters its documents, and deals them to buckets by their hash.
+    """A datatrove step whose task r reads part r of a source, filters the documents, and assigns them to buckets by hash.
 
-    The account goes to `<work>/accounts/<number>/<r>.json` when the part is done. `number` stands for the source in names.
+    Of n tasks, task r reads the files r, r + n, r + 2n and so on. A finished task has written its account to
+    `<work>/accounts/<number>/<r>.json`; `number` is the position of the source in the configuration.
     """
 
     type = "📖 - READER"
     name = "Read"
 
-    def __init__(self, name: str, source: Source, files: list[str], work: Path, number: int, buckets: int) -> None:
+    def __init__(self, name: str, source: SourceConfig, files: list[str], work: Path, number: int, buckets: int) -> None:
         super().__init__()
         self.source = name
         self.settings = source
@@ -47,36 +49,34 @@ class Read(PipelineStep):
     def run(self, data: Iterable[Document] | None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Read one part."""
         account = Account()
-        documents = self._capped(account, rank, world_size)
+        documents = self._limited(account, rank, world_size)
         for entry in self.settings.filters:
             documents = _through(instantiate(entry), documents, account, self.source, rank, world_size)
         with JsonlWriter(str(self.work / "buckets"), f"${{bucket}}/{self.number:03d}-${{rank}}.jsonl.zst", "zstd") as writer:
             for document in documents:
-                writer.write(self._dealt(document), rank)
+                writer.write(self._assign_bucket(document), rank)
         folder = self.work / "accounts" / f"{self.number:03d}"
         folder.mkdir(parents=True, exist_ok=True)
         account.save(folder / f"{rank:05d}.json")
-        yield from data or ()
+        yield from data or ()  # datatrove runs a step by exhausting its generator
 
     def peek(self) -> list[str]:
-        """Some of the first texts; ValueError, saying what is there instead, when the first documents have none."""
+        """Return some of the first texts; raises ValueError, with what was found instead, when there is none."""
         account = Account()
         found = list(islice(self._documents(self.files[:_PEEKED_FILES], account), _PEEKED_DOCUMENTS))
         if found:
             return [document.text for document in found]
-        reasons = Counter[str]()
-        for counts in account.faults.values():
-            reasons.update(counts)
-        said = ", ".join(f"{count:,} {reason} (first: {account.first[reason]})" for reason, count in reasons.most_common())
-        hint = "; JSON lines have an object each" * any("JSON" in reason for reason in reasons)
+        not_json = any("JSON" in reason for reason in account.fault_reasons())
+        hint = "; in JSON lines each line is an object" if not_json else ""
         raise ValueError(
             f"sources.{self.source}: none of the first {account.read.total():,} documents has text: "
-            f"{said or 'the files are empty'}{hint}; check the reader and its text_key"
+            f"{account.describe_faults() or 'the files are empty'}{hint}; check the reader and its text_key"
         )
 
-    def _capped(self, account: Account, rank: int, world_size: int) -> Iterator[Document]:
-        """The documents of a part, up to its share of `limit_mb` million characters."""
+    def _limited(self, account: Account, rank: int, world_size: int) -> Iterator[Document]:
+        """Yield the documents of a part, up to an equal fraction of `limit_mb` million characters for each part."""
         files = self.files[rank::world_size]
+        # Every part has the same limit, so that the result does not depend on which part is read first.
         left = self.settings.limit_mb * 1e6 / world_size if self.settings.limit_mb else float("inf")
         for place, file in enumerate(files):
             if left <= 0:
@@ -89,22 +89,25 @@ class Read(PipelineStep):
                     break
 
     def _documents(self, files: list[str], account: Account) -> Iterator[Document]:
-        """The documents of some files; ValueError names the file that cannot be read to its end, and how far it went."""
+        """Yield the documents of some files.
+
+        Raises ValueError for a file that cannot be read to its end; the message says how far the reading came.
+        """
         reader = reader_of(self.source, self.settings)
         if hasattr(reader, "adapter"):
             reader.adapter = _Adapter(reader, account)
         for file in files:
             try:
-                if isinstance(reader, BaseDiskReader):
+                if isinstance(reader, BaseDiskReader):  # its adapter counts
                     rows = reader.read_file(file)
-                elif hasattr(reader, "documents"):
+                elif hasattr(reader, "documents"):  # as those of data_prep.environment
                     rows = _counted(reader.documents(Path(file)), file, account)
-                else:
+                else:  # a reader of datatrove without files, such as one of a hub's data sets
                     rows = reader.run()
                 for document in rows:
                     document.metadata.setdefault(FILE, file)
                     yield document
-            except Exception as error:  # of any library, about what a user's file holds
+            except Exception as error:  # any library's error about the contents of a user's file
                 where = reader.data_folder.resolve_paths(file) if isinstance(reader, BaseDiskReader) else file
                 how = " ".join(str(error).split()) or type(error).__name__
                 raise ValueError(
@@ -112,7 +115,9 @@ class Read(PipelineStep):
                     "restore the file or move it away"
                 ) from error
 
-    def _dealt(self, document: Document) -> Document:
+    def _assign_bucket(self, document: Document) -> Document:
+        """Return a document that has the metadata by which the writer and the later steps find its bucket and order."""
+        # 128 bits: even among 10 billion documents, two texts have the same hash with a probability of 1e-19 only.
         number = xxhash.xxh3_128_intdigest(document.text.encode())
         metadata = {
             "hash": f"{number:032x}",
@@ -124,25 +129,32 @@ class Read(PipelineStep):
 
 
 class _Adapter:
-    """Count each row that a reader gives to its adapter, and why those are of no use that are not."""
+    """The adapter of a reader, wrapped so that it counts each row and the faults of unusable ones."""
 
     def __init__(self, reader: Any, account: Account) -> None:
         self.given = reader.adapter
         self.text_key = reader.text_key
-        self.noun = "row" if isinstance(reader, ParquetReader) else "line" if isinstance(reader, JsonlReader) else "document"
         self.account = account
+        # Rows of Parquet and lines of JSON have a number in their file; of other readers the documents are counted.
+        self.noun = "document"
+        if isinstance(reader, ParquetReader):
+            self.noun = "row"
+        elif isinstance(reader, JsonlReader):
+            self.noun = "line"
+        # A user's own adapter may find the text elsewhere than under `text_key`.
         self.by_key = getattr(self.given, "__name__", "") == "_default_adapter"
 
     def __call__(self, row: dict[str, Any], path: str, number: int | str) -> dict[str, Any]:
-        """What the reader's own adapter makes of the row, or an empty text, which the reader leaves out."""
+        """Return what the reader's own adapter makes of the row, or an empty text, which the reader skips."""
         self.account.read[path] += 1
         place = f"{self.noun} {self.account.read[path] if self.noun == 'document' else number}"
         fault: str = row.get(FAULT, "")
         parsed: dict[str, Any] = {"text": ""}
-        if not fault and self.by_key:
-            fault = "" if self._found(row) else f"without text_key={self.text_key}"
-            place += f", which has {', '.join(sorted(map(str, row))[:_SHOWN_KEYS]) or 'no keys'}" if fault else ""
+        if not fault and self.by_key and not self._find_text(row):
+            fault = f"without text_key={self.text_key}"
+            place += f", which has {', '.join(sorted(map(str, row))[:_SHOWN_KEYS]) or 'no keys'}"
         if not fault:
+            # A column called media need not have the structure that datatrove expects, and is no text anyway.
             parsed = self.given(row, path, number) | {"media": []}
             fault = _fault_of(parsed["text"])
         if not fault:
@@ -150,10 +162,11 @@ class _Adapter:
         self.account.fault(path, fault, place)
         return {"text": ""}
 
-    def _found(self, row: dict[str, Any]) -> bool:
-        """Whether the row has a text; one at a path of keys, `doc.text`, is put where the reader looks for it."""
+    def _find_text(self, row: dict[str, Any]) -> bool:
+        """Return whether the row has a text. One below nested keys, `doc.text`, is copied to where the reader looks."""
         value: Any = row
-        for key in (self.text_key,) if self.text_key in row else self.text_key.split("."):
+        keys = [self.text_key] if self.text_key in row else self.text_key.split(".")
+        for key in keys:
             if not isinstance(value, dict) or key not in value:
                 return False
             value = value[key]
@@ -162,7 +175,7 @@ class _Adapter:
 
 
 def _fault_of(text: Any) -> str:
-    """Why something is no text to train on; empty when it is."""
+    """Return the reason why a value is not a text to train on; empty when it is one."""
     if text is None:
         return "null"
     if not isinstance(text, str):
@@ -177,7 +190,7 @@ def _fault_of(text: Any) -> str:
 
 
 def _counted(documents: Iterable[Document | str], file: str, account: Account) -> Iterator[Document]:
-    """Count documents of readers that have no adapter; a string says why one is of no use."""
+    """Count the documents of a reader without adapter; a string is the reason why a document is unusable."""
     for document in documents:
         account.read[file] += 1
         fault = document if isinstance(document, str) else _fault_of(document.text)
@@ -188,7 +201,7 @@ def _counted(documents: Iterable[Document | str], file: str, account: Account) -
 
 
 class _Excluded:
-    """Takes what a filter drops, as its writer of exclusions, and counts it."""
+    """Count the documents that a filter drops; it takes the place of the filter's `exclusion_writer`, and calls that one."""
 
     def __init__(self, account: Account, name: str, given: Any) -> None:
         self.account = account
@@ -205,7 +218,7 @@ class _Excluded:
             self.given.__exit__(*error)
 
     def write(self, document: Document, rank: int) -> None:
-        """Count a document under the reason that the filter gave, or its name."""
+        """Count a document under the reason that the filter gave, or under the filter's name."""
         self.account.filtered[document.metadata[FILE]][document.metadata.get("filter_reason") or self.name] += 1
         if self.given:
             self.given.write(document, rank)
@@ -214,26 +227,25 @@ class _Excluded:
 def _through(
     step: PipelineStep, documents: Iterator[Document], account: Account, source: str, rank: int, world_size: int
 ) -> Iterator[Document]:
-    """What a filter, or any other step of datatrove, lets pass; what it drops is counted by file."""
+    """Pass documents through a filter, or another step of datatrove, and count by file those that it drops."""
     name = step.name.split()[-1].lower()
     if isinstance(step, BaseFilter):
         step.exclusion_writer = _Excluded(account, name, step.exclusion_writer)  # pyright: ignore[reportAttributeAccessIssue]
         yield from step.run(documents, rank, world_size)
         return
+    # Another step does not say what it drops: compare the documents of each file that go in and come out.
     missing: Counter[str] = Counter()
 
-    def going_in() -> Iterator[Document]:
+    def counted_documents() -> Iterator[Document]:
         for document in documents:
             missing[document.metadata[FILE]] += 1
             yield document
 
-    for document in step.run(going_in(), rank, world_size):
+    for document in step.run(counted_documents(), rank, world_size):
         missing[document.metadata[FILE]] -= 1
         yield document
     for file, count in missing.items():
         if count < 0:
-            raise ValueError(
-                f"sources.{source}.filters: {name} makes documents of its own; a step may keep, change or drop them"
-            )
+            raise ValueError(f"sources.{source}.filters: {name} creates documents; a step may keep, change or drop them")
         if count:
             account.filtered[file][name] += count

@@ -1,8 +1,8 @@
-"""Readers of JSON lines, Parquet and plain text that pass nothing over in silence.
+"""Readers of JSON lines, Parquet and plain text that skip nothing silently.
 
-datatrove's own readers leave out broken lines and the rest of a file after a byte that is not UTF-8, with a word in a log.
-These hand every line or row to the adapter, where `data_prep.read` counts it: one that cannot be read as `{FAULT: reason}`.
-A file that cannot be read to its end raises.
+datatrove's own readers skip broken lines, and the rest of a file after a byte that is not UTF-8, and only log it. These pass
+every line or row to the adapter of the reader, where `data_prep.read` counts it; in place of an unreadable one they pass
+`{FAULT: reason}`. A file that cannot be read to its end raises an error.
 """
 
 import bz2
@@ -23,7 +23,7 @@ from datatrove.pipeline.readers.base import BaseDiskReader
 from pyarrow import parquet
 
 FAULT = "\0fault"
-"""Key of a row that says why it cannot be used."""
+"""Key of an unusable row; its value is the reason. No column of a user's file can have this name by accident."""
 NOT_UTF8 = "not UTF-8"
 _BOM = b"\xef\xbb\xbf"
 _BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
@@ -31,38 +31,40 @@ _OPENERS: dict[str, Callable[[Any], Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
-    # zstandard's own stream ends without a word where a file was cut, and after the first of several frames.
+    # The stream of the package zstandard ends without an error where a file was cut off, and after the first frame.
     ".zst": lambda raw: io.BufferedReader(cast(Any, pyarrow.CompressedInputStream(raw, "zstd"))),
 }
 COMPRESSED = tuple(_OPENERS)
-"""Endings of compressed files that are read."""
+"""Suffixes of the compressed files that can be read."""
 
 
 def open_bytes(folder: DataFolder, path: str) -> IO[bytes]:
-    """A file of bytes, decompressed by its ending; reading one that was cut raises."""
+    """Open a file as bytes, decompressed according to its suffix; reading a file that was cut off raises an error."""
     raw = folder.open(path, "rb")
     ending = next((ending for ending in COMPRESSED if path.endswith(ending)), "")
     return _OPENERS[ending](raw) if ending else raw
 
 
 class JsonLines(JsonlReader):
-    """One document per line, a JSON object with the key `text_key`; blank lines are no documents."""
+    """Read one document per line; a line is a JSON object with the key `text_key`, and blank lines are skipped."""
 
     def read_file(self, filepath: str) -> Generator[Document, None, None]:
-        """The documents of one file; lines are numbered from 1."""
+        """Yield the documents of one file; lines are numbered from 1."""
         with open_bytes(self.data_folder, filepath) as file:
             for number, line in enumerate(file, 1):
                 line = (line.removeprefix(_BOM) if number == 1 else line).strip()
-                document = self.get_document_from_dict(_json_object(line), filepath, number) if line else None
+                if not line:
+                    continue
+                document = self.get_document_from_dict(_json_object(line), filepath, number)
                 if document:
                     yield document
 
 
 class ParquetRows(ParquetReader):
-    """One document per row, with its text in the column `text_key`."""
+    """Read one document per row; the text is in the column `text_key`."""
 
     def read_file(self, filepath: str) -> Generator[Document, None, None]:
-        """The documents of one file; rows are numbered from 1."""
+        """Yield the documents of one file; rows are numbered from 1."""
         number = 0
         with self.data_folder.open(filepath, "rb") as file, parquet.ParquetFile(file) as opened:
             for batch in opened.iter_batches(batch_size=self.batch_size):
@@ -74,9 +76,9 @@ class ParquetRows(ParquetReader):
 
 
 class TextReader(BaseDiskReader):
-    """Plain text in UTF-8: one document per file, per line, or per paragraph (where blank lines separate documents).
+    """Read plain text in UTF-8: one document per file, per line, or per paragraph, which blank lines separate.
 
-    ValueError when `document` is none of file, line and paragraph.
+    Raises ValueError when `document` is not file, line or paragraph.
     """
 
     name = "📄 Text"
@@ -88,7 +90,7 @@ class TextReader(BaseDiskReader):
         self.document = document
 
     def read_file(self, filepath: str) -> Iterator[Document]:
-        """The documents of one file, numbered from 1."""
+        """Yield the documents of one file, numbered from 1."""
         with open_bytes(self.data_folder, filepath) as file:
             for number, row in enumerate(self._rows(file), 1):
                 document = self.get_document_from_dict(row, filepath, number)
@@ -97,15 +99,19 @@ class TextReader(BaseDiskReader):
 
     def _rows(self, file: IO[bytes]) -> Iterator[dict[str, Any]]:
         if self.document == "line":
-            lines = (line.rstrip(b"\r\n") for line in file)
-            yield from (self._row(line.removeprefix(_BOM)) for line in lines if line.strip())
+            for line in file:
+                line = line.rstrip(b"\r\n")
+                if line.strip():
+                    yield self._row(line.removeprefix(_BOM))
             return
         row = self._row(file.read().removeprefix(_BOM))
         if self.document == "file" or FAULT in row:
             yield row
             return
         paragraphs = _BLANK_LINES.split(row[self.text_key].replace("\r\n", "\n"))
-        yield from ({self.text_key: paragraph.strip("\n")} for paragraph in paragraphs if paragraph.strip())
+        for paragraph in paragraphs:
+            if paragraph.strip():
+                yield {self.text_key: paragraph.strip("\n")}
 
     def _row(self, content: bytes) -> dict[str, Any]:
         try:
@@ -115,12 +121,12 @@ class TextReader(BaseDiskReader):
 
 
 def _json_object(line: bytes) -> dict[str, Any]:
-    """The object of a line, or the fault that it has."""
+    """Return the JSON object of a line, or its fault."""
     try:
         row = orjson.loads(line)
     except orjson.JSONDecodeError:
         try:
-            row = json.loads(line.decode())  # which takes NaN, huge numbers and lone surrogates too
+            row = json.loads(line.decode())  # accepts NaN, huge integers and lone surrogates, unlike orjson
         except UnicodeDecodeError:
             return {FAULT: NOT_UTF8}
         except (ValueError, RecursionError):
@@ -129,7 +135,7 @@ def _json_object(line: bytes) -> dict[str, Any]:
 
 
 def _rows(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any]]:
-    """The rows of a batch; one whose bytes are not UTF-8 does not take the others with it."""
+    """Yield the rows of a batch; where the bytes of one are not UTF-8, the others are still read."""
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:

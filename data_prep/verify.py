@@ -1,6 +1,7 @@
 """Check a folder of block shards against its manifest: `python -m data_prep.verify ROOT`.
 
-Every file, size and hash; every block's ids, document ends and length; every count. The first fault is named.
+It checks every file, size and hash, the token ids, document ends and length of every block, and every count. The message names
+the first fault that is found.
 """
 
 import argparse
@@ -10,21 +11,21 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from data_prep import encode
 from modernenc.cli import one_line_errors
 from modernenc.data.blocks import VALIDATION, Block, Corpus, Shards
 from modernenc.data.store import Store
+from modernenc.data.tokenizer import load_tokenizer
 
 
 def verify(root: Path) -> None:
-    """Raise FileNotFoundError or ValueError, naming the file, for the first thing that is wrong."""
+    """Raise FileNotFoundError or ValueError, naming the file, for the first fault of the corpus."""
     corpus = Corpus(Store(str(root)), hint="prepare it with: python -m data_prep +corpus=NAME")
     expected = {
         f"{source}/{split}": counts
         for source, entry in corpus.sources.items()
         for split, counts in {**entry["slices"], VALIDATION: entry[VALIDATION]}.items()
     }
-    encode.load(corpus.tokenizer_file)
+    load_tokenizer(corpus.tokenizer_file)
     console = Console(stderr=True)
     for folder, counts in track(expected.items(), "verify", console=console, transient=True, disable=not console.is_terminal):
         found = _count(corpus, folder)
@@ -34,6 +35,7 @@ def verify(root: Path) -> None:
 
 
 def _count(corpus: Corpus, folder: str) -> dict[str, int]:
+    """Check every block of a folder, and return the number of blocks, tokens and cuts."""
     shards: Shards = corpus.open(folder)
     counts = {"blocks": 0, "tokens": 0, "cuts": 0}
     for shard, size in enumerate(shards.sizes):
@@ -52,13 +54,13 @@ def _count(corpus: Corpus, folder: str) -> dict[str, int]:
 
 
 def _fault(block: Block, corpus: Corpus) -> str:
-    """What is wrong with a block; empty when nothing is."""
+    """Describe what is wrong with a block; empty when nothing is."""
     if not 0 < len(block.tokens) <= corpus.block_tokens:
         return f"{len(block.tokens)} tokens, expected 1 to {corpus.block_tokens}"
     if block.tokens.max() >= corpus.vocab_size:
         return f"id {block.tokens.max()} is not in the vocabulary of {corpus.vocab_size}"
     if (np.diff(block.ends.astype(np.int64), prepend=0) <= 0).any() or block.ends[-1] != len(block.tokens):
-        return "document ends do not rise to the number of tokens"
+        return "document ends do not increase up to the number of tokens"
     return ""
 
 

@@ -114,8 +114,8 @@ class Init:
     """Checkpoint of any run (*.ckpt), or folder of a Hugging Face model, whose weights the run starts from; the run's backbone
     may be wider and deeper. Empty means random weights."""
     layer_mapping: str = "by_depth"
-    """How the layers of the source map to a deeper backbone: `by_depth` takes the layer at the same relative depth, `by_type` the
-    nearest layer of the same attention type."""
+    """How the layers of the source map to a deeper backbone: `by_depth` takes the layer at the same relative depth,
+    `by_type` the nearest layer of the same attention type."""
     tokenizer: str = ""
     """The source's tokenizer.json, if its tokenizer is not the data's: embeddings are then carried over by how tokens are
     spelled."""
@@ -171,8 +171,8 @@ class Trainer:
     micro_batch_tokens: int = MISSING
     """Row capacity of one forward pass per device; a micro-batch holds at least one row."""
     activation_checkpointing_every: int = 0
-    """Recompute every n-th layer in the backward pass instead of keeping its activations. 1 means every layer, which takes about
-    a third more time and saves most memory; 0 means none. Results are bit-identical."""
+    """Recompute every n-th layer in the backward pass instead of keeping its activations. 1 means every layer, which takes
+    about a third more time and saves most memory; 0 means none. Results are bit-identical."""
     compile: bool = False
     """Compile the layers with torch.compile on GPUs in bf16, which takes about a minute at each start. Rounding differs from
     eager mode, so a run should not switch midway. The CPU path is never compiled."""
@@ -208,8 +208,8 @@ class Watch:
     """When to report that training has become unstable."""
 
     action: str = MISSING
-    """`off`, `warn`, or `stop`: end the run after `patience` spikes in a row, without saving, and name the checkpoint to go back
-    to."""
+    """`off`, `warn`, or `stop`: end the run after `patience` spikes in a row, without saving, and name the checkpoint to
+    go back to."""
     window_tokens: float = MISSING
     """A new row of metrics is compared with the rows of the last `window_tokens` tokens."""
     z_threshold: float = MISSING
@@ -229,7 +229,7 @@ class Logger:
     project: str = "modernenc"
     """Project in Weights & Biases."""
     run_id: str = ""
-    """Id of the run in Weights & Biases, generated at the start, so that a resumed run continues there; a branch has its own."""
+    """Id of the run in Weights & Biases, generated at the start. A resumed run continues under it; a branch has its own."""
 
 
 @dataclass
@@ -288,8 +288,8 @@ class Run:
     branch_from: str = field(default="", metadata=_IDENTITY)
     """Checkpoint of another run to branch from, set by `+from=CKPT`; empty starts from the beginning."""
     smoke_test: str = ""
-    """Corpus on which to try the recipe, scaled down to minutes on a laptop (`modernenc.planning.smoke_test`); empty trains it in
-    full."""
+    """Corpus on which to try the recipe, scaled down to minutes on a laptop (`modernenc.planning.smoke_test`); empty trains
+    it in full."""
     rollbacks: int = field(default=0, metadata=_IDENTITY)
     """Number of times the run went back to a checkpoint; counted by `modernenc.resume`."""
     seed: int = MISSING

@@ -1,8 +1,8 @@
 """Print what is left of a run, under its own settings or others: `python -m modernenc.eta RUN_DIR|CKPT [KEY=VALUE ...]`.
 
-Settings may be changed as by `modernenc.resume` (trainer.devices=4) or by its `--rollback` (phases.decay.tokens=2e9): nothing is
-trained, nothing is written. The speed is that of the run's own last steps in a phase; a phase without steps is extrapolated by
-FLOPs.
+Settings may be changed as by `modernenc.resume` (trainer.devices=4) or by its `--rollback` (phases.decay.tokens=2e9): nothing
+is trained, nothing is written. The speed is that of the run's own last steps in a phase; a phase without steps is extrapolated
+by FLOPs.
 """
 
 import argparse

@@ -35,26 +35,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def corpus_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Block shards of real text, in blocks of 256 tokens."""
     from data_prep.build import build
-    from data_prep.config import Corpus, Source, Tokenizer
+    from data_prep.config import CorpusConfig, SourceConfig, TokenizerConfig
 
-    def python(part: str) -> Source:
+    def python(part: str) -> SourceConfig:
         reader = {"_target_": "data_prep.environment.PythonFiles", "packages": ["networkx", "yaml"], "part": part}
-        return Source(reader=reader, limit_mb=0.5, licence="BSD-3-Clause", url="https://networkx.org")
+        return SourceConfig(reader=reader, limit_mb=0.5, licence="BSD-3-Clause", url="https://networkx.org")
 
     reference = {"_target_": "data_prep.environment.ServiceReference"}
     out = tmp_path_factory.mktemp("corpus") / "small"
     build(
-        Corpus(
+        CorpusConfig(
             name="small",
             out=str(out),
             sources={
                 "code": python("code"),
                 "docstrings": python("docstrings"),
-                "reference": Source(
+                "reference": SourceConfig(
                     reader=reference, limit_mb=0.3, licence="Apache-2.0", url="https://github.com/boto/botocore"
                 ),
             },
-            tokenizer=Tokenizer(vocab_size=512, train_mb=0.3),
+            tokenizer=TokenizerConfig(vocab_size=512, train_mb=0.3),
             block_tokens=256,
             validation_error=0.02,
             validation_share=0.1,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from modernenc.data.blocks import Corpus
 
 TURN_TOKENS = 4_000_000
-WINDOW_ROWS = 512
+BUFFER_ROWS = 512
 OURS = "modernenc"
 STREAMING = "streaming's loader"
 
@@ -42,7 +42,7 @@ def measure(bench: Bench, folder: Path) -> None:
         Console().print(f"{STREAMING} is left out: pip install 'modernenc[streaming]'")
     for length in bench.lengths:
         run = the_run(bench, bench.backbones[0], length)
-        run.data.buffer_rows = WINDOW_ROWS
+        run.data.buffer_rows = BUFFER_ROWS
         phase = run.phases["decay"]
         phase.batch_rows = max(1, 16_384 // length)
         phase.tokens = 2 * (bench.repetitions + 1) * TURN_TOKENS
@@ -87,7 +87,8 @@ class Reader:
 def _ours(run: Run) -> Iterator[int]:
     from modernenc.curriculum import Curriculum
     from modernenc.data.blocks import Corpus
-    from modernenc.data.loader import DataState, Steps
+    from modernenc.data.loader import Steps
+    from modernenc.data.state import DataState
 
     for step in Steps(run, Curriculum.of(run), Corpus.of(run.data), 0, 1, DataState()):
         yield step.tokens

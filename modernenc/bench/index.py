@@ -1,8 +1,8 @@
 """Time to the first batch of a corpus of 2T tokens: `python -m modernenc.bench.index FOLDER`.
 
 61 million blocks of 32,768 tokens in 60,000 shards, as the data of the `base` recipe would be. The shards are all one file
-under many names; the order, the hashes, the windows and the packing are real. Each of eight processes does what a rank of one
-node does: read the index, look at every shard, fill its lanes' first windows, make the first step; then again from a state in
+under many names; the order, the hashes, the buffers and the packing are real. Each of eight processes does what a rank of one
+node does: read the index, look at every shard, fill its lanes' first buffers, make the first step; then again from a state in
 the midst of the phase.
 """
 
@@ -46,7 +46,8 @@ def first_batch(folder: Path, rank: int, share: float) -> tuple[float, int]:
 
     from modernenc.curriculum import Curriculum
     from modernenc.data.blocks import Corpus
-    from modernenc.data.loader import DataState, Steps
+    from modernenc.data.loader import Steps
+    from modernenc.data.state import DataState
 
     torch.set_num_threads(1)
     run = the_run(folder)
@@ -75,14 +76,14 @@ def the_run(folder: Path) -> Run:
 
 def midway(run: Run, curriculum: Any, share: float) -> Any:
     """A state as a checkpoint has it, without the checksums, at a step boundary: lanes draw about evenly."""
-    from modernenc.data.loader import DataState, PhaseAccount
+    from modernenc.data.state import DataState, TokenCounts
 
     step_tokens = curriculum.at(0).step_tokens
     tokens = int(curriculum.total_tokens * share) // step_tokens * step_tokens
     blocks = tokens // BLOCK_TOKENS // LANES
-    lane = {"window": tokens // LANES // (512 * 1024), "row": 0, "blocks": {"web/slice-000": blocks},
+    lane = {"buffer": tokens // LANES // (512 * 1024), "row": 0, "blocks": {"web/slice-000": blocks},
             "tokens": {"web/slice-000": blocks * BLOCK_TOKENS}, "checksum": ""}  # fmt: skip
-    return DataState(tokens, "stable", {number: dict(lane) for number in range(LANES)}, {"stable": PhaseAccount()})
+    return DataState(tokens, "stable", {number: dict(lane) for number in range(LANES)}, {"stable": TokenCounts()})
 
 
 def write(folder: Path) -> None:

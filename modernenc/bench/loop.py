@@ -81,7 +81,8 @@ def bare(config: Run, steps: int = STEPS, warmup: int = WARMUP) -> float:
     """Seconds a step of the least that can be written, after some to warm up."""
     import torch
 
-    from modernenc.data.loader import DataState, Steps
+    from modernenc.data.loader import Steps
+    from modernenc.data.state import DataState
     from modernenc.data.worker import StepLoader
     from modernenc.model import optim
     from modernenc.model.allocator import keep_freed_memory

@@ -283,7 +283,8 @@ def _steps(run: Run) -> list[list["MicroBatch"]]:
     """The micro-batches of every turn."""
     from modernenc.curriculum import Curriculum
     from modernenc.data.blocks import Corpus
-    from modernenc.data.loader import DataState, Steps
+    from modernenc.data.loader import Steps
+    from modernenc.data.state import DataState
 
     steps = Steps(run, Curriculum.of(run), Corpus.of(run.data), 0, 1, DataState())
     return [step.micro_batches for step in steps]

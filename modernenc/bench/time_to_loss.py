@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 ROW, ROWS = 512, 4
 """Length of their rows, and how many there are in a step."""
-SHORT, SHORT_ROWS, LONG_ROWS, WINDOW_ROWS = 128, 8, 2, 64
+SHORT, SHORT_ROWS, LONG_ROWS, BUFFER_ROWS = 128, 8, 2, 64
 """Length of the rows that ours begins with, how many there are in a step, how many of theirs at the end, and in a window."""
 WHOLE_DOCUMENT = 8_192
 """Tokens that theirs are cut to before they are laid end to end."""
@@ -122,8 +122,8 @@ def ours_with(bench: Bench, backbone: str, optimizer: str) -> Run:
     run.phases = {"stable": stable, "decay": phase}
     run.validation.every_tokens = tokens // POINTS
     run.checkpoint.every_minutes = 0
-    # Many windows open: a step of one is of few documents, and learns less.
-    run.data.lanes, run.data.buffer_rows = bench.lanes, WINDOW_ROWS
+    # Many buffers open: a step of one is of few documents, and learns less.
+    run.data.lanes, run.data.buffer_rows = bench.lanes, BUFFER_ROWS
     return run
 
 
@@ -233,7 +233,8 @@ def full_rows(documents: Run, tokens: int) -> Iterator[dict[str, "torch.Tensor"]
 
     from modernenc.curriculum import Curriculum
     from modernenc.data.blocks import Corpus
-    from modernenc.data.loader import DataState, Steps
+    from modernenc.data.loader import Steps
+    from modernenc.data.state import DataState
 
     (phase,) = documents.phases.values()
     phase.tokens = 2.0 * tokens  # of capacity

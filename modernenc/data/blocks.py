@@ -1,11 +1,11 @@
-"""The contract with data_prep: a folder of block shards, read by random access.
+"""The contract with data_prep: a corpus is a folder of block shards, which is read by random access.
 
-`<root>/manifest.json`, `<root>/tokenizer.json`, `<root>/<source>/slice-NNN/` and `<root>/<source>/validation/`. One sample of a
-shard is a block: `tokens`, `ends` (of the documents in it, exclusive offsets), `continues` (1 when the last document goes on in
-the next block written). Text tokens only; no special tokens.
+It contains `manifest.json`, `tokenizer.json`, and for each source the folders `<source>/slice-NNN/` and `<source>/validation/`.
+One sample of a shard is a block (`mds.Block`): text tokens of consecutive documents, without special tokens.
 
-The shards are MosaicML streaming's, but StreamingDataset is not used: the order is ours, its shared memory and lock files
-outlive a killed run, and it deletes raw shards whose index names compressed ones (mosaicml/streaming#330, #400).
+The shards have the format of MosaicML streaming, but StreamingDataset is not used: the order of blocks is defined here, its
+shared memory and lock files outlive a killed run, and it deletes raw shards whose index names compressed ones
+(mosaicml/streaming#330, #400).
 """
 
 import hashlib
@@ -34,22 +34,23 @@ _INDEX = {"shards": [{"samples": NUMBER, "raw_data": {"basename": str, "bytes": 
 _COUNTS = {"blocks": NUMBER, "tokens": NUMBER}
 
 
-class Entry(NamedTuple):
-    """What an index says of one shard."""
+class ShardEntry(NamedTuple):
+    """One shard as the index of its folder describes it."""
 
     name: str
     bytes: int
     digest: str
     samples: int
     settings: dict[str, Any]
-    """How it was written."""
+    """Settings with which it was written; see `mds.settings`."""
 
 
 class Shards:
-    """The blocks of one folder, by shard and index.
+    """The blocks of one folder, read by shard and index.
 
-    Every local file that the index names must be there with its size: FileNotFoundError or ValueError otherwise; a remote one
-    is fetched when it is first read. Then its hash is checked too; ValueError names one that does not match.
+    Raises FileNotFoundError or ValueError when a local file that the index names is missing or has another size. A remote
+    shard is fetched when it is first read. At its first read the hash of a shard is checked too; ValueError names the shard
+    when it does not match.
     """
 
     def __init__(self, store: Store, folder: str) -> None:
@@ -57,21 +58,21 @@ class Shards:
         self.folder = folder
         content = store.file(f"{folder}/{INDEX}").read_bytes()
         self.digest = xxhash.xxh3_64_hexdigest(content)
-        """Hash of the index, which holds those of the shards."""
+        """Hash of the index, which in turn contains the hashes of the shards."""
         index = parse(content, _INDEX, store.where(f"{folder}/{INDEX}"), REMEDY)
         self._settings: list[dict[str, Any]] = []
         self._entries = [self._entry(entry) for entry in index["shards"]]
         self.sizes = [entry.samples for entry in self._entries]
-        """Blocks of each shard."""
+        """Number of blocks in each shard."""
         self._opened: dict[int, Shard] = {}
         self._first = [0, *accumulate(self.sizes)]
 
     def __len__(self) -> int:
-        """Number of blocks."""
+        """Return the number of blocks in the folder."""
         return self._first[-1]
 
     def read(self, shard: int, index: int) -> Block:
-        """The block at `index` of `shard`."""
+        """Return the block at position `index` of shard number `shard`."""
         if shard not in self._opened:
             self.check(shard)
             entry = self._entries[shard]
@@ -79,21 +80,23 @@ class Shards:
         return self._opened[shard][index]
 
     def check(self, shard: int) -> None:
-        """Compare the shard's hash with the index, fetching it where it is remote; ValueError when they differ."""
+        """Compare a shard's hash with the index, after fetching a remote one; raises ValueError when they differ."""
         entry = self._entries[shard]
         path = self.store.shard(*entry[:3])
-        if (found := hash_file(path)) == entry.digest:
+        found = hash_file(path)
+        if found == entry.digest:
             return
         if self.store.cache is None:
             raise ValueError(f"{path} is corrupt: {SHARD_HASH} {found}, expected {entry.digest}; {REMEDY}")
-        self.store.replace(*entry[:3])  # which compares the new copy itself
+        self.store.replace(*entry[:3])  # a damaged copy in the cache; the new one is checked there
 
     def prefetch(self, shard: int) -> None:
-        """Say that a shard will be read soon."""
+        """Announce that a shard will be read soon, so that a remote one is downloaded in the background."""
         if shard not in self._opened:
             self.store.prefetch(*self._entries[shard][:3])
 
-    def _entry(self, entry: dict[str, Any]) -> Entry:
+    def _entry(self, entry: dict[str, Any]) -> ShardEntry:
+        """Check one entry of the index and, where the corpus is local, the size of its file."""
         index, raw, samples = self.store.where(f"{self.folder}/{INDEX}"), entry["raw_data"], entry["samples"]
         if entry.get("zip_data") is not None or entry.get("compression"):
             raise ValueError(
@@ -101,7 +104,8 @@ class Shards:
                 "set compression and zip_data to null in the index"
             )
         written = {key: value for key, value in entry.items() if key not in ("samples", "raw_data", "zip_data")}
-        if written not in self._settings:  # nearly always the same for all shards
+        # All shards of a folder normally share one dictionary of settings: an index may have 10,000 entries.
+        if written not in self._settings:
             _check_kind(written, index)
             self._settings.append(written)
         name = f"{self.folder}/{raw['basename']}"
@@ -115,25 +119,25 @@ class Shards:
                 raise FileNotFoundError(f"{path} is named by {index} but absent; restore it")
             if (size := path.stat().st_size) != raw["bytes"]:
                 raise ValueError(f"{path} has {size} bytes, expected {raw['bytes']}; restore it from a copy")
-        if 4 * samples > raw["bytes"]:  # before as many are put into an order
+        if 4 * samples > raw["bytes"]:  # a sample takes more than the four bytes of its offset
             raise ValueError(f"{index}: {samples} samples in the {raw['bytes']} bytes of {raw['basename']}; {REMEDY}")
-        return Entry(name, raw["bytes"], raw["hashes"][SHARD_HASH], samples, self._settings[self._settings.index(written)])
+        return ShardEntry(name, raw["bytes"], raw["hashes"][SHARD_HASH], samples, self._settings[self._settings.index(written)])
 
 
 def _check_kind(written: dict[str, Any], index: str) -> None:
-    """Raise ValueError when shards that were written so hold something else than blocks."""
+    """Raise ValueError when the settings of a shard are those of some other kind of sample than a block."""
     kinds = [settings(dtype, size_limit=0) for dtype in TOKEN_DTYPES]
     for key in ("format", "version", "column_names", "column_encodings", "column_sizes"):
         if all(written.get(key) != kind[key] for kind in kinds):
             raise ValueError(
-                f"{index} is of other shards than blocks: {key} is {written.get(key)!s:.200}, expected {kinds[0][key]}; read "
-                "them with MosaicML streaming, pip install 'modernenc[streaming]', and prepare their text anew"
+                f"{index} describes shards of another program: {key} is {written.get(key)!s:.200}, expected {kinds[0][key]}; "
+                "read their text with data_prep.foreign.MdsReader (pip install 'modernenc[streaming]') and prepare it anew"
             )
 
 
 @dataclass(frozen=True)
 class Roles:
-    """Ids of the special tokens by what they are for."""
+    """Token ids of the special tokens, by their role."""
 
     cls: int
     sep: int
@@ -154,9 +158,10 @@ _MANIFEST = {
 
 
 class Corpus:
-    """A folder that data_prep wrote, opened for reading.
+    """A corpus that data_prep wrote, opened for reading.
 
-    Raises FileNotFoundError when there is no manifest: a folder without one is not whole. `hint` says what to do about it.
+    Raises FileNotFoundError when there is no manifest, since it is written last: a folder without one is unfinished. `hint`
+    ends that message; it tells the user what to do.
     """
 
     def __init__(self, store: Store, hint: str = "") -> None:
@@ -176,46 +181,48 @@ class Corpus:
 
     @classmethod
     def of(cls, data: Data) -> "Corpus":
-        """The corpus of a run."""
+        """Open the corpus of a run."""
         return cls(Store(data.root, data.cache, data.timeout_s), data.hint)
 
     @property
     def sources(self) -> dict[str, dict[str, Any]]:
-        """What the manifest says of each source."""
+        """The entry of each source in the manifest."""
         return self.manifest["sources"]
 
     @property
     def tokenizer_file(self) -> Path:
-        """The tokenizer that made the ids; ValueError when it is another one."""
+        """Path of the tokenizer that made the token ids; raises ValueError when the file there is another one."""
         path = self.store.file("tokenizer.json")
         expected = self.manifest["tokenizer"].get("sha256")
         if expected and (found := hashlib.sha256(path.read_bytes()).hexdigest()) != expected:
             raise ValueError(
-                f"{self.store.where(path.name)} is not what made the ids: sha256 {found}, expected {expected}; {REMEDY}"
+                f"{self.store.where(path.name)} is not the tokenizer that made the token ids: sha256 {found}, "
+                f"expected {expected}; {REMEDY}"
             )
         return path
 
     @cached_property
     def ordinary_ids(self) -> Integer[np.ndarray, " ids"]:
-        """Ids that stand for text: all but the special ones."""
+        """All token ids except those of special tokens."""
         return np.setdiff1d(np.arange(self.vocab_size), self.manifest["tokenizer"]["special_ids"])
 
     def fingerprint(self, mixes: Iterable[dict[str, float]]) -> str:
-        """Hash of the manifest and of the index of every slice in the mixes: it changes with any token of theirs."""
+        """Return a hash of the manifest and of the index of every slice in the mixes; it changes with any of their tokens."""
         digest = xxhash.xxh3_64(self._manifest)
         for folder in sorted({path for mix in mixes for path in self.slices(mix)}):
             digest.update(self.open(folder).digest.encode())
         return digest.hexdigest()
 
     def slices(self, mix: dict[str, float], key: str = "mix") -> dict[str, float]:
-        """Share of each slice, summing to 1: a source's share goes to its slices in proportion to their tokens.
+        """Return the proportion of each slice in a mix; the proportions sum to 1.
 
-        Raises ValueError for a source or slice that the corpus lacks; `key` names the place of the mix.
+        A mix names slices (`source/slice-NNN`) or whole sources; the weight of a source is divided among its slices by their
+        numbers of tokens. Raises ValueError for a source or slice that the corpus lacks; `key` is the setting of the mix.
         """
-        shares: dict[str, float] = {}
+        proportions: dict[str, float] = {}
         total = sum(mix.values())
-        for name, share in mix.items():
-            if share == 0:
+        for name, weight in mix.items():
+            if weight == 0:
                 continue
             source, _, wanted = name.partition("/")
             known = self.sources.get(source, {"slices": {}})["slices"]
@@ -225,16 +232,19 @@ class Corpus:
                 raise ValueError(f"{key}.{name}: {self.store} has no such source; it has {have}")
             for slice_name, tokens in chosen.items():
                 path = f"{source}/{slice_name}"
-                shares[path] = shares.get(path, 0.0) + share / total * tokens / sum(chosen.values())
-        return shares
+                proportions[path] = proportions.get(path, 0.0) + weight / total * tokens / sum(chosen.values())
+        return proportions
 
     def counts(self, path: str) -> dict[str, int]:
-        """What the manifest says of `source/slice-NNN`."""
+        """Return the counts of the slice `source/slice-NNN` in the manifest."""
         source, _, name = path.partition("/")
         return self.sources[source]["slices"][name]
 
     def open(self, folder: str) -> Shards:
-        """The blocks of `source/slice-NNN` or `source/validation`; ValueError when the manifest says that there are others."""
+        """Open the folder `source/slice-NNN` or `source/validation`.
+
+        Raises the errors of `Shards`, and ValueError when the number of blocks is not the one in the manifest.
+        """
         if folder not in self._opened:
             shards = Shards(self.store, folder)
             source, _, name = folder.partition("/")

@@ -1,36 +1,36 @@
-"""Multiple choice in the layout of SWAG: Zellers et al. 2018, arXiv:1808.05326. Files -> items -> micro-batches.
+"""Multiple choice in the file layout of SWAG (Zellers et al. 2018, arXiv:1808.05326): files -> items -> micro-batches.
 
-1. Item n of a run is that at place n mod N of a seeded permutation for pass n div N: pure, so there is no state to save.
-2. A choice is a document of its own, [cls] context [sep] ending [sep]; an item is four in a row.
+1. A file has N items. Item n of a run is item n mod N of a seeded permutation for epoch n div N: a pure function, so there is
+   no state to save.
+2. Each choice is a document of its own, [cls] context [sep] ending [sep]; an item is four consecutive documents.
 3. Rank r of W takes the items n with n mod W = r.
 """
 
 import csv
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import xxhash
+from tokenizers import Tokenizer
 
 from modernenc.config import Task
 from modernenc.curriculum import CHOICES
 from modernenc.data.blocks import Corpus
 from modernenc.data.lanes import seed_of
 from modernenc.data.masking import MicroBatch
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from modernenc.data.tokenizer import load_tokenizer
 
 COLUMNS = ("sent1", "sent2", *(f"ending{number}" for number in range(CHOICES)), "label")
-"""What is read of a file; sent2 is how each ending begins."""
+"""The columns that are read: the context, the beginning that all endings share, the endings, and the right one's number."""
 SPECIALS = 3
-"""Tokens added to a choice."""
+"""Special tokens added to each choice: cls and two sep."""
 
 
 class Item(NamedTuple):
-    """One question."""
+    """One question with its possible endings."""
 
     context: str
     endings: tuple[str, ...]
@@ -38,16 +38,20 @@ class Item(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A context with one of the endings, as tokens."""
+    """The tokens of a context and of one of its endings."""
 
     context: list[int]
     ending: list[int]
     cut: bool
-    """Whether it was longer than a row."""
+    """Whether the choice was longer than a row and had to be truncated."""
 
 
 def read(path: Path, key: str) -> list[Item]:
-    """The items of a file; FileNotFoundError or ValueError names the line that is not one. `key` is the setting of `path`."""
+    """Read the items of a file.
+
+    Raises FileNotFoundError or ValueError; the message begins with `key`, the setting that gave the path, and names the line
+    that is not an item.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{key}={path} does not exist; expected a CSV file with the columns {', '.join(COLUMNS)}")
     with path.open(newline="", encoding="utf-8") as file:
@@ -55,10 +59,10 @@ def read(path: Path, key: str) -> list[Item]:
         try:
             rows = [(reader.line_num, row) for row in reader]
         except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{key}={path} is no CSV file in UTF-8: {error}") from error
-    lacking = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-    if lacking:
-        raise ValueError(f"{key}={path}: no column {lacking[0]}; expected {', '.join(COLUMNS)}, as SWAG has them")
+            raise ValueError(f"{key}={path} is not a CSV file in UTF-8: {error}") from error
+    missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+    if missing:
+        raise ValueError(f"{key}={path}: no column {missing[0]}; expected {', '.join(COLUMNS)}, as SWAG has them")
     items = [_item(row, f"{key}={path}, line {line}") for line, row in rows]
     if not items:
         raise ValueError(f"{key}={path} has no items")
@@ -66,12 +70,15 @@ def read(path: Path, key: str) -> list[Item]:
 
 
 def fingerprint(path: Path) -> str:
-    """Hash of a file."""
+    """Return the hash of a task's file."""
     return xxhash.xxh3_64_hexdigest(path.read_bytes())
 
 
 class Choices:
-    """The items of a task's file, in the order of training or of the file."""
+    """The items of a task's training or validation file.
+
+    Training draws them in a seeded order; `items` has the order of the file, of which validation uses the first ones.
+    """
 
     def __init__(self, name: str, task: Task, corpus: Corpus, seed: int, validation: bool = False) -> None:
         self.name = name
@@ -84,28 +91,30 @@ class Choices:
         self._tokenizer_file = corpus.tokenizer_file
         self._seed = (seed, seed_of(name))
         self._order: tuple[int, list[int]] = (-1, [])
-        """The last pass asked for, and its order: items are drawn one after another."""
+        """The epoch of the last item drawn, and its permutation: consecutive items need the same one."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the tokenizer, which would forget on its way that what is written like a special token is text."""
+        """Leave out the tokenizer: a pickled one loses the setting that special tokens in text are text."""
         return {name: value for name, value in vars(self).items() if name != "_tokenizer"}
 
     @cached_property
-    def _tokenizer(self) -> "Tokenizer":
-        from data_prep.encode import load
-
-        return load(self._tokenizer_file)
+    def _tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self._tokenizer_file)
 
     def drawn(self, number: int) -> Item:
-        """Item `number` of a run."""
-        turn, place = divmod(number, len(self.items))
-        if self._order[0] != turn:
-            self._order = (turn, np.random.default_rng([*self._seed, turn]).permutation(len(self.items)).tolist())
+        """Return item `number` of a run; numbers continue from epoch to epoch."""
+        epoch, place = divmod(number, len(self.items))
+        if self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng([*self._seed, epoch]).permutation(len(self.items)).tolist())
         return self.items[self._order[1][place]]
 
     def encoded(self, item: Item) -> list[Choice]:
-        """Each ending after its context, of which the beginning is cut where both are too long for a row."""
-        # One by one: a batch is encoded by threads, which a loader process does not have after the fork.
+        """Tokenize an item into its choices.
+
+        Where context and ending are too long for a row, the beginning of the context is dropped; an ending is truncated only
+        beyond half a row.
+        """
+        # Texts are encoded one by one: `encode_batch` uses threads, which do not exist in a loader process after a fork.
         texts = (item.context, *item.endings)
         context, *endings = (self._tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
         longest = self.seq_len - SPECIALS
@@ -137,7 +146,7 @@ class Choices:
 def _item(row: dict[str, str | None], place: str) -> Item:
     missing = [name for name in COLUMNS if row[name] is None]
     if missing:
-        raise ValueError(f"{place}: nothing for {missing[0]}; expected as many fields as there are columns")
+        raise ValueError(f"{place}: no value for {missing[0]}; expected as many fields as columns")
     if row["label"] not in [str(number) for number in range(CHOICES)]:
         raise ValueError(f"{place}: label={row['label']}; expected 0 to {CHOICES - 1}")
     endings = [f"{row['sent2']} {row[f'ending{number}']}".strip() for number in range(CHOICES)]

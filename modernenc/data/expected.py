@@ -1,7 +1,7 @@
-"""What a JSON file must hold for us to read it: one clear line where it does not, in place of an error within.
+"""Check a JSON file against an expected shape, so that a damaged file is one clear message and not an error deep in the code.
 
-A shape is written as the value would be: `str`, `float` or a range of whole numbers for a value, a list of one shape for any
-number of them, a dictionary for the keys that must be there (or, with `str` as its only key, for any keys).
+A shape looks like the value itself: `str`, `float` or a range of integers stands for a scalar, a list of one shape for a list
+of any length, a dictionary for the keys that must exist (or, if `str` is its only key, for a dictionary with any keys).
 """
 
 import json
@@ -9,15 +9,19 @@ import math
 from typing import Any
 
 NUMBER = range(1 << 53)
-"""A count: a whole number from 0 to what JSON can say exactly."""
+"""The shape of a count: an integer from 0 up to the largest that every JSON reader represents exactly."""
 
 
 def parse(content: bytes, shape: Any, name: str, remedy: str) -> Any:
-    """The value that a file holds; ValueError names the file, the place in it, what is there and what to do."""
+    """Return the value of a JSON file.
+
+    Raises ValueError when it is not JSON of the given shape; the message gives the file's `name`, the place in it, what was
+    found there, and `remedy`.
+    """
     try:
         value = json.loads(content)
-    except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, or nested without an end
-        raise ValueError(f"{name} is no JSON file: {error}; {remedy}") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
+        raise ValueError(f"{name} is not a JSON file: {error}; {remedy}") from error
     fault = _fault(value, shape, "")
     if fault:
         raise ValueError(f"{name}: {fault}; {remedy}")
@@ -25,23 +29,25 @@ def parse(content: bytes, shape: Any, name: str, remedy: str) -> Any:
 
 
 def _fault(value: Any, shape: Any, place: str) -> str:
-    """What is first found wrong; empty when nothing is."""
+    """Describe the first mismatch between value and shape; empty when there is none."""
     if isinstance(shape, range):
         if isinstance(value, bool) or not isinstance(value, int) or value not in shape:
-            return _not(value, place, f"a whole number from {shape.start} to {shape.stop - 1}")
+            return _mismatch(value, place, f"an integer from {shape.start} to {shape.stop - 1}")
     elif shape is float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            return _not(value, place, "a number")
+            return _mismatch(value, place, "a number")
     elif shape is str:
         if not isinstance(value, str):
-            return _not(value, place, "text")
+            return _mismatch(value, place, "text")
     elif isinstance(shape, list):
         if not isinstance(value, list):
-            return _not(value, place, "a list")
-        return next((found for at, item in enumerate(value) if (found := _fault(item, shape[0], f"{place}[{at}]"))), "")
+            return _mismatch(value, place, "a list")
+        for at, item in enumerate(value):
+            if found := _fault(item, shape[0], f"{place}[{at}]"):
+                return found
     else:
         if not isinstance(value, dict):
-            return _not(value, place, "a dictionary")
+            return _mismatch(value, place, "a dictionary")
         named = shape if str not in shape else dict.fromkeys(value, shape[str])
         for key, inner in named.items():
             at = f"{place}.{key}" if place else key
@@ -52,6 +58,6 @@ def _fault(value: Any, shape: Any, place: str) -> str:
     return ""
 
 
-def _not(value: Any, place: str, expected: str) -> str:
-    said = {dict: "a dictionary", list: "a list"}.get(type(value)) or json.dumps(value)
-    return f"{place or 'it'} is {said if len(said) < 40 else said[:40] + '...'}, expected {expected}"
+def _mismatch(value: Any, place: str, expected: str) -> str:
+    found = {dict: "a dictionary", list: "a list"}.get(type(value)) or json.dumps(value)
+    return f"{place or 'the content'} is {found if len(found) < 40 else found[:40] + '...'}, expected {expected}"

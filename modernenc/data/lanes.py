@@ -1,12 +1,14 @@
-"""Lanes: the unit of order. A lane draws blocks by the mix, packs a window of them, and serves its rows.
+"""Lanes are the unit of order: a lane draws blocks by the mix, packs a buffer of them, and hands out its rows.
 
-1. `block_at` orders one slice: pure in (seed, slice, lane, blocks drawn).
-2. `Lane` draws from the slice with the largest token deficit until a window is full, cuts, packs, shuffles the rows.
-3. Its state is where the open window began and how many of its rows were served, so that resuming reads one window again.
+1. `BlockOrder.block_at` orders the blocks of one slice; it is a pure function of (seed, slice, lane, blocks drawn).
+2. A `Lane` draws blocks from the slice with the largest token deficit until its packing buffer is full, then cuts and packs
+   them, and shuffles the rows.
+3. Its state says where the open buffer began and how many of its rows were handed out, so resuming fills one buffer again.
 """
 
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -19,11 +21,11 @@ from modernenc.data.blocks import Corpus, Shards
 from modernenc.data.packing import SPECIALS, cut, pack
 
 SHUFFLE_SHARDS = 8
-"""Shards whose blocks are shuffled together; a node holds about that many open per lane and slice."""
+"""Number of shards whose blocks are shuffled together. A node has about that many open per lane and slice."""
 
 
 class Chunk(NamedTuple):
-    """A document, or a stretch of one, with its place in the mix."""
+    """A document, or a part of one, and the slice that it comes from."""
 
     tokens: Integer[np.ndarray, " tokens"]
     slice: str
@@ -33,16 +35,16 @@ Row = list[Chunk]
 
 
 def seed_of(name: str) -> int:
-    """A number that stands for a name in a seed sequence, the same in every process."""
+    """Turn a name into an integer for a seed sequence; unlike `hash`, it is the same in every process."""
     return zlib.crc32(name.encode())
 
 
 class BlockOrder:
-    """The order in which lanes walk the blocks of one slice, pass after pass.
+    """The order in which the lanes walk the blocks of one slice, epoch after epoch.
 
-    A pass is a seeded permutation of the shards, then of the blocks within groups of shards, cut into one contiguous span per
-    lane, of sizes that differ by at most one. In pass p lane l walks span (l + p) mod lanes, so that in each pass each block
-    comes once.
+    An epoch is a seeded permutation of the shards, then of the blocks within groups of `SHUFFLE_SHARDS` shards. It is cut
+    into one contiguous span per lane; spans differ by at most one block. In epoch e lane l walks span (l + e) mod lanes, so
+    each epoch contains each block once.
     """
 
     def __init__(self, sizes: list[int], lanes: int, seed: int, name: str) -> None:
@@ -51,16 +53,18 @@ class BlockOrder:
         self.lanes = lanes
         self.seed = (seed, seed_of(name))
         self._arguments = (sizes, lanes, seed, name)
+        # Small caches suffice: a lane fills its whole buffer from few groups before the next lane draws.
         self._shards = lru_cache(4)(self._shard_order)
         self._group = lru_cache(16)(self._group_order)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process makes it anew: what is remembered here stays."""
+        """Pickle the arguments alone: another process builds its own caches."""
         return BlockOrder, self._arguments
 
     def block_at(self, lane: int, drawn: int) -> tuple[int, int]:
-        """Shard and index of the block that `lane` takes after `drawn` blocks of this slice."""
-        # Laid end to end, the spans of successive passes are one line on which the lane walks on from its own span's start.
+        """Return shard and index of the block that `lane` takes after it has drawn `drawn` blocks of this slice."""
+        # The spans of successive epochs, laid end to end, form one line. A lane starts at the beginning of its own span and
+        # walks on: at the end of the span it enters the next span of the next epoch.
         position = self._span_start(lane) + drawn
         span = (self.lanes * (position + 1) - 1) // self.blocks
         return self._permuted(span - lane, position % self.blocks)
@@ -68,84 +72,91 @@ class BlockOrder:
     def _span_start(self, span: int) -> int:
         return self.blocks * span // self.lanes
 
-    def _permuted(self, turn: int, position: int) -> tuple[int, int]:
-        _, ends = self._shards(turn)
+    def _permuted(self, epoch: int, position: int) -> tuple[int, int]:
+        _, ends = self._shards(epoch)
+        # Only the group that holds the position is permuted: an epoch may have millions of blocks.
         group = int(np.searchsorted(ends[SHUFFLE_SHARDS - 1 :: SHUFFLE_SHARDS], position, side="right"))
         first = 0 if group == 0 else int(ends[group * SHUFFLE_SHARDS - 1])
-        shard, index = self._group(turn, group)[position - first].tolist()
+        shard, index = self._group(epoch, group)[position - first].tolist()
         return shard, index
 
-    def _shard_order(self, turn: int) -> tuple[np.ndarray, np.ndarray]:
-        shards = np.random.default_rng([*self.seed, turn]).permutation(len(self.sizes))
+    def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        shards = np.random.default_rng([*self.seed, epoch]).permutation(len(self.sizes))
         return shards, self.sizes[shards].cumsum()
 
-    def _group_order(self, turn: int, group: int) -> np.ndarray:
-        shards, _ = self._shards(turn)
+    def _group_order(self, epoch: int, group: int) -> np.ndarray:
+        shards, _ = self._shards(epoch)
         members = shards[group * SHUFFLE_SHARDS : (group + 1) * SHUFFLE_SHARDS]
         blocks = np.concatenate(
             [np.stack([np.full(n, s), np.arange(n)], 1) for s, n in zip(members, self.sizes[members], strict=True)]
         )
-        return np.random.default_rng([*self.seed, turn, group]).permutation(blocks)
+        return np.random.default_rng([*self.seed, epoch, group]).permutation(blocks)
 
 
-class Source(NamedTuple):
-    """A slice under the mix of a phase."""
+class MixedSlice(NamedTuple):
+    """One slice of the corpus as part of a mix."""
 
     shards: Shards
     order: BlockOrder
-    share: float
+    proportion: float
+    """Fraction of the tokens that this slice supplies; the fractions of a mix sum to 1."""
 
 
 class Mix:
-    """The slices of a phase and the share of tokens that each is owed; every shard is there and has its size."""
+    """The slices of a phase with their proportions.
+
+    Opening a mix checks that every shard of every slice exists and has its size; see `Corpus.open` for the errors.
+    """
 
     def __init__(self, corpus: Corpus, mix: dict[str, float], lanes: int, seed: int) -> None:
-        self.sources: dict[str, Source] = {}
+        self.slices: dict[str, MixedSlice] = {}
         self.block_tokens = corpus.block_tokens
-        for name, share in corpus.slices(mix).items():
+        for name, proportion in corpus.slices(mix).items():
             shards = corpus.open(name)
             assert len(shards) >= lanes, "checks.check_run refuses a slice with fewer blocks than lanes"
-            self.sources[name] = Source(shards, BlockOrder(shards.sizes, lanes, seed, name), share)
+            self.slices[name] = MixedSlice(shards, BlockOrder(shards.sizes, lanes, seed, name), proportion)
 
-    def most_owed(self, tokens: dict[str, int]) -> str:
-        """The slice whose share lags the most, given the tokens drawn of each."""
+    def largest_deficit(self, tokens: Mapping[str, int]) -> str:
+        """Return the slice that is furthest behind its proportion, given the tokens drawn from each slice so far."""
+        # The total counts the block to be drawn now, which makes the largest slice the first one.
         total = sum(tokens.values()) + self.block_tokens
-        return max(self.sources, key=lambda name: self.sources[name].share * total - tokens.get(name, 0))
+        return max(self.slices, key=lambda name: self.slices[name].proportion * total - tokens.get(name, 0))
 
-    def head_start(self, lane: int) -> dict[str, int]:
-        """Tokens as if `lane` blocks had been drawn: lanes begin one block apart in the same sequence of sources.
+    def initial_offset(self, lane: int) -> dict[str, int]:
+        """Return the token counts with which a lane starts a phase: as if it had drawn `lane` blocks already.
 
-        So not only each lane over time but all lanes at any time hold the declared proportions.
+        Lanes thus start one block apart in the same sequence of slices, and the proportions hold across lanes at any moment,
+        not only for each lane over time.
         """
-        tokens: dict[str, int] = {}
+        tokens = Counter[str]()
         for _ in range(lane):
-            name = self.most_owed(tokens)
-            tokens[name] = tokens.get(name, 0) + self.block_tokens
-        return tokens
+            tokens[self.largest_deficit(tokens)] += self.block_tokens
+        return dict(tokens)
 
 
 @dataclass
 class LaneState:
-    """Where a lane stands: enough to rebuild its open window and go on."""
+    """The position of a lane: enough to rebuild its open packing buffer and to continue."""
 
-    window: int = 0
-    """Windows opened in this phase before the open one."""
+    buffer: int = 0
+    """Number of buffers used up in this phase before the open one."""
     row: int = 0
-    """Rows of the open window already served."""
+    """Number of rows of the open buffer that were handed out."""
     blocks: dict[str, int] = field(default_factory=dict)
-    """Blocks drawn of each slice since the run started, before the open window."""
+    """Blocks drawn from each slice since the run started, without those of the open buffer."""
     tokens: dict[str, int] = field(default_factory=dict)
-    """Tokens drawn of each slice in this phase, before the open window, head start included."""
+    """Tokens drawn from each slice in this phase, including the initial offset, without those of the open buffer."""
     checksum: str = ""
-    """Hash of the open window's rows; empty when none is open."""
+    """Hash of the open buffer's rows; empty when no buffer is open."""
 
 
 class Lane:
     """One lane in one phase.
 
-    `drawn` counts the tokens taken from each slice by windows opened in this process, and `cuts` the document ends that
-    packing added, for the account of the run.
-    Raises ValueError on restoring a window that no longer comes out as it did: code or data changed.
+    `drawn` counts the tokens that were drawn from each slice in this process, and `cuts` the document ends that packing added;
+    the caller may reset both. `seed` is (seed of the run, number of the phase).
+
+    Raises ValueError when the open buffer of `state` cannot be rebuilt identically, because code or data have changed.
     """
 
     def __init__(
@@ -164,79 +175,87 @@ class Lane:
         self.seq_len = seq_len
         self.buffer_rows = buffer_rows
         self.seed = seed
-        self.drawn: dict[str, int] = {}
+        self.drawn = Counter[str]()
         self.cuts = 0
         self._state = state
         self._rows: list[Row] = []
+        # Blocks and tokens drawn up to the end of the open buffer; `_state` has those up to its beginning.
+        self._blocks, self._tokens = Counter(state.blocks), Counter(state.tokens)
         if state.checksum:
-            self._resume()
+            self._refill_open_buffer()
 
     def next_row(self) -> Row:
-        """Serve the next row, opening a window when the last one is used up."""
-        if self._state.row == len(self._rows):
+        """Return the next row, and fill the buffer again when all its rows were handed out."""
+        state = self._state
+        if state.row == len(self._rows):
             if self._rows:
-                self._state.window += 1
-                self._state.blocks, self._state.tokens = self._blocks, self._tokens
-            self._open()
-            self._state.row = 0
-            self._state.checksum = _checksum(self._rows)
-        row = self._rows[self._state.row]
-        self._state.row += 1
+                state.buffer += 1
+                state.blocks, state.tokens = dict(self._blocks), dict(self._tokens)
+            self._fill_buffer()
+            state.row = 0
+            state.checksum = _checksum(self._rows)
+        row = self._rows[state.row]
+        state.row += 1
         return row
 
-    def state(self) -> dict:
-        """The lane's state as plain values."""
+    def state(self) -> dict[str, Any]:
+        """Return the lane's state as plain values."""
         return {**vars(self._state), "blocks": dict(self._state.blocks), "tokens": dict(self._state.tokens)}
 
     def blocks_drawn(self) -> dict[str, int]:
-        """Blocks drawn of each slice since the run started, the open window's included: where the next phase goes on."""
-        return dict(self._blocks) if self._rows else dict(self._state.blocks)
+        """Return the blocks drawn from each slice since the run started; the next phase continues after them.
 
-    def _resume(self) -> None:
-        self._open()
-        self.drawn, self.cuts = {}, 0  # counted when the window was first opened
+        Those of the open buffer are included, because its remaining rows are dropped when the phase ends.
+        """
+        return dict(self._blocks)
+
+    def _refill_open_buffer(self) -> None:
+        self._fill_buffer()
+        self.drawn, self.cuts = Counter(), 0  # they were counted when the buffer was first filled
         if _checksum(self._rows) != self._state.checksum:
             raise ValueError(
-                f"lane {self.lane}: the window that was open at the checkpoint does not come out the same; "
+                f"lane {self.lane}: the packing buffer that was open at the checkpoint cannot be rebuilt identically; "
                 "the data or the packing code changed since, so the run cannot go on exactly"
             )
 
-    def _open(self) -> None:
-        self._blocks = dict(self._state.blocks)
-        self._tokens = dict(self._state.tokens)
+    def _fill_buffer(self) -> None:
+        # A remote shard takes seconds to fetch, so the downloads begin one buffer ahead.
         self._prefetch(2 * self.buffer_rows * self.seq_len)
         chunks = list(self._draw())
         rows = pack([len(chunk.tokens) + SPECIALS for chunk in chunks], self.seq_len)
-        order = np.random.default_rng([*self.seed, self.lane, self._state.window]).permutation(len(rows))
+        # Packing sorts by length: without the shuffle, whole steps would have only long or only short documents.
+        order = np.random.default_rng([*self.seed, self.lane, self._state.buffer]).permutation(len(rows))
         self._rows = [[chunks[item] for item in rows[row]] for row in order.tolist()]
 
     def _draw(self) -> Iterator[Chunk]:
-        """Chunks of a window's worth of blocks; the first window is a lane's share of one, so that refills are staggered."""
+        """Draw blocks until the buffer is full, and yield their chunks."""
         wanted = self.buffer_rows * self.seq_len
-        if self._state.window == 0:
+        if self._state.buffer == 0:
+            # The lanes' first buffers have 1/L, 2/L, ... of the size, so that their refills are spread over the steps.
             wanted = -(-wanted * (self.lane + 1) // self.lanes)
         while wanted > 0:
-            name = self.mix.most_owed(self._tokens)
-            source = self.mix.sources[name]
-            drawn = self._blocks.get(name, 0)
-            block = source.shards.read(*source.order.block_at(self.lane, drawn))
-            self._blocks[name] = drawn + 1
-            self._tokens[name] = self._tokens.get(name, 0) + len(block.tokens)
-            self.drawn[name] = self.drawn.get(name, 0) + len(block.tokens)
+            name = self.mix.largest_deficit(self._tokens)
+            source = self.mix.slices[name]
+            block = source.shards.read(*source.order.block_at(self.lane, self._blocks[name]))
+            self._blocks[name] += 1
+            for counts in (self._tokens, self.drawn):
+                counts[name] += len(block.tokens)
             chunks = cut(block, self.seq_len)
             self.cuts += len(chunks) - len(block.ends) + block.continues
             wanted -= len(block.tokens) + SPECIALS * len(chunks)
-            yield from (Chunk(tokens, name) for tokens in chunks)
+            for tokens in chunks:
+                yield Chunk(tokens, name)
 
     def _prefetch(self, capacity: int) -> None:
-        """Have the shards of the next rows fetched, from where the lane stands; for remote ones only."""
-        blocks, tokens = dict(self._blocks), dict(self._tokens)
+        """Start to download the shards of the next `capacity` tokens; this does nothing for a local corpus."""
+        blocks, tokens = self._blocks.copy(), self._tokens.copy()
         for _ in range(-(-capacity // self.mix.block_tokens)):
-            name = self.mix.most_owed(tokens)
-            source = self.mix.sources[name]
-            source.shards.prefetch(source.order.block_at(self.lane, blocks.get(name, 0))[0])
-            blocks[name] = blocks.get(name, 0) + 1
-            tokens[name] = tokens.get(name, 0) + self.mix.block_tokens
+            name = self.mix.largest_deficit(tokens)
+            source = self.mix.slices[name]
+            shard, _ = source.order.block_at(self.lane, blocks[name])
+            source.shards.prefetch(shard)
+            blocks[name] += 1
+            tokens[name] += self.mix.block_tokens
 
 
 def _checksum(rows: list[Row]) -> str:

@@ -1,12 +1,12 @@
-"""One loader item = one optimizer step: its micro-batches and the state of the data after it.
+"""One item of the loader is one optimizer step: its micro-batches, and the state of the data path after it.
 
-1. The curriculum says which rows the step takes: row g of a phase comes from lane g mod L. Of a task it says which items.
-2. Rank r of W serves the lanes l with l mod W = r, in order, and masks its rows by (seed, phase, row).
-3. Rows are grouped into micro-batches; the lanes' state after the step travels with them.
+1. The curriculum says which rows a step takes: row g of a phase comes from lane g mod L. For a task it says which items.
+2. Rank r of W owns the lanes l with l mod W = r. It takes its rows in order and masks each by (seed, phase, row).
+3. The rows are grouped into micro-batches; the states of the lanes after the step go with them.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,115 +19,44 @@ from modernenc.data import choices
 from modernenc.data.blocks import Corpus
 from modernenc.data.lanes import Lane, LaneState, Mix, Row
 from modernenc.data.masking import Masker, MicroBatch
-from modernenc.data.packing import SPECIALS
-
-
-@dataclass
-class PhaseAccount:
-    """Where the tokens of one phase went, so far."""
-
-    drawn: dict[str, int] = field(default_factory=dict)
-    """Text tokens drawn from each slice into windows, or for a task."""
-    served: dict[str, int] = field(default_factory=dict)
-    """Text tokens of each slice or task that reached a step; the rest of `drawn` lies unserved in open windows."""
-    skipped: int = 0
-    """Text tokens of rows that a rollback passed by."""
-    special: int = 0
-    padding: int = 0
-    cuts: int = 0
-    """Document ends that are not ends, cuts to the row length and at block ends; and choices too long for a row."""
-
-    def serve(self, row: Row, seq_len: int) -> None:
-        """Count one row."""
-        text = 0
-        for chunk in row:
-            self.served[chunk.slice] = self.served.get(chunk.slice, 0) + len(chunk.tokens)
-            text += len(chunk.tokens)
-        self.special += SPECIALS * len(row)
-        self.padding += seq_len - text - SPECIALS * len(row)
-
-    def serve_choice(self, task: str, choice: choices.Choice, seq_len: int) -> None:
-        """Count one ending of an item."""
-        text = len(choice.context) + len(choice.ending)
-        for counts in (self.drawn, self.served):
-            counts[task] = counts.get(task, 0) + text
-        self.special += choices.SPECIALS
-        self.padding += seq_len - text - choices.SPECIALS
-        self.cuts += choice.cut
-
-    def add(self, other: "PhaseAccount") -> None:
-        """Count what another rank counted."""
-        for mine, theirs in ((self.drawn, other.drawn), (self.served, other.served)):
-            for name, tokens in theirs.items():
-                mine[name] = mine.get(name, 0) + tokens
-        self.skipped += other.skipped
-        self.special += other.special
-        self.padding += other.padding
-        self.cuts += other.cuts
-
-
-@dataclass
-class DataState:
-    """All that the data path needs to go on after a step; plain values."""
-
-    tokens_seen: int = 0
-    phase: str = ""
-    lanes: dict[int, dict[str, Any]] = field(default_factory=dict)
-    accounts: dict[str, PhaseAccount] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The state as plain values, for a checkpoint."""
-        accounts = {
-            phase: {**vars(account), "drawn": dict(account.drawn), "served": dict(account.served)}
-            for phase, account in self.accounts.items()
-        }
-        return {"tokens_seen": self.tokens_seen, "phase": self.phase, "lanes": self.lanes, "accounts": accounts}
-
-    @classmethod
-    def from_dict(cls, state: dict[str, Any]) -> "DataState":
-        """The inverse of `to_dict`."""
-        accounts = {
-            phase: PhaseAccount(**{**account, "drawn": dict(account["drawn"]), "served": dict(account["served"])})
-            for phase, account in state["accounts"].items()
-        }
-        return cls(state["tokens_seen"], state["phase"], dict(state["lanes"]), accounts)
+from modernenc.data.state import DataState, TokenCounts
 
 
 @dataclass
 class Step:
-    """What one rank does in one optimizer step."""
+    """The work of one rank in one optimizer step."""
 
     micro_batches: list[MicroBatch]
     targets: int
-    """Predicted tokens of this rank's rows."""
+    """Number of predicted tokens, or of items, in this rank's rows."""
     tokens: int
-    """Tokens of this rank's rows, padding left out."""
+    """Number of tokens in this rank's rows, without padding."""
     state: dict[str, Any]
-    """The `DataState` after the step."""
+    """The `DataState` after the step, as plain values."""
 
     def pin_memory(self) -> "Step":
-        """The same in memory that a GPU copies from while it computes."""
+        """Return a copy in pinned memory, from which a GPU copies while it computes."""
         return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A step crosses to another process as some arrays, however many micro-batches it has.
+        """Pickle a step as one array per field, however many micro-batches it has.
 
-        torch would hand over each tensor in shared memory of its own, of which a container has little, by a file descriptor of
-        its own, of which a process has few.
+        By itself torch would pass each tensor in its own piece of shared memory, of which a container has little, through
+        its own file descriptor, of which a process has few.
         """
         tensors = [[getattr(batch, name) for batch in self.micro_batches] for name in _TENSORS]
         arrays = [np.concatenate([tensor.numpy() for tensor in same], dtype=np.int32) for same in tensors]
         sizes = [[len(tensor) for tensor in same] for same in tensors]
         others = [(batch.max_seqlen, batch.first_row, batch.objective) for batch in self.micro_batches]
-        return _arrived, (arrays, sizes, others, self.targets, self.tokens, self.state)
+        return _unpickled_step, (arrays, sizes, others, self.targets, self.tokens, self.state)
 
 
 _TENSORS = {"input_ids": torch.int64, "cu_seqlens": torch.int32, "target_positions": torch.int64, "targets": torch.int64}
-"""Of a micro-batch. All fit 32 bits: tokens, and places in a micro-batch."""
+"""The tensors of a micro-batch and their types. All values fit into 32 bits: they are token ids, or positions in it."""
 
 
-def _arrived(arrays: list[np.ndarray], sizes: list[list[int]], others: list[tuple[Any, ...]], *rest: Any) -> Step:
-    """The inverse of `Step.__reduce__`: micro-batches are views of what came."""
+def _unpickled_step(arrays: list[np.ndarray], sizes: list[list[int]], others: list[tuple[Any, ...]], *rest: Any) -> Step:
+    """Undo `Step.__reduce__`; the tensors of the micro-batches are views of the arrays."""
     whole = [torch.from_numpy(array).to(dtype) for array, dtype in zip(arrays, _TENSORS.values(), strict=True)]
     parts = [tensor.split(own) for tensor, own in zip(whole, sizes, strict=True)]
     micro_batches = [
@@ -138,7 +67,7 @@ def _arrived(arrays: list[np.ndarray], sizes: list[list[int]], others: list[tupl
 
 
 class Steps:
-    """The steps of one rank from a state on, in order, to the end of the curriculum."""
+    """The steps of one rank, in order, from a state to the end of the curriculum."""
 
     def __init__(self, run: Run, curriculum: Curriculum, corpus: Corpus, rank: int, world_size: int, state: DataState) -> None:
         self.run = run
@@ -151,116 +80,74 @@ class Steps:
         self.tasks = {name: choices.Choices(name, task, corpus, run.seed) for name, task in run.tasks.items()}
 
     def __iter__(self) -> Iterator[Step]:
-        """Make steps, one optimizer step each."""
+        """Yield the steps; each iteration starts again from the state that was given."""
         state = DataState.from_dict(self.state.to_dict())
-        if self.rank:  # rank 0 carries on the account of all ranks
-            state.accounts = {phase: PhaseAccount() for phase in state.accounts}
-        lanes = self._restored(state)
+        if self.rank:  # the counts of a saved state are sums over all ranks, and only rank 0 continues them
+            state.token_counts = {phase: TokenCounts() for phase in state.token_counts}
+        lanes = self._restored_lanes(state)
         for spec in self.curriculum.steps(state.tokens_seen):
-            account = state.accounts.setdefault(spec.phase, PhaseAccount())
+            counts = state.token_counts.setdefault(spec.phase, TokenCounts())
             if spec.objective == MASKED_LM:
-                lanes = self._in_phase(spec.phase, state, lanes)
-                micro_batches = self._micro_batches(spec, lanes, account)
+                lanes = self._lanes_in_phase(spec.phase, state, lanes)
+                micro_batches = self._text_batches(spec, lanes, counts)
             else:
-                micro_batches = self._task_batches(spec, account)
+                micro_batches = self._task_batches(spec, counts)
             state.tokens_seen += spec.step_tokens
             state.lanes = {number: lane.state() for number, lane in lanes.items()}
             yield Step(
                 micro_batches=micro_batches,
                 targets=sum(len(batch.targets) for batch in micro_batches),
+                # A micro-batch without targets is there to keep the ranks in step; its tokens are no text.
                 tokens=sum(len(batch.input_ids) for batch in micro_batches if len(batch.targets)),
                 state=state.to_dict(),
             )
 
     def check(self) -> None:
-        """Open the windows that the state names; ValueError when they do not come out as they were."""
-        self._restored(self.state)
+        """Rebuild the open buffers of the state; raises ValueError when one does not come out identical."""
+        self._restored_lanes(self.state)
 
     def skip(self, tokens: int) -> DataState:
-        """The state here, with the next rows, of so much capacity, passed by; one rank serves all lanes."""
+        """Return the state after skipping the next rows, as many as `tokens` of row capacity take.
+
+        Requires `world_size == 1`, since all lanes move on. Raises ValueError in a phase that reads no text.
+        """
         assert self.world_size == 1
         state = DataState.from_dict(self.state.to_dict())
         spec = self.curriculum.at(state.tokens_seen)
         if not reads_text(self.run.phases[spec.phase]):
             raise ValueError(f"--skip-tokens {tokens}: phases.{spec.phase}, where the checkpoint is, reads no text")
-        lanes = self._in_phase(spec.phase, state, self._restored(state))
-        account = state.accounts.setdefault(spec.phase, PhaseAccount())
-        for row in range(spec.first_row, spec.first_row - (-tokens // spec.seq_len)):
+        lanes = self._lanes_in_phase(spec.phase, state, self._restored_lanes(state))
+        counts = state.token_counts.setdefault(spec.phase, TokenCounts())
+        rows = -(-tokens // spec.seq_len)
+        for row in range(spec.first_row, spec.first_row + rows):
             lane = lanes[row % self.run.data.lanes]
-            account.skipped += sum(len(chunk.tokens) for chunk in lane.next_row())
-            _count_draws(account, lane)
+            counts.skipped += sum(len(chunk.tokens) for chunk in lane.next_row())
+            counts.add_draws(lane)
         state.lanes = {number: lane.state() for number, lane in lanes.items()}
         return state
 
-    def _restored(self, state: DataState) -> dict[int, Lane]:
-        """This rank's lanes as they stood."""
+    def _restored_lanes(self, state: DataState) -> dict[int, Lane]:
+        """This rank's lanes, at the positions that the state gives."""
         return {
             lane: self._lane(lane, state.phase, LaneState(**saved))
             for lane, saved in state.lanes.items()
             if lane % self.world_size == self.rank
         }
 
-    def _in_phase(self, phase: str, state: DataState, lanes: dict[int, Lane]) -> dict[int, Lane]:
-        """The lanes, moved on to a phase when it is a new one."""
+    def _lanes_in_phase(self, phase: str, state: DataState, lanes: dict[int, Lane]) -> dict[int, Lane]:
+        """The given lanes, or new ones where `phase` begins.
+
+        A new lane continues its epoch of each slice after the last block it drew; the rows left in the buffer of the previous
+        phase, which have another length, are dropped.
+        """
         if phase == state.phase:
             return lanes
         state.phase = phase
-        return self._enter(phase, lanes)
-
-    def _micro_batches(self, spec: StepSpec, lanes: dict[int, Lane], account: PhaseAccount) -> list[MicroBatch]:
-        masker = Masker(self.corpus.roles, self.corpus.ordinary_ids, spec.mask_ratio)
-        phase = list(self.run.phases).index(spec.phase)
-        numbers = [
-            row for row in range(spec.first_row, spec.first_row + spec.batch_rows)
-            if row % self.run.data.lanes in lanes
-        ]  # fmt: skip
-        rows: list[Row] = []
-        for number in numbers:
-            lane = lanes[number % self.run.data.lanes]
-            rows.append(lane.next_row())
-            account.serve(rows[-1], spec.seq_len)
-            _count_draws(account, lane)
-        seeds = [(self.run.seed, phase, number) for number in numbers]
-        size = max(1, self.run.trainer.micro_batch_tokens // spec.seq_len)
-        micro_batches = [
-            masker.batch(rows[at : at + size], seeds[at : at + size], numbers[at]) for at in range(0, len(rows), size)
-        ]
-        # Ranks run the same number of them, even where some have a row less: collectives in a forward pass must pair up.
-        idle = -(-most_rows(spec, self.run.data.lanes, self.world_size) // size) - len(micro_batches)
-        return micro_batches + [masker.batch([], [], first_row=0)] * idle
-
-    def _task_batches(self, spec: StepSpec, account: PhaseAccount) -> list[MicroBatch]:
-        task, source = self.run.tasks[spec.objective], self.tasks[spec.objective]
-        numbers = [
-            number for number in range(spec.first_item, spec.first_item + task.batch_items)
-            if number % self.world_size == self.rank
-        ]  # fmt: skip
-        drawn = [source.drawn(number) for number in numbers]
-        items = [source.encoded(item) for item in drawn]
-        for choice in (choice for item in items for choice in item):
-            account.serve_choice(spec.objective, choice, task.seq_len)
-        size = items_per_micro_batch(task, self.run.trainer.micro_batch_tokens)
-        starts = range(0, -(-task.batch_items // self.world_size), size)  # as many as any rank has
-        labels = [item.label for item in drawn]
-        return [
-            source.collate(items[at : at + size], labels[at : at + size], numbers[at] if at < len(numbers) else 0)
-            for at in starts
-        ]
-
-    def _enter(self, phase: str, before: dict[int, Lane]) -> dict[int, Lane]:
-        """Lanes at the start of a phase: passes over the slices go on, open windows of the phase before are left."""
-        mine = range(self.rank, self.run.data.lanes, self.world_size)
-        return {
-            lane: self._lane(
-                lane,
-                phase,
-                LaneState(
-                    blocks=before[lane].blocks_drawn() if before else {},
-                    tokens=self.mixes[phase].head_start(lane),
-                ),
-            )
-            for lane in mine
-        }
+        entered = {}
+        for lane in range(self.rank, self.run.data.lanes, self.world_size):
+            blocks = lanes[lane].blocks_drawn() if lanes else {}
+            entered[lane] = self._lane(lane, phase, LaneState(blocks=blocks, tokens=self.mixes[phase].initial_offset(lane)))
+        return entered
 
     def _lane(self, lane: int, phase: str, state: LaneState) -> Lane:
         data = self.run.data
@@ -268,36 +155,62 @@ class Steps:
         seq_len = self.run.phases[phase].seq_len
         return Lane(lane, data.lanes, self.mixes[phase], seq_len, data.buffer_rows, seed, state)
 
+    def _text_batches(self, spec: StepSpec, lanes: dict[int, Lane], counts: TokenCounts) -> list[MicroBatch]:
+        """The micro-batches of a masked-LM step."""
+        masker = Masker(self.corpus.roles, self.corpus.ordinary_ids, spec.mask_ratio)
+        phase = list(self.run.phases).index(spec.phase)
+        all_rows = range(spec.first_row, spec.first_row + spec.batch_rows)
+        numbers = [row for row in all_rows if row % self.run.data.lanes in lanes]
+        rows: list[Row] = []
+        for number in numbers:
+            lane = lanes[number % self.run.data.lanes]
+            rows.append(lane.next_row())
+            counts.add_row(rows[-1], spec.seq_len)
+            counts.add_draws(lane)
+        seeds = [(self.run.seed, phase, number) for number in numbers]
+        size = max(1, self.run.trainer.micro_batch_tokens // spec.seq_len)
+        micro_batches = [
+            masker.batch(rows[at : at + size], seeds[at : at + size], numbers[at]) for at in range(0, len(rows), size)
+        ]
+        # All ranks run the same number of micro-batches, even where one has a row less: the collectives of a forward pass
+        # (FSDP2 gathers weights in it) must pair up.
+        idle = -(-most_rows(spec, self.run.data.lanes, self.world_size) // size) - len(micro_batches)
+        return micro_batches + [masker.batch([], [], first_row=0)] * idle
+
+    def _task_batches(self, spec: StepSpec, counts: TokenCounts) -> list[MicroBatch]:
+        """The micro-batches of a step that trains a task."""
+        task, source = self.run.tasks[spec.objective], self.tasks[spec.objective]
+        all_items = range(spec.first_item, spec.first_item + task.batch_items)
+        numbers = [number for number in all_items if number % self.world_size == self.rank]
+        drawn = [source.drawn(number) for number in numbers]
+        items = [source.encoded(item) for item in drawn]
+        for item in items:
+            for choice in item:
+                counts.add_choice(spec.objective, choice, task.seq_len)
+        labels = [item.label for item in drawn]
+        size = items_per_micro_batch(task, self.run.trainer.micro_batch_tokens)
+        most_items = -(-task.batch_items // self.world_size)
+        return [
+            source.collate(items[at : at + size], labels[at : at + size], numbers[at] if at < len(numbers) else 0)
+            for at in range(0, most_items, size)
+        ]
+
 
 def most_rows(spec: StepSpec, lanes: int, world_size: int) -> int:
-    """Rows of the rank that has the most in a step."""
+    """Return the number of rows of the rank that has the most in a step."""
     rows = np.arange(spec.first_row, spec.first_row + spec.batch_rows)
     return int(np.bincount(rows % lanes % world_size).max())
 
 
-def _count_draws(account: PhaseAccount, lane: Lane) -> None:
-    for name, tokens in lane.drawn.items():
-        account.drawn[name] = account.drawn.get(name, 0) + tokens
-    account.cuts += lane.cuts
-    lane.drawn, lane.cuts = {}, 0
-
-
 def open_mixes(run: Run, corpus: Corpus) -> dict[str, Mix]:
-    """The mix of each phase that reads text, opened; FileNotFoundError or ValueError names a shard that is not whole."""
+    """Open the mix of each phase that reads text.
+
+    Raises FileNotFoundError or ValueError, naming the shard, when a local shard is missing or has another size.
+    """
     return {name: Mix(corpus, phase.mix, run.data.lanes, run.seed) for name, phase in run.phases.items() if reads_text(phase)}
 
 
 def fingerprint(run: Run, corpus: Corpus) -> dict[str, Any]:
-    """Hashes of all that the run reads: they change with any token, and with the file of any task."""
+    """Return hashes of all data that the run reads; they change with any token, and with the file of any task."""
     tasks = {name: choices.fingerprint(Path(task.train)) for name, task in run.tasks.items()}
     return {"corpus": corpus.fingerprint(phase.mix for phase in run.phases.values()), "tasks": tasks}
-
-
-def merge(states: list[DataState]) -> DataState:
-    """The state of a run from those of its ranks after the same step: any number of ranks can go on from it."""
-    merged = DataState(states[0].tokens_seen, states[0].phase)
-    for state in states:
-        merged.lanes.update(state.lanes)
-        for phase, account in state.accounts.items():
-            merged.accounts.setdefault(phase, PhaseAccount()).add(account)
-    return merged

@@ -15,7 +15,8 @@ from modernenc.data.lanes import Row
 from modernenc.data.packing import SPECIALS
 
 MASK_SHARE, RANDOM_SHARE = 0.8, 0.1
-"""Of the predicted tokens: replaced by the mask token, by a random one; the rest stay. Devlin et al. 2018, section 3.1."""
+"""Fractions of the predicted tokens that become the mask token and a random token; the rest keep their token. Devlin et al.
+2018, arXiv:1810.04805, section 3.1."""
 _LOW = np.uint64(2**32 - 1)
 _MASKED, _REPLACED = np.uint64(MASK_SHARE * 2**32), np.uint64((MASK_SHARE + RANDOM_SHARE) * 2**32)
 
@@ -50,9 +51,9 @@ class MicroBatch:
 
 
 class Masker:
-    """Choose what to predict, of each row as a function of its seed alone.
+    """Choose the tokens to predict in each row, as a function of the row's seed alone.
 
-    The positions chosen at one ratio include those chosen at a lower one; special tokens are never chosen.
+    The positions chosen at one ratio include those chosen at any lower one. Special tokens are never chosen.
     """
 
     def __init__(self, roles: Roles, ordinary_ids: Integer[np.ndarray, " ids"], ratio: float) -> None:
@@ -81,7 +82,7 @@ class Masker:
         chosen[starts], chosen[ends - 1] = False, False
         positions = chosen.nonzero()[0]
         targets = input_ids[positions]
-        # The low bits say what is put there; they know nothing of the high ones, which chose the position.
+        # The low 32 bits pick the replacement; they are independent of the high bits, which picked the position.
         kind = words[positions] & _LOW
         input_ids[positions[kind < _MASKED]] = self.roles.mask
         random = ((kind >= _MASKED) & (kind < _REPLACED)).nonzero()[0]
@@ -97,8 +98,8 @@ class Masker:
         )
 
     def _words(self, seed: tuple[int, ...], count: int) -> Integer[np.ndarray, " count"]:
-        """Random words of 64 bits: the counter-based generator of Salmon et al. 2011, its key a hash of the seed."""
+        """Return random 64-bit words of the counter-based Philox generator (Salmon et al. 2011), keyed by a hash of `seed`."""
         key = xxhash.xxh3_128_digest(np.asarray(seed, np.int64).tobytes())
         self._fresh["state"]["key"] = np.frombuffer(key, np.uint64)
-        self._random.state = self._fresh  # in a third of the time that a new generator takes
+        self._random.state = self._fresh  # resetting the state takes a third of the time of a new generator
         return self._random.random_raw(count)

@@ -1,10 +1,11 @@
-"""MosaicML streaming's shards of blocks, byte for byte as its own writer and reader have them.
+"""Read and write shards of blocks in MosaicML streaming's format (MDS), byte for byte as its own reader and writer do.
 
-1. A shard is a uint32 number of samples, the uint32 offset of each sample and of the end, the writer's settings as JSON, and
-   the samples.
-2. A sample is the uint32 sizes of `ends` and `tokens`, then `continues` (uint8), `ends` (uint32) and `tokens` (uint16 or
-   uint32).
-3. An array is one byte, four times its number of axes plus log2 of the bytes of an entry of its shape, then shape and values.
+1. A shard consists of the number of samples (uint32), the offset of each sample and of the end (uint32), the settings of the
+   writer as JSON, and the samples.
+2. A sample consists of the sizes in bytes of `ends` and `tokens` (uint32), then `continues` (uint8), `ends` (uint32) and
+   `tokens` (uint16 or uint32).
+3. An array consists of one byte, its shape and its values. The byte is four times the number of axes, plus log2 of the width
+   in bytes of the integers that give the shape.
 4. `index.json` lists the shards of a folder with their sizes, hashes and settings.
 """
 
@@ -29,17 +30,17 @@ _AXES = 1
 
 
 class Block(NamedTuple):
-    """Text tokens of consecutive documents."""
+    """One sample of a shard: the text tokens of consecutive documents."""
 
     tokens: Integer[np.ndarray, " tokens"]
     ends: Integer[np.ndarray, " docs"]
-    """Where each document ends, exclusive."""
+    """Exclusive end of each document, as an offset into `tokens`."""
     continues: bool
-    """Whether the last one goes on in the next block."""
+    """Whether the last document continues in the next block of the folder."""
 
 
 def settings(dtype: str, size_limit: int) -> dict[str, Any]:
-    """What a shard and its index say of how it was written, for tokens of `dtype` in shards of at most `size_limit` bytes."""
+    """Return the settings that a shard and its index record, for tokens of `dtype` and at most `size_limit` bytes a shard."""
     return {
         "version": 2,
         "format": "mds",
@@ -53,10 +54,10 @@ def settings(dtype: str, size_limit: int) -> dict[str, Any]:
 
 
 class Writer:
-    """Blocks into the shards of a new folder; the index comes last.
+    """Write blocks into the shards of a new folder; the index is written last.
 
-    Raises FileExistsError when the folder is there already, and ValueError for shards of 4 GiB and more, whose offsets would
-    not be uint32, and for a block that no shard has room for.
+    Raises FileExistsError when the folder exists, and ValueError for a size limit of 4 GiB or more, where offsets would
+    exceed uint32, and for a block that is larger than a shard.
     """
 
     def __init__(self, folder: Path, dtype: str, size_limit: int) -> None:
@@ -72,9 +73,10 @@ class Writer:
         self._start()
 
     def write(self, block: Block) -> None:
-        """Add a block, which has one document and one token at least."""
+        """Add a block, which must have at least one document and one token."""
         ends, tokens = _encoded(block.ends, "uint32"), _encoded(block.tokens, self.dtype)
         sample = b"".join((np.array([len(ends), len(tokens)], np.uint32).tobytes(), bytes([block.continues]), ends, tokens))
+        # Each sample also needs four bytes for its offset in the table at the head of the shard.
         if self._bytes + 4 + len(sample) > self.size_limit:
             self._flush()
             if self._bytes + 4 + len(sample) > self.size_limit:
@@ -83,7 +85,7 @@ class Writer:
         self._bytes += 4 + len(sample)
 
     def finish(self) -> None:
-        """Write what is left, and the index."""
+        """Write the last shard and the index."""
         self._flush()
         (self.folder / INDEX).write_text(json.dumps({"version": 2, "shards": self._shards}, sort_keys=True))
 
@@ -94,6 +96,7 @@ class Writer:
     def _flush(self) -> None:
         if not self._samples:
             return
+        # The running sum of the head's and the samples' sizes gives each sample's offset, and the end of the file.
         sizes = [4 * (2 + len(self._samples)) + len(self._header), *map(len, self._samples)]
         table = np.array([len(self._samples), *np.cumsum(sizes)], np.uint32)
         name = f"shard.{len(self._shards):05}.mds"
@@ -108,16 +111,17 @@ class Writer:
 
 
 class Shard:
-    """The blocks of one shard, by index.
+    """Read the blocks of one shard by index.
 
-    `samples` and `written` are what the index says of it. ValueError, naming the file, when it holds something else. The file
-    is opened for each block, since a run comes to hold more shards than a process may have files.
+    `samples` and `written` are the number of samples and the settings that the folder's index gives for the shard. Raises
+    ValueError, naming the file, when the shard contains something else.
     """
 
     def __init__(self, path: Path, samples: int, written: dict[str, Any]) -> None:
         self.path = path
         self.samples = samples
         self.dtype = np.dtype(written["column_encodings"][2].removeprefix("ndarray:"))
+        # Each field of the head can be derived from the index, so a damaged head is found before any sample is read.
         header = json.dumps(written, sort_keys=True).encode()
         first = 4 * (2 + samples) + len(header)
         size = path.stat().st_size
@@ -128,20 +132,21 @@ class Shard:
             found = file.read(len(header))
         offsets = np.frombuffer(table, np.uint32).astype(np.int64)
         if offsets[0] != samples:
-            raise self._damaged(f"it has {offsets[0]} samples, and {samples} by the index")
+            raise self._damaged(f"it has {offsets[0]} samples, but the index says {samples}")
         if found != header:
             raise self._damaged("its settings are not those of the index")
         if offsets[1] != first or offsets[-1] != size or (np.diff(offsets[1:]) <= 0).any():
             raise self._damaged("its offsets do not rise from the first sample to the end of the file")
 
     def __getitem__(self, index: int) -> Block:
-        """The block at `index`; ValueError when its bytes are none."""
+        """Return the block at `index`; raises ValueError when its bytes are not a block."""
         if not 0 <= index < self.samples:
             raise IndexError(f"{self.path} has {self.samples} samples, none at {index}")
+        # The file is opened for each block: a run uses more shards than a process may have open files.
         file = os.open(self.path, os.O_RDONLY)
         try:
             begin, end = _PAIR.unpack(os.pread(file, _PAIR.size, 4 + 4 * index).ljust(_PAIR.size, b"\0"))
-            size = min(end, os.fstat(file).st_size) - begin  # nothing is believed to be longer than the file
+            size = min(end, os.fstat(file).st_size) - begin  # a damaged offset must not allocate more than the file
             sample = os.pread(file, max(0, size), begin)
         finally:
             os.close(file)
@@ -157,12 +162,13 @@ class Shard:
         )
 
     def _decoded(self, data: bytes, dtype: np.dtype, index: int) -> np.ndarray:
+        # The low two bits of the first byte give the width of the shape's entries, the others the number of axes.
         axes, width = (data[0] >> 2, 1 << data[0] % 4) if data else (0, 0)
         first = 1 + width
         length = int.from_bytes(data[1:first], "little")
         if axes != _AXES or len(data) != first + length * dtype.itemsize:
-            raise self._damaged(f"sample {index} holds an array whose length is not what it says")
-        return np.frombuffer(data[first:], dtype)  # a copy, so that it is aligned
+            raise self._damaged(f"sample {index} holds an array that is longer or shorter than its shape says")
+        return np.frombuffer(data[first:], dtype)  # a slice is a copy, which is aligned
 
     def _damaged(self, what: str) -> ValueError:
         return ValueError(f"{self.path} is damaged: {what}; restore it from a copy or prepare the data again")
@@ -170,5 +176,6 @@ class Shard:
 
 def _encoded(array: np.ndarray, dtype: str) -> bytes:
     assert array.dtype == dtype and array.shape[0] > 0
+    # log2 of the bytes of the smallest integer type that can hold the length
     width = int(np.searchsorted([1 << 8, 1 << 16, 1 << 32], len(array), side="right"))
     return bytes([_AXES << 2 | width]) + np.array(array.shape, _SHAPE_DTYPES[width]).tobytes() + array.tobytes()

@@ -1,9 +1,9 @@
-"""Where the files of a corpus are: a local folder, or a remote one whose files are copied to a cache as they are needed.
+"""The files of a corpus: a local folder, or a remote one whose files are copied to a cache when they are needed.
 
-A remote is any that fsspec has a file system for (s3://, gs://, az://, sftp://, ...), whose settings are given as fsspec takes
-them, such as FSSPEC_S3_ANON=true, or `hf://datasets/<org>/<name>@<revision>/<folder>`. A file appears in the cache only whole:
-it is fetched beside its place, compared with size and hash, and renamed. What fails is tried again a few times, then raised
-with the file's name.
+A remote is any URL that fsspec has a file system for (s3://, gs://, az://, sftp://, ...), configured as fsspec documents it,
+for example by FSSPEC_S3_ANON=true, or `hf://datasets/<org>/<name>@<revision>/<folder>`. A file appears in the cache only
+when it is complete: it is downloaded beside its place, compared with size and hash, and renamed. A failed download is
+repeated a few times; then an error names the file.
 """
 
 import errno
@@ -18,24 +18,30 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from fsspec import get_filesystem_class
+from fsspec.core import url_to_fs
 
 from modernenc.hashing import hash_file
 
 ATTEMPTS = 3
+"""How often a download is tried."""
 _FIRST_PAUSE_S = 1.0
-_LOOK_S = 0.2
-_AT_A_TIME = 4
+"""Pause before the second attempt; it doubles for each further one."""
+_POLL_S = 0.2
+"""Interval at which a running download is checked for progress."""
+_PREFETCH_THREADS = 4
 _PART = ".part"
+"""Suffix of an unfinished download."""
 _EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure", "sftp": "sftp"}
-"""What to install for a scheme: `modernenc[...]`."""
+"""The extra of this package that installs the file system of each scheme."""
 
 
 class Store:
-    """Files by their name under a root.
+    """Read access to the files below a root, by their relative names.
 
-    `cache` is needed, and used, when the root is a URL; a local folder may have one too, such as a network disk. `timeout_s`
-    is how long a remote may be silent. ValueError when a remote has no cache or a dataset no revision, and when nothing that is
-    installed reads the remote.
+    `cache` is required when the root is a URL, and optional for a folder (on a slow network disk). `timeout_s` is how long a
+    remote may deliver nothing before an attempt counts as failed. Raises ValueError when a remote has no cache, when an hf://
+    dataset has no revision, and when no installed package can read the remote.
     """
 
     def __init__(self, root: str, cache: str = "", timeout_s: float = 60) -> None:
@@ -45,7 +51,7 @@ class Store:
         if remote:
             _check_scheme(root)
         self.root = root.rstrip("/") if remote else str(Path(root).resolve())
-        # Two corpora may share a cache: each has a folder there, by its root.
+        # Corpora may share a cache: each has a folder in it, named after its root.
         self.cache = Path(cache).resolve() / xxhash.xxh3_64_hexdigest(self.root.encode()) if cache else None
         self.timeout_s = timeout_s
         self._forget()
@@ -56,7 +62,7 @@ class Store:
         return self.root
 
     def __getstate__(self) -> dict[str, Any]:
-        """What goes to another process: no threads, no connections."""
+        """Return what another process needs; threads and connections stay here."""
         return {"root": self.root, "cache": self.cache, "timeout_s": self.timeout_s}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -64,11 +70,14 @@ class Store:
         self._forget()
 
     def where(self, name: str) -> str:
-        """How to call a file in a message."""
+        """Return the address of a file for messages."""
         return f"{self.root}/{name}"
 
     def file(self, name: str) -> Path:
-        """A small file, as it is now; FileNotFoundError or ConnectionError, naming it, when it cannot be had."""
+        """Return the path of a small file such as an index; a remote one is fetched anew each time.
+
+        Raises FileNotFoundError or ConnectionError, naming the file, when it is missing or cannot be fetched.
+        """
         if self.cache is None:
             path = Path(self.root) / name
             if not path.is_file():
@@ -78,11 +87,11 @@ class Store:
         return self._fetch(name)
 
     def path(self, name: str) -> Path:
-        """Where a shard is, or will be."""
+        """Return where a shard is on this machine, or will be once it is fetched."""
         return (self.cache or Path(self.root)) / name
 
     def shard(self, name: str, size: int, digest: str) -> Path:
-        """A shard with its size, fetched and compared with its hash unless it is there."""
+        """Return the path of a shard; unless a file of its size is there, it is fetched and compared with its hash."""
         path = self.path(name)
         self._renew()
         if name in self._ahead:
@@ -92,19 +101,19 @@ class Store:
         return path
 
     def replace(self, name: str, size: int, digest: str) -> None:
-        """Fetch a shard whose copy in the cache is damaged; who reads it meanwhile keeps what it has open."""
+        """Fetch a shard again whose copy in the cache is damaged; a process that has the old copy open can still read it."""
         self._renew()
         self._fetch(name, size, digest)
 
     def prefetch(self, name: str, size: int, digest: str) -> None:
-        """Fetch a shard that will be needed, in the background; what fails is raised when it is."""
+        """Start to fetch a shard in the background; if that fails, `shard` raises the error."""
         self._renew()
         path = self.path(name)
         if self.cache is not None and name not in self._ahead and not (path.is_file() and path.stat().st_size == size):
             self._ahead[name] = self._threads.submit(self._fetch, name, size, digest)
 
     def close(self) -> None:
-        """Fetch no more ahead, and give up what is under way."""
+        """Cancel all background downloads."""
         if self._process == os.getpid():
             self._closed = True
             self._threads.shutdown(wait=False, cancel_futures=True)
@@ -116,11 +125,11 @@ class Store:
         self._ahead: dict[str, Future[Path]] = {}
 
     def _renew(self) -> None:
-        """Threads and connections do not survive a fork."""
+        """Make new threads and connections in a new process: those of the parent do not survive a fork."""
         if self._process != os.getpid() or self._closed:
             self._forget()
             self._process = os.getpid()
-            self._threads = ThreadPoolExecutor(_AT_A_TIME, "prefetch")
+            self._threads = ThreadPoolExecutor(_PREFETCH_THREADS, "prefetch")
 
     def _fetch(self, name: str, size: int | None = None, digest: str = "") -> Path:
         assert self.cache is not None
@@ -131,12 +140,12 @@ class Store:
                 if self._closed:
                     break
                 time.sleep(_FIRST_PAUSE_S * 2 ** (attempt - 1))
-            # A name for each try: one that was given up may still write.
-            part = target.with_name(f"{_own()}@{threading.get_ident()}@{attempt}@{target.name}{_PART}")
+            # Each attempt has its own file name: the thread of an attempt that timed out may still write to the old one.
+            part = target.with_name(f"{_part_prefix()}@{threading.get_ident()}@{attempt}@{target.name}{_PART}")
             try:
                 part.parent.mkdir(parents=True, exist_ok=True)
                 part.touch()
-                fault = self._download(name, part) or _unlike(part, size, digest)
+                fault = self._download(name, part) or _mismatch(part, size, digest)
                 if not fault:
                     part.replace(target)
                     return target
@@ -150,37 +159,35 @@ class Store:
         raise ConnectionError(f"{self.where(name)} could not be fetched, tried {ATTEMPTS} times: {fault}")
 
     def _download(self, name: str, part: Path) -> str:
-        """Copy a file; says what went wrong, nothing when all is well. OSError when it is the disk here that is full."""
-        copying = _Attempt(lambda: self._copy(name, part))
+        """Copy a file, and return what went wrong, or nothing; raises OSError when the local disk is full."""
+        copying = _CopyThread(lambda: self._copy(name, part))
         copying.start()
-        since, seen = time.monotonic(), ()
+        last_progress, seen = time.monotonic(), ()
         while not self._closed:
-            copying.join(_LOOK_S)
+            copying.join(_POLL_S)
             if not copying.is_alive():
                 if isinstance(copying.error, OSError) and copying.error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise copying.error
                 return _text(copying.error) if copying.error else ""
             stat = part.stat() if part.exists() else None
             if stat and seen != (stat.st_size, stat.st_mtime_ns):
-                since, seen = time.monotonic(), (stat.st_size, stat.st_mtime_ns)
-            if time.monotonic() - since > self.timeout_s:
+                last_progress, seen = time.monotonic(), (stat.st_size, stat.st_mtime_ns)
+            if time.monotonic() - last_progress > self.timeout_s:
                 return f"silent for data.timeout_s={self.timeout_s:g} seconds"
-        return "given up"
+        return "cancelled"
 
     def _copy(self, name: str, part: Path) -> None:
         if "://" not in self.root:
             shutil.copyfile(Path(self.root) / name, part)
             return
-        from fsspec.core import url_to_fs
-
         if self._connection is None:
             self._connection = url_to_fs(self.root, skip_instance_cache=True, **_options(self.root))
         files, folder = self._connection
         files.get_file(f"{folder}/{name}", str(part))
 
 
-class _Attempt(threading.Thread):
-    """A call of a library that may never end and raise anything: who asked need not wait for it."""
+class _CopyThread(threading.Thread):
+    """A thread for a library call that may never return and may raise anything; the caller can stop waiting for it."""
 
     def __init__(self, call: Callable[[], None]) -> None:
         super().__init__(daemon=True)
@@ -188,16 +195,14 @@ class _Attempt(threading.Thread):
         self.error: Exception | None = None
 
     def run(self) -> None:
-        """Call it, and keep what it raises."""
+        """Make the call, and keep the error that it raises."""
         try:
             self.call()
-        except Exception as error:  # botocore's, aiohttp's, paramiko's, Google's and Azure's have no other kind in common
+        except Exception as error:  # the errors of botocore, aiohttp, paramiko, Google and Azure share no narrower class
             self.error = error
 
 
 def _check_scheme(root: str) -> None:
-    from fsspec import get_filesystem_class
-
     scheme = root.partition("://")[0]
     try:
         get_filesystem_class(scheme)
@@ -224,16 +229,16 @@ def _check_revision(root: str) -> None:
 
 
 def _options(root: str) -> dict[str, Any]:
-    """What fsspec's file system needs to be told; all else it takes from its own settings and the environment."""
+    """Arguments for fsspec's file system; it takes all others from its own configuration and the environment."""
     if not root.startswith("s3://"):
         return {}
     endpoint = os.environ.get("S3_ENDPOINT_URL")
-    # One stream a file: of several, each shows what it has when it has fetched 50 MB, and silence is not told from slowness.
+    # One stream per file: several would each write only after 50 MB, and a slow download would look like a silent one.
     return {"max_concurrency": 1, **({"endpoint_url": endpoint} if endpoint else {})}
 
 
-def _unlike(part: Path, size: int | None, digest: str) -> str:
-    """How a file differs from what the index says of it; nothing when it does not."""
+def _mismatch(part: Path, size: int | None, digest: str) -> str:
+    """Describe how a file differs from its size and hash in the index; empty when it does not."""
     if size is not None and (found := part.stat().st_size) != size:
         return f"{found} bytes, expected {size}"
     if digest and (found := hash_file(part)) != digest:
@@ -242,26 +247,26 @@ def _unlike(part: Path, size: int | None, digest: str) -> str:
 
 
 def _sweep(cache: Path) -> None:
-    """Delete what processes of this machine that are no more left half fetched."""
+    """Delete unfinished downloads of processes of this machine that have ended."""
     for part in cache.rglob(f".*@*{_PART}*"):
         host, process = part.name.split("@")[:2]
-        if host == _own().split("@")[0] and process.isdecimal() and not _lives(int(process)):
+        if host == _part_prefix().split("@")[0] and process.isdecimal() and not _is_alive(int(process)):
             part.unlink(missing_ok=True)
 
 
-def _lives(process: int) -> bool:
-    """Whether there is a process of this number."""
+def _is_alive(process: int) -> bool:
+    """Return whether a process with this id exists."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # another user's
+    except PermissionError:  # it exists, but belongs to another user
         return True
     return True
 
 
-def _own() -> str:
-    """What the names of this process's unfinished files begin with."""
+def _part_prefix() -> str:
+    """The beginning of the names of this process's unfinished downloads."""
     return f".{socket.gethostname()}@{os.getpid()}"
 
 

@@ -1,6 +1,7 @@
-"""Steps from a process of their own: one pipe, and a thread that receives ahead of the trainer.
+"""The loader process: it makes steps ahead of the trainer and sends them through one pipe.
 
-A step crosses as a few arrays through the pipe, so that neither shared memory nor open files grow with its micro-batches.
+A step crosses the pipe as a few arrays, so neither shared memory nor the number of open files grows with its micro-batches.
+A thread of the trainer receives, so the process can send a step while the trainer is busy with the one before.
 """
 
 import atexit
@@ -19,14 +20,18 @@ import torch
 from modernenc.data.loader import Step, Steps
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""What asks a run to save and stop."""
+"""The signals that ask a run to save a checkpoint and stop."""
+_AHEAD = 2
+"""Number of steps that may lie received in the trainer; one more is being made or waits in the pipe."""
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
+_DONE, _ENDED = "done", "ended"
+"""Items in place of a step: the curriculum is over; the loader process is gone."""
 
 
 class StepLoader:
-    """Whole steps, made in this process (no worker) or ahead of it (one).
+    """An iterable of whole steps, made in this process (`workers=0`) or ahead of it in another one (`workers=1`).
 
-    Raises what the worker raises, and ChildProcessError when it is no more.
+    Iterating raises what making the steps raises, and ChildProcessError when the loader process ends before its time.
     """
 
     def __init__(self, steps: Steps, workers: int, pin_memory: bool) -> None:
@@ -35,30 +40,34 @@ class StepLoader:
         self.pin_memory = pin_memory
 
     def __len__(self) -> int:
-        """Endless: tokens end a run. Lightning reads a loader without a length one item ahead of training."""
+        """Return a number that no run reaches: a run ends by its tokens.
+
+        Lightning reads a loader without a length one item ahead of training.
+        """
         return 10**12
 
     def __iter__(self) -> Iterator[Step]:
-        """Make steps."""
+        """Yield the steps."""
         if self.workers:
-            return _ahead(self.steps, torch.cuda.current_device() if self.pin_memory else None)
+            return _steps_of_worker(self.steps, torch.cuda.current_device() if self.pin_memory else None)
         return (step.pin_memory() for step in self.steps) if self.pin_memory else iter(self.steps)
 
 
-def _ahead(steps: Steps, pin_for: int | None) -> Iterator[Step]:
-    """The steps that a process makes and a thread receives: two have come at most, one waits or is being made."""
+def _steps_of_worker(steps: Steps, pin_for: int | None) -> Iterator[Step]:
+    """Start a loader process and yield its steps, pinned for the CUDA device `pin_for` if there is one."""
     reads, writes = multiprocessing.Pipe(duplex=False)
-    worker = multiprocessing.Process(target=_make, args=(steps, reads, writes), name="loader", daemon=True)
-    # A signal to stop is for the trainer alone: a worker that ended first would look like a failure.
+    worker = multiprocessing.Process(target=_send_steps, args=(steps, reads, writes), name="loader", daemon=True)
+    # A signal to stop is meant for the trainer alone: if the worker ended first, the run would take that for a failure. The
+    # worker inherits this mask, and then ignores the signals.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         worker.start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     writes.close()
-    atexit.register(worker.kill)  # Python would wait for it
+    atexit.register(worker.kill)  # at exit Python would wait for the worker, which may wait for room in the pipe
     received: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    room = threading.Semaphore(2)
+    room = threading.Semaphore(_AHEAD)
     threading.Thread(target=_receive, args=(reads, received, room, pin_for), name="loader", daemon=True).start()
     try:
         while isinstance(item := received.get(), Step):
@@ -68,21 +77,20 @@ def _ahead(steps: Steps, pin_for: int | None) -> Iterator[Step]:
             raise item
         if item == _ENDED:
             worker.join(10)
-            raise ChildProcessError(_how_it_ended(worker.exitcode))
+            raise ChildProcessError(_death_message(worker.exitcode))
     finally:
         worker.kill()
         worker.join(10)
-        room.release()
+        room.release()  # the thread may wait for it; it then finds the pipe closed and ends
         atexit.unregister(worker.kill)
 
 
-_DONE, _ENDED = "done", "ended"
-
-
-def _make(steps: Steps, reads: Connection, writes: Connection) -> None:
-    """Send the steps and that they are done, or what is wrong with the data: what the worker does."""
-    reads.close()  # a fork left it open: without a reader a write fails, so that a worker ends with its trainer
-    _follow_the_trainer()
+def _send_steps(steps: Steps, reads: Connection, writes: Connection) -> None:
+    """Run the loader process: send all steps, then `_DONE`, or the error that the data raise."""
+    # A fork leaves the reading end open here too. Closed, the pipe has no reader once the trainer is gone, so that a write
+    # fails and the worker ends.
+    reads.close()
+    _init_worker()
     try:
         for step in steps:
             writes.send(step)
@@ -94,7 +102,7 @@ def _make(steps: Steps, reads: Connection, writes: Connection) -> None:
 
 
 def _receive(reads: Connection, received: "queue.SimpleQueue[Any]", room: threading.Semaphore, pin_for: int | None) -> None:
-    """Take what the worker sends, so that it need not wait for the trainer; whatever happens, the trainer is told."""
+    """Move items from the pipe to the queue, at most `_AHEAD` steps ahead; the last item is `_ENDED`, whatever happens."""
     try:
         if pin_for is not None:
             torch.cuda.set_device(pin_for)
@@ -109,20 +117,20 @@ def _receive(reads: Connection, received: "queue.SimpleQueue[Any]", room: thread
         received.put(_ENDED)
 
 
-def _how_it_ended(code: int | None) -> str:
-    """What to tell of a worker that is no more."""
+def _death_message(code: int | None) -> str:
+    """Describe to the user how the loader process ended, and what to do."""
     how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with status {code}"
-    why = ", as when there is not enough memory" if code == -signal.SIGKILL else ", as its own lines say"
+    why = ", as when there is not enough memory" if code == -signal.SIGKILL else ", as its own output says"
     return (
-        f"data.workers=1: the loader process {how}{why}; what was saved is whole: go on, with data.workers=0 if this happens "
-        "again, by python -m modernenc.resume"
+        f"data.workers=1: the loader process {how}{why}; saved checkpoints are whole: continue by python -m modernenc.resume, "
+        "with data.workers=0 if this happens again"
     )
 
 
-def _follow_the_trainer() -> None:
-    """End with the trainer, and not before it.
+def _init_worker() -> None:
+    """Make the loader process end when the trainer ends, and not before.
 
-    A worker that outlived a killed trainer would hold its connections open, and other ranks would wait for it.
+    A worker that outlives a killed trainer would keep its network connections open, and other ranks would wait for it.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

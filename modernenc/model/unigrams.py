@@ -18,8 +18,8 @@ COUNTED_TOKENS = 1 << 20
 def init_decoder_bias_from_unigrams(model: Any, run: Run, corpus: Corpus) -> None:
     """Let an untrained `MaskedLM` predict each token by its frequency: Meister et al. 2023, arXiv:2212.09686.
 
-    Frequencies are counted in the first blocks of each slice in the first mix, plus one for each token. The bias is 0 for a token
-    as rare as the average token that was read, because bf16 resolves logits near 0 best.
+    Frequencies are counted in the first blocks of each slice in the first mix, plus one for each token. The bias is 0 for a
+    token as rare as the average token that was read, because bf16 resolves logits near 0 best.
     """
     size = len(model.decoder.bias)
     phase = next(phase for phase in run.phases.values() if reads_text(phase))

@@ -13,7 +13,8 @@ from typing import Any
 from modernenc.config import CONFIG, Run, differences, from_plain, is_identity, is_resumable, plain
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
-from modernenc.data.loader import DataState, Steps, fingerprint
+from modernenc.data.loader import Steps, fingerprint
+from modernenc.data.state import DataState
 from modernenc.model.build import build_objectives, weights_of
 from modernenc.run_folder import checkpoints
 from modernenc.run_folder.checkpoints import Checkpoint
@@ -48,8 +49,8 @@ def branched(run: Run, corpus: Corpus) -> Checkpoint:
 def fork(run: Run, corpus: Corpus, checkpoint: Checkpoint, skip_tokens: int = 0) -> Checkpoint:
     """Return a checkpoint as the start of a run under other settings, with `skip_tokens` of row capacity of data skipped.
 
-    `run` takes over the finished phases from the checkpoint. Raises ValueError, naming the setting, if one would change what was
-    trained already.
+    `run` takes over the finished phases from the checkpoint. Raises ValueError, naming the setting, if one would change what
+    was trained already.
     """
     state, old = checkpoint.state, checkpoint.run
     before = from_plain(old, run.run_dir)

@@ -145,7 +145,7 @@ def _check_ranks(run: Run) -> None:
             f"trainer.devices x trainer.num_nodes = {ranks} ranks exceed data.lanes={run.data.lanes}; "
             "use fewer devices or more lanes (more lanes make another run)"
         )
-    # Rank r serves the lanes l with l mod ranks = r. When the lanes start over, its next row may come up to that many rows later.
+    # Rank r serves the lanes l with l mod ranks = r. Where the lanes start over, its next row may come that many rows later.
     needed = ranks + run.data.lanes % ranks
     for name, task in run.tasks.items():
         if task.batch_items < ranks:

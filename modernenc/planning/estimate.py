@@ -57,6 +57,7 @@ def hours(run: Run, curriculum: Curriculum, corpus: Corpus | None, measured: dic
 
 
 def model_on_meta(run: Run) -> Objectives:
+    """Return all that a run trains, without memory for its weights."""
     return _shapes_of(json.dumps(run.backbone), tuple(run.tasks))
 
 

@@ -9,7 +9,8 @@ import torch
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum, cycle_tokens, objectives_of, reads_text
 from modernenc.data.blocks import Corpus
-from modernenc.data.loader import DataState, Steps
+from modernenc.data.loader import Steps
+from modernenc.data.state import DataState
 from modernenc.data.worker import StepLoader
 from modernenc.model import optim
 from modernenc.model.allocator import keep_freed_memory

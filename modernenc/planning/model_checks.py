@@ -1,4 +1,4 @@
-"""Find mistakes in a run's model, optimizer and first weights by building them; this takes the seconds that torch's import takes."""
+"""Find mistakes in a run's model, optimizer and first weights by building them, which takes the seconds of torch's import."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

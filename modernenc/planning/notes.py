@@ -30,9 +30,10 @@ def notes(run: Run, curriculum: Curriculum, corpus: Corpus | None) -> Iterator[s
         left, tokens = in_buffers(run, phase, corpus.block_tokens if corpus else 0), curriculum.text_tokens(name)
         if left > MOST_LEFT * tokens:
             yield (
-                f"phases.{name}: when its {tokens:,} tokens of text are over, up to {left:,} more lie in packing buffers, drawn and "
-                f"not trained on: each of {run.data.lanes} lanes holds up to {run.data.buffer_rows} rows and a block. Fewer do "
-                "with lower data.buffer_rows or data.lanes (0 chooses what suits the corpus), or with smaller blocks"
+                f"phases.{name}: when its {tokens:,} tokens of text are over, up to {left:,} more remain in packing buffers, "
+                f"drawn but not trained on: each of {run.data.lanes} lanes holds up to {run.data.buffer_rows} rows and a "
+                "block. Fewer remain with lower data.buffer_rows or data.lanes (0 chooses what suits the corpus), or with "
+                "smaller blocks"
             )
         if given := run.estimate.device:
             needed, there = memory(run, phase, corpus).total, DEVICES[given].memory

@@ -14,7 +14,7 @@ from modernenc.planning.notes import notes
 def summarize(
     run: Run, curriculum: Curriculum, corpus: Corpus | None, measured: dict[str, float] | None = None
 ) -> dict[str, Any]:
-    """Return the plan as plain values: FLOPs, bytes, tokens, steps, hours, and cost in the currency of `estimate.price_per_hour`."""
+    """Return the plan as plain values: FLOPs, bytes, tokens, steps, hours, and cost in `estimate.price_per_hour`'s currency."""
     hours = estimate.hours(run, curriculum, corpus, measured or {})
     phases = {}
     for name, phase in run.phases.items():

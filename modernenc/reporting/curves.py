@@ -1,4 +1,4 @@
-"""Draw every curve that a phase can have, each from the function that trains: `python -m modernenc.reporting.curves FILE.png`."""
+"""Draw every curve that a phase can have, from the code that trains: `python -m modernenc.reporting.curves FILE.png`."""
 
 import argparse
 from dataclasses import replace

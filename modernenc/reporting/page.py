@@ -128,7 +128,7 @@ def _token_table(run_dir: Path) -> str:
     checkpoint = checkpoints.newest(run_dir)
     if checkpoint is None:
         return "<p>No checkpoint yet.</p>"
-    accounts = checkpoints.read(checkpoint).state.data["accounts"]
+    accounts = checkpoints.read(checkpoint).state.data["token_counts"]
     lines = []
     for phase, account in accounts.items():
         served, drawn = sum(account["served"].values()), sum(account["drawn"].values())
@@ -180,7 +180,7 @@ def _lineage(run_dir: Path, curriculum: Curriculum, training: list[dict[str, str
 
 
 def _samples(run: Run, run_dir: Path) -> str:
-    """Return one held-out passage per source with some masked words as the newest checkpoint fills them, and the original words."""
+    """Return one held-out passage per source, with some masked words as the newest checkpoint fills them."""
     _, checkpoint = locate(run_dir)
     if checkpoint is None:
         return "<p>No checkpoint yet.</p>"

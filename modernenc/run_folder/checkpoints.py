@@ -1,7 +1,8 @@
 """Checkpoints: written whole or not at all, in the background, and verified before they are trusted.
 
-`checkpoints/end-of-<phase>.ckpt` is written at each phase boundary, `checkpoints/step-<step>.ckpt` between boundaries. A manifest
-of the same name (`.json`) with size, hash and position is written last: a checkpoint without a matching one is not whole.
+`checkpoints/end-of-<phase>.ckpt` is written at each phase boundary, `checkpoints/step-<step>.ckpt` between boundaries. A
+manifest of the same name (`.json`) with size, hash and position is written last: a checkpoint without a matching one is not
+whole.
 
 What is read is the same whatever strategy and number of ranks wrote it. If ranks wrote their own shards, the shards of ranks 1,
 2, ... lie beside the checkpoint as `<name>.1.part`, ..., each with a manifest, and the checkpoint is whole if all shards of one
@@ -292,7 +293,7 @@ def tokens_seen(checkpoint: Path) -> float:
 
 
 def sort_key(checkpoint: Path) -> tuple[float, float]:
-    """Return the number of rollbacks, then the tokens seen: of two checkpoints of a run the one with the larger key is further."""
+    """Return the number of rollbacks, then the tokens seen: the further of two checkpoints of a run has the larger key."""
     try:
         manifest = read_manifest(checkpoint)
     except ValueError:

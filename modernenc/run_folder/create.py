@@ -17,7 +17,7 @@ from modernenc.run_folder.lock import LOG, try_acquire
 
 
 def create(run: Run, plan: str, branch: checkpoints.Checkpoint | None = None, numbered: bool = False) -> None:
-    """Create the run folder with the text of the plan, and the checkpoint that a branch starts from; the configuration comes last.
+    """Create the run folder with the text of the plan and the checkpoint of a branch; the configuration comes last.
 
     With `numbered`, an existing folder belongs to another run, and this run's folder gets a number as suffix. ValueError if the
     folder holds a run already, or another process starts one in it; OSError if it cannot be written.

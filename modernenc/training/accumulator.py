@@ -1,6 +1,6 @@
 """Metrics of the steps since the last row of `metrics.csv`, kept on the device so that no step waits for them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,7 +19,7 @@ class Metrics:
     """Predicted tokens, or items, of all ranks."""
     tokens: int = 0
     """This rank's tokens without padding, since this process began."""
-    grad_norm: torch.Tensor = torch.zeros(())
+    grad_norm: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     """Largest norm of a step's gradient, before clipping."""
 
     def add(self, spec: StepSpec, loss: torch.Tensor, targets: int, tokens: int, grad_norm: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ from modernenc.training.snapshot import capture
 
 
 class Checkpointing(L.Callback):
-    """Saves at each phase boundary, between boundaries by tokens and by time, and on a request to stop; always after a whole step."""
+    """Saves at each phase boundary, between them by tokens and by time, and on a request to stop; always after a whole step."""
 
     def __init__(self, run: Run) -> None:
         self.run = run

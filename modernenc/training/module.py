@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum, StepSpec
 from modernenc.data.blocks import Corpus
-from modernenc.data.loader import DataState, Step, Steps, fingerprint
+from modernenc.data.loader import Step, Steps, fingerprint
+from modernenc.data.state import DataState
 from modernenc.data.worker import StepLoader
 from modernenc.model import optim
 from modernenc.model.build import build_objectives, checkpoint_activations, compile_layers, set_attributes

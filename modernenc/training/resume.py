@@ -5,7 +5,8 @@ from pathlib import Path
 
 from modernenc.cli import checkpoint_argument
 from modernenc.config import Run, changed, from_plain
-from modernenc.data.loader import DataState, Steps
+from modernenc.data.loader import Steps
+from modernenc.data.state import DataState
 from modernenc.planning.branch import check_same_run, done_phases, fork
 from modernenc.planning.checks import check_run, check_settings
 from modernenc.planning.model_checks import check_backbone, check_optim

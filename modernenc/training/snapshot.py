@@ -7,7 +7,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from modernenc.config import plain
-from modernenc.data.loader import DataState, merge
+from modernenc.data.state import DataState, merge_rank_states
 from modernenc.model import optim
 from modernenc.model.build import load_weights, weights_of
 from modernenc.run_folder import lineage
@@ -27,8 +27,8 @@ _NOT_ON_THIS_RANK = object()
 def capture(module: "Pretraining", sharded: bool) -> Content:
     """Return a copy of all that the run needs to go on after its last step; every rank must call this.
 
-    The first rank gets the whole, or, with `sharded`, its own shard of what is split over ranks; the others get their shards, or
-    nothing.
+    The first rank gets the whole, or, with `sharded`, its own shard of what is split over ranks; the others get their
+    shards, or nothing.
     """
     weights = weights_of(module.objectives)  # first: after a validation this lets FSDP2 restore the sharded parameters
     states = optim.snapshot(module.plain_optimizers(), optim.names_of(module.objectives))
@@ -128,7 +128,7 @@ def _data_state_of_all_ranks(module: "Pretraining") -> dict[str, Any]:
         return module.data_state
     states: list[Any] | None = [None] * module.trainer.world_size if module.global_rank == 0 else None
     torch.distributed.gather_object(module.data_state, states)
-    return merge([DataState.from_dict(state) for state in states]).to_dict() if states else {}
+    return merge_rank_states([DataState.from_dict(state) for state in states]).to_dict() if states else {}
 
 
 def _copied(value: Any, sharded: bool, first: bool) -> Any:

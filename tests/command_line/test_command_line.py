@@ -19,7 +19,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf, open_dict
 
-from data_prep.config import Corpus
+from data_prep.config import CorpusConfig
 from data_prep.config import register as register_corpora
 from modernenc.cli import typed
 from modernenc.config import CONF_DIR, RECIPES_DIR, Data, changed
@@ -129,14 +129,14 @@ def commands(text: str) -> list[list[str]]:
     return [[capitals.sub(lambda name: PLACEHOLDERS[name[0]], word) for word in shlex.split(line)] for line in found]
 
 
-def prepared_by(words: list[str]) -> Corpus:
+def prepared_by(words: list[str]) -> CorpusConfig:
     """The corpus that a command prepares."""
     module, *overrides = words
     assert module == "data_prep"
     return composed_corpus(overrides)
 
 
-def composed_corpus(overrides: list[str]) -> Corpus:
+def composed_corpus(overrides: list[str]) -> CorpusConfig:
     """What `python -m data_prep` makes of its arguments; ValueError for an unknown key or a missing value."""
     register_corpora()
     GlobalHydra.instance().clear()
@@ -146,7 +146,7 @@ def composed_corpus(overrides: list[str]) -> Corpus:
         with open_dict(cfg):
             del cfg["hydra"]
             cfg["name"] = "any"  # Hydra fills in the corpus's, outside of tests
-        return typed(cfg, Corpus, ("corpus",))
+        return typed(cfg, CorpusConfig, ("corpus",))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -9,7 +9,8 @@ import pytest
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.data.lanes import BlockOrder, Lane, LaneState, Mix
-from modernenc.data.loader import DataState, Steps, merge
+from modernenc.data.loader import Steps
+from modernenc.data.state import DataState, merge_rank_states
 from modernenc.data.store import Store
 from modernenc.planning.checks import check_run
 
@@ -58,7 +59,7 @@ def test_blocks_are_shuffled_among_eight_shards_at_a_time():
 def lanes_of(corpus_root, lanes=4, mix=None, buffer_rows=8, seq_len=64):
     corpus = Corpus(Store(str(corpus_root)))
     shares = Mix(corpus, mix or {"code": 3, "docstrings": 2, "reference": 1}, lanes, seed=1)
-    states = [LaneState(tokens=shares.head_start(lane)) for lane in range(lanes)]
+    states = [LaneState(tokens=shares.initial_offset(lane)) for lane in range(lanes)]
     return [Lane(n, lanes, shares, seq_len, buffer_rows, (1, 0), state) for n, state in enumerate(states)], shares
 
 
@@ -71,19 +72,19 @@ def test_lanes_serve_the_declared_proportions(corpus_root):
     for lane in lanes:
         drawn = lane.drawn
         total = sum(drawn.values())
-        for name, source in shares.sources.items():
+        for name, source in shares.slices.items():
             # One block for the end of the window, one for the head start.
-            assert abs(drawn[name] - source.share * total) <= 2 * block
+            assert abs(drawn[name] - source.proportion * total) <= 2 * block
     together = Counter()
     for lane in lanes:
         together.update(lane.drawn)
-    for name, source in shares.sources.items():
-        assert abs(together[name] - source.share * together.total()) <= len(lanes) * block
+    for name, source in shares.slices.items():
+        assert abs(together[name] - source.proportion * together.total()) <= len(lanes) * block
 
 
 def test_lanes_begin_apart_in_the_sequence_of_sources(corpus_root):
     lanes, shares = lanes_of(corpus_root, lanes=24, mix={"code": 3, "docstrings": 2, "reference": 1}, buffer_rows=1)
-    first = Counter(shares.most_owed(shares.head_start(number)) for number in range(len(lanes)))
+    first = Counter(shares.largest_deficit(shares.initial_offset(number)) for number in range(len(lanes)))
     assert first == {"code/slice-000": 12, "docstrings/slice-000": 8, "reference/slice-000": 4}
 
 
@@ -104,7 +105,7 @@ def test_a_window_that_comes_out_otherwise_is_an_error(corpus_root):
     (lane, *_), shares = lanes_of(corpus_root)
     lane.next_row()
     state = LaneState(**{**lane.state(), "checksum": "0" * 16})
-    with pytest.raises(ValueError, match="lane 0: the window that was open at the checkpoint"):
+    with pytest.raises(ValueError, match="lane 0: the packing buffer that was open at the checkpoint"):
         Lane(0, 4, shares, 64, 8, (1, 0), state)
 
 
@@ -113,7 +114,7 @@ def test_windows_are_refilled_at_different_times(corpus_root):
     rows_of_first_window = []
     for lane in lanes:
         count = 0
-        while lane.state()["window"] == 0:
+        while lane.state()["buffer"] == 0:
             lane.next_row()
             count += 1
         rows_of_first_window.append(count)
@@ -138,7 +139,7 @@ def contents(step):
 def test_every_token_drawn_is_served_or_in_an_open_window(small_run):
     run = small_run()
     steps = list(steps_of(run))
-    accounts = steps[-1].state["accounts"]
+    accounts = steps[-1].state["token_counts"]
     curriculum = Curriculum(run.phases)
     assert list(accounts) == list(run.phases)
     text = special = padding = 0
@@ -211,8 +212,8 @@ def test_other_numbers_of_ranks_go_on_from_the_same_state(small_run):
         for number, together in enumerate(list(zip(*ranks, strict=True))[:steps]):
             assert sorted(contents(alone[done + number])) == sorted(row for step in together for row in contents(step))
         last = (steps or len(ranks[0])) - 1
-        state = merge([DataState.from_dict(rank[last].state) for rank in ranks]).to_dict()
-        assert state["accounts"] == alone[done + last].state["accounts"]
+        state = merge_rank_states([DataState.from_dict(rank[last].state) for rank in ranks]).to_dict()
+        assert state["token_counts"] == alone[done + last].state["token_counts"]
         assert dict(sorted(state["lanes"].items())) == alone[done + last].state["lanes"]
         done += last + 1
     assert done == len(alone)

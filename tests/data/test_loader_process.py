@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from modernenc.data.choices import Choices, Item
-from modernenc.data.loader import DataState, Step, Steps
+from modernenc.data.loader import Step, Steps
+from modernenc.data.state import DataState
 from modernenc.data.worker import StepLoader
 from modernenc.planning.checks import check_run
 from modernenc.run_folder.checkpoints import read
@@ -107,7 +108,8 @@ from support.shapes import check_shapes
 check_shapes()
 from support.runs import composed
 from modernenc.checks import check_run
-from modernenc.data.loader import DataState, Steps
+from modernenc.data.loader import Steps
+from modernenc.data.state import DataState
 from modernenc.data.worker import StepLoader
 run = composed(sys.argv[1:])
 loader = StepLoader(Steps(run, *check_run(run), 0, 1, DataState()), workers=1, pin_memory=False)
@@ -174,7 +176,7 @@ def taken(steps: Any) -> list[int]:
 ENDINGS = [
     ("killed", ChildProcessError, r"data.workers=1: the loader process was killed by SIGKILL, .*memory.*data.workers=0"),
     ("a mistake in the data", ValueError, r"^shard.00000.mds is damaged$"),
-    ("a mistake in the code", ChildProcessError, r"the loader process ended with status 1, as its own lines say"),
+    ("a mistake in the code", ChildProcessError, r"the loader process ended with status 1, as its own output says"),
     ("an error that cannot be sent", ChildProcessError, r"the loader process ended with status 1"),
     ("exit", ChildProcessError, r"the loader process ended with status 7"),
 ]

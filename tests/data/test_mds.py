@@ -150,7 +150,7 @@ def test_text_in_shards_of_another_program_is_prepared_and_the_shards_are_left(t
     """Whichever files its index names, and whichever are there."""
     streaming = pytest.importorskip("streaming", reason="reads what MosaicML streaming writes: the extra [streaming]")
     from data_prep.build import build
-    from data_prep.config import Source
+    from data_prep.config import SourceConfig
 
     columns = {"text": "str", "n": "int"}
     written = [f"document {number} of another program" for number in range(40)]
@@ -166,7 +166,7 @@ def test_text_in_shards_of_another_program_is_prepared_and_the_shards_are_left(t
             packed.unlink()
     before = contents(tmp_path / "in")
     reader = {"_target_": "data_prep.foreign.MdsReader", "data_folder": str(tmp_path / "in")}
-    build(corpus(tmp_path / "out", {"a": Source(reader=reader, licence="CC0-1.0", url="here")}))
+    build(corpus(tmp_path / "out", {"a": SourceConfig(reader=reader, licence="CC0-1.0", url="here")}))
     found = stored(tmp_path / "out")
     assert sorted(text for documents in found.values() for text in documents) == sorted(written)
     assert contents(tmp_path / "in") == before
@@ -365,7 +365,7 @@ MANIFESTS = {
 def test_a_manifest_of_another_shape_is_named(corpus_root, tmp_path, kind):
     changed = MANIFESTS[kind](json.loads((corpus_root / "manifest.json").read_text()))
     (tmp_path / "manifest.json").write_bytes(changed if isinstance(changed, bytes) else json.dumps(changed).encode())
-    with pytest.raises(ValueError, match=r"/manifest\.json(:| is no JSON file).*; restore it"):
+    with pytest.raises(ValueError, match=r"/manifest\.json(:| is not a JSON file).*; restore it"):
         Corpus(Store(str(tmp_path)))
 
 

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
-from modernenc.data.loader import DataState, Steps
+from modernenc.data.loader import Steps
+from modernenc.data.state import DataState
 from modernenc.model import optim
 from modernenc.model.build import build_objectives, checkpoint_activations
 from modernenc.planning import estimate

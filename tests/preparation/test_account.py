@@ -17,8 +17,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from data_prep import encode
 from data_prep.build import block_size, build
-from data_prep.config import Roles, Source
-from data_prep.config import Tokenizer as TokenizerSettings
+from data_prep.config import RolesConfig, SourceConfig, TokenizerConfig
 from data_prep.inputs import inputs_of, reader_of
 from data_prep.split import SurveyBucket
 from modernenc.evaluation.standard_error import standard_error, tokens_for
@@ -31,8 +30,8 @@ def manifest(root: Path, source: str = "a") -> dict:
     return json.loads((root / "manifest.json").read_text())["sources"][source]
 
 
-def source(target: str, folder: Path, **reader) -> Source:
-    return Source(reader={"_target_": target, "data_folder": str(folder), **reader}, licence="CC0-1.0", url="here")
+def source(target: str, folder: Path, **reader) -> SourceConfig:
+    return SourceConfig(reader={"_target_": target, "data_folder": str(folder), **reader}, licence="CC0-1.0", url="here")
 
 
 def documents(root: Path, name: str = "a") -> list[str]:
@@ -184,7 +183,7 @@ def test_a_reader_of_datatroves_that_is_not_ours_is_accounted_for_too(tmp_path):
     ("content", "message"),
     [
         (b'{"content": "x", "url": "y"}\n' * 9, r".*9 without text_key=text \(first: a.jsonl line 1, which has content, url\)"),
-        (json.dumps([{"text": "x"}] * 5, indent=1).encode(), r".*has text: \d+ not JSON .*lines have an object each"),
+        (json.dumps([{"text": "x"}] * 5, indent=1).encode(), r".*has text: \d+ not JSON .*each line is an object"),
         (b'{"text": " "}\n' * 9, r"none of the first 9 documents has text: 9 empty"),
         (b"", r"none of the first 0 documents has text: the files are empty"),
         ("{'text': 'x'}\n".encode("utf-16") * 4, r"none of the first \d+ documents has text: \d+ not UTF-8"),
@@ -301,7 +300,7 @@ def test_unfinished_work_on_other_settings_leaves_nothing_behind_and_no_shard_is
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(owner, name, die)
         build(corpus(tmp_path / "out", {"a": jsonl(tmp_path / "a")}, buckets=4))
-    settings = dict(buckets=1, tokenizer=TokenizerSettings(vocab_size=280, train_mb=1))
+    settings = dict(buckets=1, tokenizer=TokenizerConfig(vocab_size=280, train_mb=1))
     shard = tmp_path / "out" / "a" / "slice-000" / "bucket-00000" / "shard.00000.mds"
     shard.parent.mkdir(parents=True)
     shard.write_bytes(b"somebody's")
@@ -316,7 +315,7 @@ def test_unfinished_work_on_other_settings_leaves_nothing_behind_and_no_shard_is
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "new" / "tokenizer.json").read_bytes()
 
 
-def wordpiece(path: Path, words: list[str]) -> TokenizerSettings:
+def wordpiece(path: Path, words: list[str]) -> TokenizerConfig:
     """A tokenizer that does not know every character, and lower-cases."""
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokenizer = Tokenizer(models.WordPiece({word: n for n, word in enumerate([*specials, *words])}, unk_token="[UNK]"))
@@ -326,7 +325,7 @@ def wordpiece(path: Path, words: list[str]) -> TokenizerSettings:
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=9)
     tokenizer.save(str(path))
-    return TokenizerSettings(file=str(path))
+    return TokenizerConfig(file=str(path))
 
 
 def test_a_tokenizer_that_does_not_know_a_character_is_used_and_what_it_wrote_is_said(tmp_path, caplog):
@@ -357,12 +356,12 @@ def test_what_a_tokenizer_leaves_nothing_of_is_counted(tmp_path):
 @pytest.mark.parametrize(
     ("content", "roles", "message"),
     [
-        (b"\x0a\x0b<unk>", Roles(), r"tokenizer.file=.* is no tokenizer.json"),
-        (b'{"a": 1}', Roles(), r"is no tokenizer.json \(it has no model\)"),
-        (None, Roles(cls="[PAD]"), r"tokenizer.roles.pad and tokenizer.roles.cls are one token, \[PAD\]"),
+        (b"\x0a\x0b<unk>", RolesConfig(), r"tokenizer.file=.* is not a tokenizer.json"),
+        (b'{"a": 1}', RolesConfig(), r"is not a tokenizer.json \(it has no model\)"),
+        (None, RolesConfig(cls="[PAD]"), r"tokenizer.roles.pad and tokenizer.roles.cls are one token, \[PAD\]"),
         (
             None,
-            Roles(mask="<blank>"),
+            RolesConfig(mask="<blank>"),
             r"tokenizer.roles.mask: the tokenizer has none of <blank>; .* its special tokens are \[CLS\]",
         ),
     ],

@@ -11,8 +11,7 @@ from tokenizers import Tokenizer
 
 from data_prep import encode
 from data_prep.build import build
-from data_prep.config import Source
-from data_prep.config import Tokenizer as TokenizerSettings
+from data_prep.config import SourceConfig, TokenizerConfig
 from data_prep.verify import verify
 from modernenc.data.blocks import Corpus as Opened
 from modernenc.data.blocks import Shards
@@ -74,7 +73,7 @@ def test_other_readers(tmp_path, kind):
         for number, text in enumerate(documents):
             (folder / f"{number}.txt").write_text(text)
         target = "data_prep.readers.TextReader"
-    source = Source(reader={"_target_": target, "data_folder": str(folder)}, licence="CC0-1.0", url="here")
+    source = SourceConfig(reader={"_target_": target, "data_folder": str(folder)}, licence="CC0-1.0", url="here")
     build(corpus(tmp_path / "out", {"a": source}))
     found = stored(tmp_path / "out")
     assert sorted(found["a/slice-000"] + found["a/validation"]) == sorted(documents)
@@ -111,9 +110,10 @@ def test_an_interrupted_preparation_is_not_a_corpus_and_goes_on(tmp_path, monkey
     def die(*arguments, **settings):
         raise KeyboardInterrupt
 
-    for step in ("train", "roles", "special_ids"):  # before the tokenizer, after it, after the blocks
+    # before the tokenizer, after it, after the blocks
+    for step in ("encode.train", "build.role_ids", "manifest.special_token_ids"):
         with monkeypatch.context() as patch:
-            patch.setattr(encode, step, die)
+            patch.setattr(f"data_prep.{step}", die)
             with pytest.raises(KeyboardInterrupt):
                 build(settings)
         with pytest.raises(FileNotFoundError, match=r"no manifest.json there; do this"):
@@ -128,14 +128,14 @@ def test_a_given_tokenizer_is_used_with_its_own_roles(tmp_path):
     other = json.loads(tokenizer.to_str().replace("[CLS]", "<s>").replace("[SEP]", "</s>").replace("[MASK]", "<mask>"))
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(other))
-    build(corpus(tmp_path / "out", {"a": jsonl(tmp_path / "a")}, tokenizer=TokenizerSettings(file=str(path))))
+    build(corpus(tmp_path / "out", {"a": jsonl(tmp_path / "a")}, tokenizer=TokenizerConfig(file=str(path))))
     opened = Opened(Store(str(tmp_path / "out")))
     given = Tokenizer.from_file(str(path))
     assert (opened.roles.cls, opened.roles.mask) == (given.token_to_id("<s>"), given.token_to_id("<mask>"))
     assert not set(opened.ordinary_ids.tolist()) & {opened.roles.cls, opened.roles.mask, opened.roles.pad}
     path.write_text(json.dumps(other).replace("<mask>", "<blank>"))
     with pytest.raises(ValueError, match=r"tokenizer.roles.mask: the tokenizer has none of"):
-        build(corpus(tmp_path / "other", {"a": jsonl(tmp_path / "a")}, tokenizer=TokenizerSettings(file=str(path))))
+        build(corpus(tmp_path / "other", {"a": jsonl(tmp_path / "a")}, tokenizer=TokenizerConfig(file=str(path))))
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_a_truncated_or_absent_shard_is_named_before_anything_is_read(damaged):
 def test_a_tokenizer_that_is_not_the_one_that_made_the_ids_is_found(damaged):
     path = damaged / "tokenizer.json"
     path.write_text(path.read_text().replace("[CLS]", "[CLZ]"))
-    with pytest.raises(ValueError, match=r"tokenizer.json is not what made the ids: sha256 .*; restore it"):
+    with pytest.raises(ValueError, match=r"tokenizer.json is not the tokenizer that made the token ids: sha256 .*; restore it"):
         verify(damaged)
 
 

@@ -87,7 +87,7 @@ def test_skipped_data_are_not_trained_on_and_are_accounted_for(finished):
     after = losses(finished)
     assert list(after) == list(before)
     assert after[at + 1] != before[at + 1]
-    account = read(finished / FINAL).state.data["accounts"]["stable"]
+    account = read(finished / FINAL).state.data["token_counts"]["stable"]
     assert account["skipped"] > 0.8 * 1024
     assert read_lineage(finished)[-1]["skipped_tokens"] == 1024
     resume(finished / "checkpoints" / "rollback-1.ckpt", [])
@@ -133,7 +133,7 @@ def test_a_rollback_killed_at_any_file_operation_is_done_or_not_begun(finished, 
         seen.add(rolled_back)
         state = read(folder / FINAL)
         assert state.run["optim"]["lr"] == load(folder).optim["lr"]
-        assert (state.state.data["accounts"]["stable"]["skipped"] > 0) == rolled_back
+        assert (state.state.data["token_counts"]["stable"]["skipped"] > 0) == rolled_back
         entries = [entry for entry in read_lineage(folder) if entry["event"] == "rollback"]
         assert len(entries) == rolled_back
         assert list(losses(folder)) == list(losses(finished))

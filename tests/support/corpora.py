@@ -9,8 +9,7 @@ import numpy as np
 import zstandard
 from tokenizers import Tokenizer
 
-from data_prep.config import Corpus, Source
-from data_prep.config import Tokenizer as TokenizerSettings
+from data_prep.config import CorpusConfig, SourceConfig, TokenizerConfig
 from modernenc.data.blocks import Corpus as Opened
 from modernenc.data.store import Store
 
@@ -35,19 +34,19 @@ def write_jsonl(path: Path, documents: list[str]) -> None:
     path.write_bytes(content)
 
 
-def jsonl(folder: Path, **settings: Any) -> Source:
+def jsonl(folder: Path, **settings: Any) -> SourceConfig:
     """Return a source that reads the JSON lines of a folder."""
     reader = {"_target_": "datatrove.pipeline.readers.JsonlReader", "data_folder": str(folder)}
-    return Source(reader=reader, licence="CC0-1.0", url="https://example.org", **settings)
+    return SourceConfig(reader=reader, licence="CC0-1.0", url="https://example.org", **settings)
 
 
-def corpus(out: Path, sources: dict[str, Source], **settings: Any) -> Corpus:
+def corpus(out: Path, sources: dict[str, SourceConfig], **settings: Any) -> CorpusConfig:
     """Return the settings of a small corpus, to be prepared in this process."""
     defaults: dict[str, Any] = dict(
-        name="test", tokenizer=TokenizerSettings(vocab_size=300, train_mb=1), block_tokens=64, validation_error=0.02,
+        name="test", tokenizer=TokenizerConfig(vocab_size=300, train_mb=1), block_tokens=64, validation_error=0.02,
         validation_share=0.1, max_dropped=0.01, buckets=3, workers=1,
     )  # fmt: skip
-    return Corpus(out=str(out), sources=sources, **{**defaults, **settings})
+    return CorpusConfig(out=str(out), sources=sources, **{**defaults, **settings})
 
 
 def stored(root: Path) -> dict[str, list[str]]:

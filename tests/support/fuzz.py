@@ -218,15 +218,15 @@ def plain_array(data: bytes, code: str) -> Any:
 def tokenizer(rng: random.Random, folder: Path) -> str:
     """A tokenizer that is given, and that of a corpus."""
     from data_prep import encode
-    from data_prep.config import Roles
+    from modernenc.data.tokenizer import role_ids
 
     path = folder / "tokenizer.json"
     path.write_bytes(damaged_json((SAVED / "tokenizer.json").read_bytes(), rng))
     text = "the fox said 3 + 4 = 7. \U0001f600"
 
     def ours() -> Any:
-        made = encode.given(path)
-        encode.roles(made, Roles())
+        made = encode.load_given(path)
+        role_ids(made, {})
         return made.encode(text, add_special_tokens=False).ids
 
     def plain() -> Any:
@@ -243,11 +243,13 @@ def reading(folder: Path, kind: str) -> Any:
     """What our reading keeps of a folder, and how many documents it accounts for."""
     from data_prep.account import Account
     from data_prep.buckets import Bucket
-    from data_prep.config import Source
+    from data_prep.config import SourceConfig
     from data_prep.inputs import inputs_of, reader_of
     from data_prep.read import Read
 
-    source = Source(reader={"_target_": f"data_prep.readers.{kind}", "data_folder": str(folder / "in")}, licence="x", url="x")
+    source = SourceConfig(
+        reader={"_target_": f"data_prep.readers.{kind}", "data_folder": str(folder / "in")}, licence="x", url="x"
+    )
     files = [file.path for file in inputs_of("a", reader_of("a", source)).files]
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)

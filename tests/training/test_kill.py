@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from modernenc.data.loader import DataState, Steps
+from modernenc.data.loader import Steps
+from modernenc.data.state import DataState
 from modernenc.planning.checks import check_run
 from modernenc.run_folder.tables import Table
 from support.commands import ROOT, importing
@@ -88,7 +89,7 @@ def test_killed_anywhere_ends_with_the_same_weights(small_run, corpus_root, item
     windows: dict[tuple[str, int], set[int]] = {}
     for step in Steps(run, curriculum, corpus, 0, 1, DataState()):
         for lane, state in step.state["lanes"].items():
-            windows.setdefault((step.state["phase"], lane), set()).add(state["window"])
+            windows.setdefault((step.state["phase"], lane), set()).add(state["buffer"])
     assert len(run.phases) == 3 and len(windows) == 3 * run.data.lanes
     assert min(len(numbers) for numbers in windows.values()) >= 3
 

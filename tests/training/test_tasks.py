@@ -14,7 +14,8 @@ from modernenc.curriculum import MASKED_LM, Curriculum, objective_cycle
 from modernenc.data.blocks import Corpus
 from modernenc.data.choices import COLUMNS, Choices
 from modernenc.data.choices import read as read_items
-from modernenc.data.loader import DataState, Steps, merge
+from modernenc.data.loader import Steps
+from modernenc.data.state import DataState, merge_rank_states
 from modernenc.evaluation.comparison import compare
 from modernenc.export import export
 from modernenc.model.build import build_objectives, weights_of
@@ -168,7 +169,7 @@ def test_every_objective_learns_and_is_validated(mixed_run, items):
     assert {row["phase"] for row in scores if row["source"] == "all"} == {"stable", "extend", "decay"}
     report = (folder / "report.html").read_text()
     assert "next: which of 4 endings" in report and f"{accuracy['decay']:.1%}" in report
-    account = read(folder / FINAL).state.data["accounts"]
+    account = read(folder / FINAL).state.data["token_counts"]
     assert set(account["extend"]["served"]) == {"next"}
     assert set(account["decay"]["served"]) == {"code/slice-000", "docstrings/slice-000", "next"}
 
@@ -214,8 +215,8 @@ def test_the_state_of_two_ranks_goes_on_on_one(mixed_run):
             next(each)
     states = [DataState.from_dict(next(rank).state) for rank in ranks]
     state = next(alone).state
-    merged = merge(states).to_dict()
-    assert merged["accounts"] == state["accounts"]
+    merged = merge_rank_states(states).to_dict()
+    assert merged["token_counts"] == state["token_counts"]
     assert {n: lane["row"] for n, lane in merged["lanes"].items()} == {n: lane["row"] for n, lane in state["lanes"].items()}
 
 
@@ -293,9 +294,9 @@ def test_a_mistake_is_one_line(mistake, mixed_run):
     [
         ("sent1,sent2,ending0,ending1,ending2,label\na,b,c,d,e,0\n", "no column ending3"),
         (",".join(COLUMNS) + "\na,b,c,d,e,f,4\n", "line 2: label=4; expected 0 to 3"),
-        (",".join(COLUMNS) + "\na,b,c,d,e,f,1\na,b,c\n", "line 3: nothing for ending1"),
+        (",".join(COLUMNS) + "\na,b,c,d,e,f,1\na,b,c\n", "line 3: no value for ending1"),
         (",".join(COLUMNS) + "\n", "has no items"),
-        (",".join(COLUMNS) + "\na,b,\xe9,d,e,f,1\n", "no CSV file in UTF-8"),
+        (",".join(COLUMNS) + "\na,b,\xe9,d,e,f,1\n", "not a CSV file in UTF-8"),
     ],
 )
 def test_a_file_that_is_not_in_the_layout_is_refused(text, said, tmp_path):

@@ -100,7 +100,7 @@ def sums(rng: random.Random) -> str:
 def main() -> None:
     """Write the text and prepare it."""
     from data_prep.build import build
-    from data_prep.config import Corpus, Source, Tokenizer
+    from data_prep.config import CorpusConfig, SourceConfig, TokenizerConfig
 
     with tempfile.TemporaryDirectory() as folder:
         sources = {}
@@ -110,10 +110,10 @@ def main() -> None:
             lines = [json.dumps({"text": write(rng), "id": f"{name}-{at}"}) for at in range(number)]
             (Path(folder) / name / "text.jsonl").write_text("\n".join(lines) + "\n")
             reader = {"_target_": "datatrove.pipeline.readers.JsonlReader", "data_folder": str(Path(folder) / name)}
-            sources[name] = Source(reader=reader, licence="Apache-2.0", url="https://github.com/modernenc/modernenc")
+            sources[name] = SourceConfig(reader=reader, licence="Apache-2.0", url="https://github.com/modernenc/modernenc")
         build(
-            Corpus(
-                name="saved", out=sys.argv[1], sources=sources, tokenizer=Tokenizer(vocab_size=400, train_mb=1),
+            CorpusConfig(
+                name="saved", out=sys.argv[1], sources=sources, tokenizer=TokenizerConfig(vocab_size=400, train_mb=1),
                 block_tokens=256, validation_error=0.02, validation_share=0.1, max_dropped=0.01, buckets=1, workers=1,
             )
         )  # fmt: skip
