@@ -28,12 +28,12 @@ _IDENTITY = {"identity": True}
 """Mark of a field that the program sets and no resume may change: which run this is."""
 
 RENAMED = {
-    "data.buffer_rows": "data.buffer_rows",
-    "trainer.activation_checkpointing_every": "trainer.activation_checkpointing_every",
+    "data.window_rows": "data.buffer_rows",
+    "trainer.recompute_every": "trainer.activation_checkpointing_every",
     "rehearse": "smoke_test",
-    "watch.z_threshold": "watch.z_threshold",
-    "estimate.price_per_hour": "estimate.price_per_hour",
-    "init.layer_mapping": "init.layer_mapping",
+    "watch.z": "watch.z_threshold",
+    "estimate.price": "estimate.price_per_hour",
+    "init.layers": "init.layer_mapping",
 }
 """Former names of keys, each with the present one."""
 
