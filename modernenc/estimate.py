@@ -122,15 +122,15 @@ def hours(run: Run, curriculum: Curriculum, corpus: Corpus | None, measured: dic
 
 def measure(run: Run) -> dict[str, float]:
     """Tokens a second of each phase on one device of this machine, from some full steps of each; the data must be there."""
-    from modernenc.bench.loop import bare, only
+    from modernenc.planning.measure import bare_loop_step_seconds, keep_phase
 
     speeds = {}
     for name, phase in run.phases.items():
         short = deepcopy(run)
         short.trainer.devices = short.trainer.num_nodes = 1
-        only(short, name, WARMUP + STEPS)
+        keep_phase(short, name, WARMUP + STEPS)
         step_tokens = sum(tokens_of_cycle(phase, run.tasks).values()) / sum(objectives_of(phase).values())
-        speeds[name] = step_tokens / bare(short, WARMUP + STEPS, WARMUP)
+        speeds[name] = step_tokens / bare_loop_step_seconds(short, WARMUP + STEPS, WARMUP)
     return speeds
 
 

@@ -1,0 +1,1 @@
+"""Planning: what a run will take, before it is started."""
