@@ -5,14 +5,14 @@ and the tokens per second to their hidden states. Ours gets them packed, transfo
 extrapolated from the peak memory of two batches.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from modernenc.bench import output
 from modernenc.bench.interleave import Result, available_bytes, run_interleaved
@@ -27,36 +27,26 @@ RUNS = 10
 ENCODERS = {"modernenc": our_encoder, "HF padded": peer_encoder}
 
 
-@dataclass
-class Case:
-    """A backbone on documents of one kind, fixed or variable in length."""
-
-    backbone: str
-    length: int
-    kind: str
-    documents: int
-    """Documents of a batch."""
-    results: list[Result]
-    fit: list[int]
-    """For each result, how many documents fit into memory at once."""
-
-
 def measure(bench: Bench, folder: Path) -> None:
-    """Measure every case, and write a table and JSON."""
-    cases = []
-    for backbone in bench.backbones:
-        for length in LENGTHS:
-            run = make_run(bench, backbone, length)
-            check_peer(backbone, run)
-            for kind in KINDS:
-                documents = max(4, bench.inference_tokens // length)
-                lengths = lengths_of(kind, length, documents)
-                encoders = {name: partial(encoder, run, lengths) for name, encoder in ENCODERS.items()}
-                results = run_interleaved(encoders, RUNS)
-                fit = [how_many_fit(result, run, lengths) for result in results]
-                cases.append(Case(backbone, length, kind, documents, results, fit))
-                output.write(folder, "inference", table_of(cases), [asdict(case) for case in cases])
-    Console().print(table_of(cases))
+    """Measure every backbone on documents of every length and kind, and write a table and JSON."""
+    table = output.new_table(f"hidden states, medians of {RUNS} runs", ("", "fit", "batch", "k tokens/s", "ratio", "from-to"))
+    written = []
+    for backbone, length, kind in product(bench.backbones, LENGTHS, KINDS):
+        run = make_run(bench, backbone, length)
+        check_peer(backbone, run)
+        documents = max(4, bench.inference_tokens // length)
+        lengths = lengths_of(kind, length, documents)
+        results = run_interleaved({name: partial(encoder, run, lengths) for name, encoder in ENCODERS.items()}, RUNS)
+        fit = [how_many_fit(result, run, lengths) for result in results]
+        table.add_row(f"{backbone} {length:,} {kind}")
+        for result, count in zip(results, fit, strict=True):
+            if not output.failed(table, result.name, result, results[0]):
+                ratios = output.spread(results[0].times_faster(result))
+                table.add_row(f"  {result.name}", f"{count:,}", f"{documents:,}", f"{result.speed / 1e3:,.1f}", *ratios)
+        case = {"backbone": backbone, "length": length, "kind": kind, "documents": documents}
+        written.append({**case, "results": [asdict(result) for result in results], "fit": fit})
+        output.write(folder, "inference", table, written)
+    Console().print(table)
 
 
 def lengths_of(kind: str, length: int, documents: int) -> list[int]:
@@ -76,15 +66,3 @@ def how_many_fit(result: Result, run: Run, lengths: list[int]) -> int:
         return 0
     each = (result.peak_bytes - fewer.peak_bytes) / (len(lengths) - len(few))
     return int((free - fewer.peak_bytes) / max(each, 1)) + len(few)
-
-
-def table_of(cases: list[Case]) -> Table:
-    """Return a table with a row for each encoder of each case."""
-    table = output.new_table(f"hidden states, medians of {RUNS} runs", ("", "fit", "batch", "k tokens/s", "ratio", "from-to"))
-    for case in cases:
-        table.add_row(f"{case.backbone} {case.length:,} {case.kind}")
-        for result, fit in zip(case.results, case.fit, strict=True):
-            if not output.failed(table, result.name, result, case.results[0]):
-                ratios = output.spread(case.results[0].times_faster(result))
-                table.add_row(f"  {result.name}", f"{fit:,}", f"{case.documents:,}", f"{result.speed / 1e3:,.1f}", *ratios)
-    return table

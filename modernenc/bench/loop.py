@@ -48,12 +48,12 @@ def measure(bench: Bench, folder: Path) -> None:
         with tempfile.TemporaryDirectory() as runs, contextlib.redirect_stdout(io.StringIO()):
             saving = deepcopy(run)
             saving.checkpoint.every_tokens, saving.run_dir = SAVE_EVERY * ROWS * ROW, f"{runs}/saving"
-            saves = [1 + cost / STEPS_PER_SAVE for cost in save_costs(full_run_step_seconds(saving), SAVE_EVERY)]
+            saves = [1 + cost / STEPS_PER_SAVE for cost in save_costs(full_run(saving).step_seconds, SAVE_EVERY)]
             for number in range(bench.repetitions):
                 one = deepcopy(run)
                 one.checkpoint.every_tokens, one.run_dir = 0, f"{runs}/{number}"
                 seconds["bare loop"].append(bare_loop_step_seconds(run, STEPS, WARMUP))
-                seconds["run"].append(mean(full_run_step_seconds(one)[WARMUP:]))
+                seconds["run"].append(mean(full_run(one).step_seconds[WARMUP:]))
         ratios = [run / bare for run, bare in zip(seconds["run"], seconds["bare loop"], strict=True)]
         table.add_row(
             backbone, *(f"{median(values):.4f}" for values in seconds.values()),
@@ -72,20 +72,36 @@ def _prepare(run: Run, steps: int, validation_tokens: int) -> None:
     run.checkpoint.every_minutes = 0
 
 
-def full_run_step_seconds(run: Run, *callbacks: L.Callback) -> list[float]:
-    """Train a whole run and return the seconds of each step, including all that the run does after it."""
-    times: list[float] = []
+class Clock(L.Callback):
+    """Note when each step starts and ends, and its tokens."""
 
-    class Clock(L.Callback):
-        """Note when each step starts."""
+    def __init__(self) -> None:
+        self.starts: list[float] = []
+        self.ends: list[float] = []
+        self.tokens: list[int] = []
 
-        def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-            times.append(time.perf_counter())
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        self.starts.append(time.perf_counter())
+        self.tokens.append(batch.tokens)
 
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.ends.append(time.perf_counter())
+
+    @property
+    def step_seconds(self) -> list[float]:
+        """Seconds from the start of each step to that of the next, so including all that the run does after a step."""
+        return [after - before for before, after in pairwise(self.starts)]
+
+
+def full_run(run: Run) -> Clock:
+    """Train a whole run, and return the times of its steps."""
+    clock = Clock()
     curriculum, corpus = check_run(run)
     fit.start(run, curriculum)
-    fit.fit(run, curriculum, corpus, None, {"event": "start", "checkpoint": ""}, [Clock(), *callbacks])
-    return [after - before for before, after in pairwise(times)]
+    fit.fit(run, curriculum, corpus, None, {"event": "start", "checkpoint": ""}, [clock])
+    return clock
 
 
 def save_costs(times: list[float], every: int) -> list[float]:
@@ -100,33 +116,18 @@ def save_costs(times: list[float], every: int) -> list[float]:
 def saving_run(run: Run, steps: int, scratch: str) -> dict[str, float]:
     """Train a run that saves `SAVES` times, and return by gpu.csv's columns: step time and speed far from a save, the cost of a
     save, and the time between two steps, in which the loop waits for the loader."""
-    every, between, tokens = steps // SAVES, [], []
-
-    class Waits(L.Callback):
-        """Note the time between the end of a step and the start of the next."""
-
-        ended = time.perf_counter()
-
-        def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-            between.append(time.perf_counter() - self.ended)
-            tokens.append(batch.tokens)
-
-        def on_train_batch_end(
-            self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-        ) -> None:
-            self.ended = time.perf_counter()
-
-    phase = run.phases["decay"]
+    every, phase = steps // SAVES, run.phases["decay"]
     _prepare(run, steps, phase.seq_len)
     run.checkpoint.every_tokens = every * phase.batch_rows * phase.seq_len
     run.run_dir = f"{scratch}/run"
     with contextlib.redirect_stdout(io.StringIO()):
-        times = full_run_step_seconds(run, Waits())
+        clock = full_run(run)
+    times = clock.step_seconds
     usual = [number for number in range(every, len(times)) if (number + 1) % every > 2]  # far from a save
     seconds = [times[number] for number in usual]
     return {
         "ms": 1e3 * mean(seconds), "ms_from": 1e3 * min(seconds), "ms_to": 1e3 * max(seconds), "first_s": times[0],
-        "tokens_per_s": sum(tokens[number] for number in usual) / sum(seconds),
+        "tokens_per_s": sum(clock.tokens[number] for number in usual) / sum(seconds),
         "save_s": mean(save_costs(times, every)) * mean(seconds),
-        "between_ms": 1e3 * mean(between[number + 1] for number in usual),
+        "between_ms": 1e3 * mean(clock.starts[number + 1] - clock.ends[number] for number in usual),
     }  # fmt: skip

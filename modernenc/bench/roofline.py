@@ -6,6 +6,7 @@ alone bound a step whose other kernels are all fused into them.
 """
 
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -46,50 +47,41 @@ class Kernel:
         return max(self.flops / PEAK, self.bytes / BANDWIDTH)
 
 
-@dataclass
-class Case:
-    """A step of a backbone on documents of one length."""
-
-    backbone: str
-    length: int
-    tokens: int
-    kernels: list[Kernel]
-
-    def sums(self) -> dict[str, float]:
-        """Return totals over all kernels; `heavy_seconds` is the time of products and attention alone."""
-        heavy = [kernel for kernel in self.kernels if kernel.flops]
-        return {
-            "launches": len(self.kernels),
-            "flops": sum(kernel.flops for kernel in heavy),
-            "bytes": sum(kernel.bytes for kernel in self.kernels),
-            "seconds": sum(kernel.seconds for kernel in self.kernels),
-            "heavy_seconds": sum(kernel.seconds for kernel in heavy),
-            "launch_seconds": len(self.kernels) * LAUNCH_S,
-        }
-
-
 def measure(bench: Bench, folder: Path) -> None:
-    """Count every case, and write a table and JSON."""
-    cases = []
-    for backbone in bench.backbones:
-        for length in bench.lengths:
-            run = make_run(bench, backbone, length)
-            tokens = run.trainer.micro_batch_tokens // length * length
-            cases.append(Case(backbone, length, tokens, step_of(run, length, tokens)))
+    """Count a step of every backbone on documents of every length, and write a table and JSON."""
     table = output.new_table(
         f"a step of {bench.micro_batch_tokens:,} tokens on one {GPU}, at the least",
         ("", "kernels", "launch", "TFLOP", "GB", "ms", "M tok/s", "fused"),
     )
-    for case in cases:
-        sums = case.sums()
+    written = []
+    for backbone, length in product(bench.backbones, bench.lengths):
+        run = make_run(bench, backbone, length)
+        tokens = run.trainer.micro_batch_tokens // length * length
+        kernels = step_of(run, length, tokens)
+        sums = sums_of(kernels)
         table.add_row(
-            f"{case.backbone} {case.length:,}", f"{sums['launches']:,.0f}",
+            f"{backbone} {length:,}", f"{sums['launches']:,.0f}",
             f"{1e3 * sums['launch_seconds']:.1f}", f"{sums['flops'] / 1e12:.2f}", f"{sums['bytes'] / 1e9:.1f}",
-            f"{1e3 * sums['seconds']:.2f}", f"{case.tokens / sums['seconds'] / 1e6:.2f}",
-            f"{case.tokens / sums['heavy_seconds'] / 1e6:.2f}",
+            f"{1e3 * sums['seconds']:.2f}", f"{tokens / sums['seconds'] / 1e6:.2f}",
+            f"{tokens / sums['heavy_seconds'] / 1e6:.2f}",
         )  # fmt: skip
-    output.write(folder, "roofline", table, [{**asdict(case), **case.sums()} for case in cases])
+        case = {"backbone": backbone, "length": length, "tokens": tokens}
+        written.append({**case, "kernels": [asdict(kernel) for kernel in kernels], **sums})
+    output.write(folder, "roofline", table, written)
     Console().print(table)
+
+
+def sums_of(kernels: list[Kernel]) -> dict[str, float]:
+    """Return totals over kernels; `heavy_seconds` is the time of products and attention alone."""
+    heavy = [kernel for kernel in kernels if kernel.flops]
+    return {
+        "launches": len(kernels),
+        "flops": sum(kernel.flops for kernel in heavy),
+        "bytes": sum(kernel.bytes for kernel in kernels),
+        "seconds": sum(kernel.seconds for kernel in kernels),
+        "heavy_seconds": sum(kernel.seconds for kernel in heavy),
+        "launch_seconds": len(kernels) * LAUNCH_S,
+    }
 
 
 def step_of(run: Run, length: int, tokens: int) -> list[Kernel]:

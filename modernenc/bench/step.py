@@ -5,7 +5,7 @@ documents as its users batch them: padded to the longest of a batch, or as full 
 candidate has a process of its own, as a training script would.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -20,21 +20,10 @@ from modernenc.bench.peers import check_peer, peer_step
 from modernenc.bench.settings import PEERS, Bench, make_run
 
 
-@dataclass
-class Case:
-    """A backbone at one row length, with one peer or alone."""
-
-    backbone: str
-    length: int
-    peak: Result
-    """Matrix products interleaved with the steps, as the hardware's peak."""
-    ours: Result
-    peer: Result | None = None
-
-
 def measure(bench: Bench, folder: Path) -> None:
-    """Measure every case, and write a table and JSON."""
-    cases = []
+    """Measure every backbone at every length with each peer, and write a table and JSON."""
+    table = output.new_table("real tokens a second", ("", "tokens/s", "ours / it", "from-to", "of peak", "GB"))
+    written = []
     for backbone in bench.backbones:
         for length in bench.lengths:
             run = make_run(bench, backbone, length)
@@ -47,20 +36,18 @@ def measure(bench: Bench, folder: Path) -> None:
                 }
                 if peer:
                     candidates[peer] = partial(peer_step, peer, run)
-                cases.append(Case(backbone, length, *run_interleaved(candidates, bench.repetitions)))
-            output.write(folder, "step", table_of(cases), [asdict(case) for case in cases])
-    Console().print(table_of(cases))
+                peak, ours, *theirs = run_interleaved(candidates, bench.repetitions)
+                table.add_row(f"{backbone} {length:,}")
+                for result in (ours, *theirs):
+                    _add_row(table, result, ours, peak)
+                case = {"peak": asdict(peak), "ours": asdict(ours), "peer": asdict(theirs[0]) if peer else None}
+                written.append({"backbone": backbone, "length": length, **case})
+                output.write(folder, "step", table, written)
+    Console().print(table)
 
 
-def table_of(cases: list[Case]) -> Table:
-    """Return a table with a row for each candidate of each case."""
-    table = output.new_table("real tokens a second", ("", "tokens/s", "ours / it", "from-to", "of peak", "GB"))
-    for case in cases:
-        table.add_row(f"{case.backbone} {case.length:,}")
-        for result in filter(None, (case.ours, case.peer)):
-            name = PEERS.get(result.name, result.name)
-            if not output.failed(table, name, result, case.ours):
-                of_peak, gb = f"{result.flops / case.peak.flops:.0%}", f"{result.peak_bytes / 1e9:.1f}"
-                ratios = output.spread(case.ours.times_faster(result))
-                table.add_row(f"  {name}", f"{result.speed:,.0f}", *ratios, of_peak, gb)
-    return table
+def _add_row(table: Table, result: Result, ours: Result, peak: Result) -> None:
+    name = PEERS.get(result.name, result.name)
+    if not output.failed(table, name, result, ours):
+        of_peak, gb = f"{result.flops / peak.flops:.0%}", f"{result.peak_bytes / 1e9:.1f}"
+        table.add_row(f"  {name}", f"{result.speed:,.0f}", *output.spread(ours.times_faster(result)), of_peak, gb)
