@@ -11,13 +11,13 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from modernenc.bench.settings import PARTS, Bench, check_names, register_bench
+from modernenc.bench.settings import PARTS, Bench, check, register_bench
 from modernenc.cli import run as run_cli
 
 
 def main(bench: Bench) -> None:
     """Run the chosen parts; only they import torch and what they compare with."""
-    check_names(bench)
+    check(bench)
     for part in bench.parts:
         import_module(f"modernenc.bench.{part}").measure(bench, Path(bench.out))
 

@@ -91,8 +91,8 @@ def register_bench() -> None:
     ConfigStore.instance().store(name="bench_schema", node=Bench)
 
 
-def check_names(bench: Bench) -> None:
-    """Raise ValueError for a part, peer, backbone or optimizer that does not exist."""
+def check(bench: Bench) -> None:
+    """Raise ValueError or FileNotFoundError for settings that no part can run with, before torch is imported."""
     backbones = sorted(hydra_options("backbone"))
     for key, names, known in (
         ("parts", bench.parts, PARTS),
@@ -104,6 +104,16 @@ def check_names(bench: Bench) -> None:
     ):
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"{key}={unknown[0]} is unknown; available: {', '.join(known)}")
+    for name, settings in bench.optimizers.items():
+        if "share" not in settings:
+            raise ValueError(
+                f"optimizers.{name}: no share; expected the fraction of the Trainer's tokens that our run gets, such as 0.65"
+            )
+    if len(bench.gpu.lengths) != 2:
+        raise ValueError(f"gpu.lengths={bench.gpu.lengths}: expected two, that of most rows and that of long ones")
+    if bench.gpu.run_steps < 25:
+        raise ValueError(f"gpu.run_steps={bench.gpu.run_steps}: expected at least 25, for five saves and steps far from them")
+    make_run(bench, bench.gpu.backbone, bench.gpu.lengths[0])  # the corpus is there
 
 
 def make_run(bench: Bench, backbone: str, length: int, optimizer: str = "adamw") -> Run:

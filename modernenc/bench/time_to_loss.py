@@ -123,10 +123,6 @@ def our_run(bench: Bench, backbone: str, optimizer: str) -> Run:
     """Return our run: short rows at a constant learning rate, then long rows while it decays."""
     run = make_run(bench, backbone, ROW, optimizer)
     settings = dict(bench.optimizers[optimizer])
-    if "share" not in settings:
-        raise ValueError(
-            f"optimizers.{optimizer}: no share; expected the fraction of the Trainer's tokens that our run gets, such as 0.65"
-        )
     tokens = settings.pop("share") * bench.trainer_tokens
     run.optim |= settings
     phase = run.phases["decay"]
