@@ -1,1 +1,1 @@
-"""Measurements, one module each: `python -m modernenc.bench`, `.loop`, `.index`. Ratios within one process, taken in turn."""
+"""Benchmarks, one module for each part: `python -m modernenc.bench`. Speeds are compared as ratios of interleaved turns."""

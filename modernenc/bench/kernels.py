@@ -1,162 +1,134 @@
-"""Single parts of a step, to measure alone: copies, attention with a window by each way, optimizers, cross-entropy."""
+"""Parts of a step, as candidates: matrix products, copies, attention with a window, an optimizer, cross-entropy."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
-from modernenc.bench.turns import Turn, Work, device
+import torch
+from torch import Tensor
+from torch.nn.attention import activate_flash_attention_impl
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from modernenc.backbones import attention, rotary
+from modernenc.bench.cells import Metrics, timed
+from modernenc.bench.interleave import StepWork, Turn, device
 from modernenc.config import Run
+from modernenc.model import optim
+from modernenc.model.build import build_objectives
+from modernenc.objectives import linear_cross_entropy as loss_module
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
-    from modernenc.backbones.attention import Layout
-    from modernenc.backbones.rotary import Rotation
-
-    Path = Callable[[Tensor, Rotation, Layout, int | None], Tensor]
+Attention = Callable[[Tensor, rotary.Rotation, attention.Layout, int | None], Tensor]
 
 
-@dataclass
-class Copies:
-    """A copy of a large square matrix of fp32."""
+def matrix_products(precision: str, size: int, products: int = 1) -> Turn:
+    """Prepare a turn of products of large square matrices, in the precision of a step's products: the hardware's peak."""
+    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
+    a, b = torch.randn(2, size, size, device=device()).to(dtype)
 
-    size: int
-    at_once: int
+    def turn(number: int) -> StepWork:
+        for _ in range(products):
+            torch.mm(a, b)
+        return StepWork(0, products * 2.0 * size**3)
 
-    def start(self) -> Turn:
-        """Two matrices."""
-        import torch
-
-        a, b = torch.randn(2, self.size, self.size, device=device())
-
-        def turn(number: int) -> Work:
-            for _ in range(self.at_once):
-                b.copy_(a)
-            return Work(0, 0.0)
-
-        return turn
+    return turn
 
 
-@dataclass
-class Window:
-    """Attention with a window over documents of one length, rotary included: one of `attention.PATHS`, FA3 or flex."""
+def copies(size: int) -> Turn:
+    """Prepare a turn that copies a large square matrix of fp32: the memory's bandwidth."""
+    a, b = torch.randn(2, size, size, device=device())
 
-    path: str
-    run: Run
-    length: int
-    backward: bool
-    at_once: int
+    def turn(number: int) -> StepWork:
+        b.copy_(a)
+        return StepWork(0, 0.0)
 
-    def start(self) -> Turn:
-        """Queries, keys and values of a micro-batch, in half precision."""
-        import torch
-        from torch.nn.attention import activate_flash_attention_impl
-
-        from modernenc.backbones import attention, rotary
-
-        if self.path == "FA3":
-            activate_flash_attention_impl("FA3")
-        backbone = self.run.backbone
-        heads, window = backbone["num_attention_heads"], backbone["local_attention"] // 2
-        head_dim = backbone["hidden_size"] // heads
-        tokens = max(self.length, self.run.trainer.micro_batch_tokens // self.length * self.length)
-        ends = torch.arange(0, tokens + 1, self.length, dtype=torch.int32)
-        positions = rotary.positions_of(ends.to(device()), tokens)
-        rotation = rotary.rotation(backbone["local_rope_theta"], head_dim, positions, self.length)
-        layout = attention.Layout(ends, self.length, tokens, device())
-        qkv = torch.randn(tokens, 3, heads, head_dim, device=device()).bfloat16().requires_grad_()
-        path = flex(layout, window) if self.path == "flex" else attention.PATHS["varlen" if self.path == "FA3" else self.path]
-        grad = torch.ones_like(qkv[:, 0])
-
-        def turn(number: int) -> Work:
-            for _ in range(self.at_once):
-                out = path(qkv, rotation, layout, window)
-                if self.backward:
-                    out.backward(grad)
-                    qkv.grad = None
-            return Work(self.at_once * tokens, 0.0)
-
-        return turn
+    return turn
 
 
-def flex(layout: "Layout", window: int) -> "Path":
-    """Attention with scores as a function, compiled where there is a GPU; it finds once which blocks of a mask are empty."""
-    import torch
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def window_attention(backend: str, run: Run, length: int, backward: bool) -> Turn:
+    """Prepare a turn of attention with a window, rotary embedding included, over a micro-batch of documents of one length.
 
-    from modernenc.backbones.rotary import rotate
+    `backend` is one of `attention.PATHS`, FA3 or flex.
+    """
+    if backend == "FA3":
+        activate_flash_attention_impl("FA3")
+    backbone = run.backbone
+    heads, window = backbone["num_attention_heads"], backbone["local_attention"] // 2
+    head_dim = backbone["hidden_size"] // heads
+    tokens = max(length, run.trainer.micro_batch_tokens // length * length)
+    ends = torch.arange(0, tokens + 1, length, dtype=torch.int32)
+    positions = rotary.positions_of(ends.to(device()), tokens)
+    rotation = rotary.rotation(backbone["local_rope_theta"], head_dim, positions, length)
+    layout = attention.Layout(ends, length, tokens, device())
+    qkv = torch.randn(tokens, 3, heads, head_dim, device=device()).bfloat16().requires_grad_()
+    attend = flex(layout, window) if backend == "flex" else attention.PATHS["varlen" if backend == "FA3" else backend]
+    grad = torch.ones_like(qkv[:, 0])
 
+    def turn(number: int) -> StepWork:
+        out = attend(qkv, rotation, layout, window)
+        if backward:
+            out.backward(grad)
+            qkv.grad = None
+        return StepWork(tokens, 0.0)
+
+    return turn
+
+
+def timed_window(backend: str, run: Run, length: int, repetitions: int) -> Metrics:
+    """Time attention with a window forward alone, and forward and backward together."""
+    forward = timed(lambda: window_attention(backend, run, length, backward=False), repetitions, calls=10)
+    both = timed(lambda: window_attention(backend, run, length, backward=True), repetitions, calls=10)
+    return {**both, "forward_ms": forward["ms"]}
+
+
+def flex(layout: attention.Layout, window: int) -> Attention:
+    """Return FlexAttention with a window, compiled on a GPU; the empty blocks of the mask are found once, here."""
     lengths = layout.cu_seqlens.diff()
     documents = torch.repeat_interleave(torch.arange(len(lengths), device=device()), lengths, output_size=layout.tokens)
 
-    def seen(batch: "Tensor", head: "Tensor", query: "Tensor", key: "Tensor") -> "Tensor":
+    def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (documents[query] == documents[key]) & ((query - key).abs() <= window)
 
-    masked, attend = create_block_mask, flex_attention
+    make_mask, attend = create_block_mask, flex_attention
     if device().type == "cuda":
-        masked, attend = torch.compile(masked), torch.compile(attend)
-    mask = masked(seen, None, None, layout.tokens, layout.tokens, device())
+        make_mask, attend = torch.compile(make_mask), torch.compile(attend)
+    mask = make_mask(is_visible, None, None, layout.tokens, layout.tokens, device())
 
-    def path(qkv: "Tensor", rotation: "Rotation", layout: "Layout", window: int | None) -> "Tensor":
-        q, k, v = (x.transpose(0, 1)[None] for x in (rotate(qkv[:, 0], rotation), rotate(qkv[:, 1], rotation), qkv[:, 2]))
+    def attention_of(qkv: Tensor, rotation: rotary.Rotation, layout: attention.Layout, window: int | None) -> Tensor:
+        q, k = rotary.rotate(qkv[:, 0], rotation), rotary.rotate(qkv[:, 1], rotation)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, qkv[:, 2]))
         return attend(q, k, v, block_mask=mask)[0].transpose(0, 1)
 
-    return path
+    return attention_of
 
 
-@dataclass
-class Update:
-    """A step of the run's optimizer alone."""
+def optimizer_update(run: Run) -> Turn:
+    """Prepare a turn that is a step of the run's optimizer alone, with the same random gradients each time."""
+    objectives = build_objectives(run).to(device())
+    optimizers = optim.build(objectives, run.optim)
+    grads = [(parameter, torch.randn_like(parameter)) for parameter in objectives.parameters()]
 
-    run: Run
+    def turn(number: int) -> StepWork:
+        for parameter, grad in grads:
+            parameter.grad = grad
+        optim.step(optimizers)
+        return StepWork(0, 0.0)
 
-    def start(self) -> Turn:
-        """A model and gradients, the same in each turn."""
-        import torch
-
-        from modernenc.model import optim
-        from modernenc.model.build import build_objectives
-
-        objectives = build_objectives(self.run).to(device())
-        optimizers = optim.build(objectives, self.run.optim)
-        grads = [(parameter, torch.randn_like(parameter)) for parameter in objectives.parameters()]
-
-        def turn(number: int) -> Work:
-            for parameter, grad in grads:
-                parameter.grad = grad
-            optim.step(optimizers)
-            return Work(0, 0.0)
-
-        return turn
+    return turn
 
 
-@dataclass
-class CrossEntropy:
-    """Cross-entropy of a micro-batch's predicted tokens and its gradients, so many rows at a time."""
+def cross_entropy(run: Run, chunk_rows: int) -> Turn:
+    """Prepare a turn of cross-entropy and its gradients over a micro-batch's predicted tokens, `chunk_rows` at a time."""
+    loss_module.ROWS = chunk_rows
+    hidden_size, vocab_size = run.backbone["hidden_size"], run.backbone["vocab_size"]
+    targets = int(run.trainer.micro_batch_tokens * run.phases["decay"].mask_ratio)
+    hidden = torch.randn(targets, hidden_size, device=device()).bfloat16().requires_grad_()
+    weight = torch.randn(vocab_size, hidden_size, device=device()).mul_(0.02).requires_grad_()
+    bias = torch.zeros(vocab_size, device=device()).requires_grad_()
+    wanted = torch.randint(vocab_size, (targets,), device=device())
 
-    run: Run
-    rows: int
+    def turn(number: int) -> StepWork:
+        with torch.autocast(device().type, torch.bfloat16):
+            loss, _ = loss_module.linear_cross_entropy(hidden, weight, bias, wanted)
+        loss.backward()
+        hidden.grad = weight.grad = bias.grad = None
+        return StepWork(targets, 6.0 * targets * hidden_size * vocab_size)
 
-    def start(self) -> Turn:
-        """Random hidden states and targets."""
-        import torch
-
-        from modernenc.objectives import linear_cross_entropy as module
-
-        module.ROWS = self.rows
-        hidden_size, vocab_size = self.run.backbone["hidden_size"], self.run.backbone["vocab_size"]
-        targets = int(self.run.trainer.micro_batch_tokens * self.run.phases["decay"].mask_ratio)
-        hidden = torch.randn(targets, hidden_size, device=device()).bfloat16().requires_grad_()
-        weight = torch.randn(vocab_size, hidden_size, device=device()).mul_(0.02).requires_grad_()
-        bias = torch.zeros(vocab_size, device=device()).requires_grad_()
-        wanted = torch.randint(vocab_size, (targets,), device=device())
-
-        def turn(number: int) -> Work:
-            with torch.autocast(device().type, torch.bfloat16):
-                loss, _ = module.linear_cross_entropy(hidden, weight, bias, wanted)
-            loss.backward()
-            hidden.grad = weight.grad = bias.grad = None
-            return Work(targets, 6.0 * targets * hidden_size * vocab_size)
-
-        return turn
+    return turn

@@ -1,31 +1,41 @@
-"""What a training step asks of a GPU, counted without one: kernels, FLOPs, bytes, and the shortest time that these allow.
+"""Count what a training step takes on a GPU, without one: kernels, FLOPs, bytes, and the shortest time that these allow.
 
-A step runs on tensors that have shapes only, and stops where it would have to wait for a number from the GPU. Each kernel takes
-the longer of its FLOPs at the peak and its bytes at the bandwidth: Williams et al. 2009, "Roofline". Products and attention
-alone are the limit of a step whose other kernels are all fused into these.
+A step runs on tensors that have shapes only, and raises where it would wait for a value from the GPU. Each kernel takes the
+longer of its FLOPs at the peak rate and its bytes at the bandwidth: Williams et al. 2009, "Roofline". Products and attention
+alone bound a step whose other kernels are all fused into them.
 """
 
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
+from modernenc.backbones.transfer import traced_as_on_a_gpu
 from modernenc.bench import output
-from modernenc.bench.settings import Bench, the_run
+from modernenc.bench.settings import Bench, make_run
 from modernenc.config import Run
+from modernenc.data.masking import MicroBatch
+from modernenc.model import optim
+from modernenc.model.build import build_objectives
 
 GPU = "H100 SXM"
 PEAK, BANDWIDTH = 989e12, 3.35e12
-"""Of its data sheet: dense bf16 FLOPs and bytes a second."""
+"""Dense bf16 FLOP/s and bytes per second, from its data sheet."""
 LAUNCH_S = 5e-6
-"""What a kernel costs the processor that launches it, about."""
+"""Approximate processor time to launch a kernel."""
 _NO_WORK = ("empty", "new_empty", "detach", "lift_fresh", "_unsafe_view", "promote_types", "device")
 
 
 @dataclass
 class Kernel:
-    """One launch."""
+    """One kernel launch."""
 
     name: str
     flops: float
@@ -33,75 +43,57 @@ class Kernel:
 
     @property
     def seconds(self) -> float:
-        """The roofline."""
+        """Shortest time by the roofline model."""
         return max(self.flops / PEAK, self.bytes / BANDWIDTH)
 
 
-@dataclass
-class Case:
-    """A step of a backbone, all documents of one length."""
-
-    backbone: str
-    length: int
-    tokens: int
-    kernels: list[Kernel]
-
-    def sums(self) -> dict[str, float]:
-        """Launches, FLOPs, bytes, and the seconds of all, of products and attention alone, and to launch all."""
-        heavy = [kernel for kernel in self.kernels if kernel.flops]
-        return {
-            "launches": len(self.kernels),
-            "flops": sum(kernel.flops for kernel in heavy),
-            "bytes": sum(kernel.bytes for kernel in self.kernels),
-            "seconds": sum(kernel.seconds for kernel in self.kernels),
-            "heavy_seconds": sum(kernel.seconds for kernel in heavy),
-            "launch_seconds": len(self.kernels) * LAUNCH_S,
-        }
-
-
 def measure(bench: Bench, folder: Path) -> None:
-    """Count every case, and write a table and JSON."""
-    cases = []
-    for backbone in bench.backbones:
-        for length in bench.lengths:
-            run = the_run(bench, backbone, length)
-            tokens = run.trainer.micro_batch_tokens // length * length
-            cases.append(Case(backbone, length, tokens, step_of(run, length, tokens)))
+    """Count a step of every backbone on documents of every length, and write a table and JSON."""
     table = output.new_table(
         f"a step of {bench.micro_batch_tokens:,} tokens on one {GPU}, at the least",
         ("", "kernels", "launch", "TFLOP", "GB", "ms", "M tok/s", "fused"),
     )
-    for case in cases:
-        sums = case.sums()
+    written = []
+    for backbone, length in product(bench.backbones, bench.lengths):
+        run = make_run(bench, backbone, length)
+        tokens = run.trainer.micro_batch_tokens // length * length
+        kernels = step_of(run, length, tokens)
+        sums = sums_of(kernels)
         table.add_row(
-            f"{case.backbone} {case.length:,}", f"{sums['launches']:,.0f}",
+            f"{backbone} {length:,}", f"{sums['launches']:,.0f}",
             f"{1e3 * sums['launch_seconds']:.1f}", f"{sums['flops'] / 1e12:.2f}", f"{sums['bytes'] / 1e9:.1f}",
-            f"{1e3 * sums['seconds']:.2f}", f"{case.tokens / sums['seconds'] / 1e6:.2f}",
-            f"{case.tokens / sums['heavy_seconds'] / 1e6:.2f}",
+            f"{1e3 * sums['seconds']:.2f}", f"{tokens / sums['seconds'] / 1e6:.2f}",
+            f"{tokens / sums['heavy_seconds'] / 1e6:.2f}",
         )  # fmt: skip
-    output.write(folder, "roofline", table, [{**asdict(case), **case.sums()} for case in cases])
+        case = {"backbone": backbone, "length": length, "tokens": tokens}
+        written.append({**case, "kernels": [asdict(kernel) for kernel in kernels], **sums})
+    output.write(folder, "roofline", table, written)
     Console().print(table)
 
 
+def sums_of(kernels: list[Kernel]) -> dict[str, float]:
+    """Return totals over kernels; `heavy_seconds` is the time of products and attention alone."""
+    heavy = [kernel for kernel in kernels if kernel.flops]
+    return {
+        "launches": len(kernels),
+        "flops": sum(kernel.flops for kernel in heavy),
+        "bytes": sum(kernel.bytes for kernel in kernels),
+        "seconds": sum(kernel.seconds for kernel in kernels),
+        "heavy_seconds": sum(kernel.seconds for kernel in heavy),
+        "launch_seconds": len(kernels) * LAUNCH_S,
+    }
+
+
 def step_of(run: Run, length: int, tokens: int) -> list[Kernel]:
-    """The kernels of forward, backward and optimizer; torch's DataDependentOutputException where a step would wait."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from modernenc.backbones.transfer import traced_as_on_a_gpu
-    from modernenc.data.masking import MicroBatch
-    from modernenc.model import optim
-    from modernenc.model.build import build_objectives
-
+    """Return the kernels of forward, backward and optimizer; DataDependentOutputException (torch) where a step would wait."""
     objectives = build_objectives(run)
     optimizers = optim.build(objectives, run.optim)
     ends = torch.arange(0, tokens + 1, length, dtype=torch.int32)
-    trace = _trace()
     with FakeTensorMode(allow_non_fake_inputs=True), traced_as_on_a_gpu():
         ids = torch.zeros(tokens, dtype=torch.long)
-        places = torch.arange(int(tokens * run.phases["decay"].mask_ratio))
-        batch = MicroBatch(ids, ends, length, places, ids[: len(places)], 0)
-        with trace:
+        positions = torch.arange(int(tokens * run.phases["decay"].mask_ratio))
+        batch = MicroBatch(ids, ends, length, positions, ids[: len(positions)], 0)
+        with Trace() as trace:
             with torch.autocast("cpu", torch.bfloat16):
                 loss, _ = objectives(batch)
             loss.backward()
@@ -109,10 +101,33 @@ def step_of(run: Run, length: int, tokens: int) -> list[Kernel]:
     return trace.kernels
 
 
-def _flops(func: Any, args: Any, kwargs: Any, named: dict[str, Any], out: Any) -> float:
-    """Of an operation: as torch counts products; attention by what each query sees, backward with the scores made again."""
-    from torch.utils.flop_counter import flop_registry
+class Trace(TorchDispatchMode):
+    """Record the cost of each operation as a kernel."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: list[Kernel] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = func._schema.name.split("::")[1]
+        named = dict(zip((one.name for one in func._schema.arguments), args, strict=False)) | kwargs
+        aliases = {one.name: one.alias_info.is_write for one in func._schema.arguments if one.alias_info is not None}
+        changed = [named.get(one) for one, is_written in aliases.items() if is_written]
+        read, written = _tensors(named), {id(leaf): leaf for leaf in _tensors([out, changed])}
+        # An operation that aliases an argument without writing to it is a view, which launches nothing.
+        if all(aliases.values()) and (read or written) and not name.startswith(_NO_WORK):
+            moved = sum(tensor.nbytes for tensor in [*read, *written.values()])
+            self.kernels.append(Kernel(name, _flops(func, args, kwargs, named, out), moved))
+        return out
+
+
+def _flops(func: Any, args: Any, kwargs: Any, named: dict[str, Any], out: Any) -> float:
+    """Return an operation's FLOPs: products as torch counts them, attention by the keys that each query sees.
+
+    The backward pass of attention computes the scores again.
+    """
     if "window_size" in named:
         left, right = named["window_size"]
         reach = named["max_k"] if left < 0 else min(named["max_k"], left + right + 1)
@@ -121,35 +136,5 @@ def _flops(func: Any, args: Any, kwargs: Any, named: dict[str, Any], out: Any) -
     return float(counts(*args, **kwargs, out_val=out)) if counts else 0.0
 
 
-def _tensors(tree: Any) -> list[Any]:
-    import torch
-    from torch.utils._pytree import tree_leaves
-
+def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def _trace() -> Any:
-    """A mode that writes down what each operation costs."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Trace(TorchDispatchMode):
-        """All kernels so far."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.kernels: list[Kernel] = []
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            kwargs = kwargs or {}
-            out = func(*args, **kwargs)
-            name = func._schema.name.split("::")[1]
-            named = dict(zip((one.name for one in func._schema.arguments), args, strict=False)) | kwargs
-            aliases = {one.name: one.alias_info.is_write for one in func._schema.arguments if one.alias_info is not None}
-            changed = [named.get(one) for one, is_written in aliases.items() if is_written]
-            read, written = _tensors(named), {id(leaf): leaf for leaf in _tensors([out, changed])}
-            if all(aliases.values()) and (read or written) and not name.startswith(_NO_WORK):  # else a view
-                moved = sum(tensor.nbytes for tensor in [*read, *written.values()])
-                self.kernels.append(Kernel(name, _flops(func, args, kwargs, named, out), moved))
-            return out
-
-    return Trace()

@@ -1,4 +1,4 @@
-"""What a benchmark is asked to measure, and the runs that follow from it."""
+"""Settings of the benchmarks, and the runs that follow from them."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,90 +9,115 @@ from omegaconf import MISSING, open_dict
 
 from modernenc.cli import hydra_options, typed
 from modernenc.config import Run, register
+from modernenc.data.blocks import Corpus
 from modernenc.planning.sizes import choose_sizes
+
+PARTS = ("step", "inference", "data", "loop", "time_to_loss", "roofline", "gpu")
+PEERS = {"padded": "HF padded", "rows": "HF full rows"}
+"""Names of transformers' ways to batch documents, and how tables show them."""
 
 
 @dataclass
 class Gpu:
-    """What part gpu measures; of keys that are here, those further down are for the other parts."""
+    """Settings of part gpu. Keys of `Bench` that also stand here apply to the other parts only."""
 
     cells: list[str] = MISSING
-    """How the names of cells begin that are measured; all are if there are none here."""
+    """Prefixes of the names of the cells to measure; an empty list means all."""
     seconds: float = MISSING
-    """For all cells: one whose limit no longer fits is not begun."""
+    """Time budget for all cells; a cell whose limit exceeds the time left is not started."""
     backbone: str = MISSING
-    """That of most cells."""
+    """Backbone of most cells."""
     lengths: list[int] = MISSING
-    """Two: tokens of most rows, and of long ones."""
+    """Two row lengths in tokens: that of most cells, and a long one."""
     others: dict[str, int] = MISSING
-    """Backbones whose step is measured too, each at its length."""
+    """More backbones whose step is measured, each with its row length."""
     step_tokens: int = MISSING
     micro_batch_tokens: int = MISSING
     repetitions: int = MISSING
-    """Turns that are measured of each, after one to warm up."""
+    """Measured turns of each candidate, after one warm-up turn."""
     matrix_size: int = MISSING
-    """Rows and columns of the products and copies that tell what the card can do."""
+    """Rows and columns of the matrices whose products and copies show the card's limits."""
     run_steps: int = MISSING
-    """Steps of a whole run, which is saved five times; 25 at least."""
+    """Steps of a whole run, which is saved five times; at least 25."""
 
 
 @dataclass
 class Bench:
-    """Settings of `python -m modernenc.bench`, by `conf/bench.yaml`."""
+    """Settings of `python -m modernenc.bench`, with values in `conf/bench.yaml`."""
 
     parts: list[str] = MISSING
-    """What to measure, one after the other: what `--help` lists."""
+    """Parts to measure, in this order; `--help` lists them."""
     root: str = MISSING
-    """Folder of block shards that `python -m data_prep` wrote, whose documents are read in shares of their tokens."""
+    """Folder of block shards that `python -m data_prep` wrote. Sources are mixed in proportion to their tokens."""
     out: str = MISSING
     """Folder for tables, JSON and plots."""
     backbones: list[str] = MISSING
     """Names in `conf/backbone`."""
     peers: list[str] = MISSING
-    """transformers' model with documents padded, as full rows, or not at all: padded, rows."""
+    """How transformers' model gets its documents: padded, rows (full rows), or an empty list for no comparison."""
     lengths: list[int] = MISSING
-    """Tokens of a row: what documents are cut to."""
+    """Row lengths in tokens; longer documents are cut."""
     num_hidden_layers: int = MISSING
-    """Layers in place of a backbone's own; 0 leaves it as it is."""
+    """Number of layers in place of the backbone's own; 0 keeps it."""
     step_tokens: int = MISSING
-    """Tokens of an optimizer step, about; a row at least."""
+    """Approximate tokens of an optimizer step, at least one row."""
     micro_batch_tokens: int = MISSING
-    """Tokens that are trained on at a time, padding included; a row at least."""
+    """Tokens of a micro-batch, padding included, at least one row."""
     mask_ratio: float = MISSING
-    """Share of the tokens that is predicted."""
+    """Fraction of the tokens that is predicted."""
     precision: str = MISSING
-    """As trainer.precision."""
+    """The same as trainer.precision."""
     repetitions: int = MISSING
-    """Steps that are measured of each, after one to warm up."""
+    """Measured turns of each candidate, after one warm-up turn."""
     inference_tokens: int = MISSING
-    """Tokens of a batch of documents of full length, in inference; at least four documents."""
+    """Tokens of an inference batch whose documents all have full length; a batch has at least four documents."""
     lanes: int = MISSING
-    """As data.lanes, where we train to a loss; each source needs as many blocks."""
+    """data.lanes of our runs in time_to_loss; each source needs at least this many blocks."""
     validation_tokens: int = MISSING
-    """Held-out tokens of each source that tell the loss; a row of 512 at least."""
+    """Held-out tokens of each source for the validation loss; at least a row of 512."""
     trainer_tokens: float = MISSING
-    """What transformers' Trainer learns from before it counts as trained."""
+    """Tokens that transformers' Trainer trains on."""
     trainer_lrs: list[float] = MISSING
-    """Its learning rates, of which the best counts."""
+    """Learning rates of the Trainer, the best of which counts."""
     gpu: Gpu = field(default_factory=Gpu)
     optimizers: dict[str, dict[str, Any]] = MISSING
-    """What we train with beside it, by names in `conf/optim`: their settings, and `share`, that of its tokens which ours gets;
-    `~optimizers.muon` leaves that one out."""
+    """Optimizers of our runs in time_to_loss, by name in `conf/optim`: settings to change, and `share`, the fraction of the
+    Trainer's tokens that our run gets. `~optimizers.muon` leaves one out."""
 
 
 def register_bench() -> None:
-    """Make the schemas known to Hydra."""
+    """Register the schemas with Hydra."""
     register()
     ConfigStore.instance().store(name="bench_schema", node=Bench)
 
 
-def the_run(bench: Bench, backbone: str, length: int, optimizer: str = "adamw") -> Run:
-    """A run of one phase on the benchmark's documents; ValueError for what there is not."""
-    for key, group, name in (("backbones", "backbone", backbone), ("optimizers", "optim", optimizer)):
-        if name not in hydra_options(group):
-            raise ValueError(f"{key}={name}: there is none; there are {', '.join(sorted(hydra_options(group)))}")
-    from modernenc.data.blocks import Corpus
+def check(bench: Bench) -> None:
+    """Raise ValueError or FileNotFoundError for settings that no part can run with, before torch is imported."""
+    backbones = sorted(hydra_options("backbone"))
+    for key, names, known in (
+        ("parts", bench.parts, PARTS),
+        ("peers", bench.peers, PEERS),
+        ("backbones", bench.backbones, backbones),
+        ("gpu.backbone", [bench.gpu.backbone], backbones),
+        ("gpu.others", bench.gpu.others, backbones),
+        ("optimizers", bench.optimizers, sorted(hydra_options("optim"))),
+    ):
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"{key}={unknown[0]} is unknown; available: {', '.join(known)}")
+    for name, settings in bench.optimizers.items():
+        if "share" not in settings:
+            raise ValueError(
+                f"optimizers.{name}: no share; expected the fraction of the Trainer's tokens that our run gets, such as 0.65"
+            )
+    if len(bench.gpu.lengths) != 2:
+        raise ValueError(f"gpu.lengths={bench.gpu.lengths}: expected two, that of most rows and that of long ones")
+    if bench.gpu.run_steps < 25:
+        raise ValueError(f"gpu.run_steps={bench.gpu.run_steps}: expected at least 25, for five saves and steps far from them")
+    make_run(bench, bench.gpu.backbone, bench.gpu.lengths[0])  # the corpus is there
 
+
+def make_run(bench: Bench, backbone: str, length: int, optimizer: str = "adamw") -> Run:
+    """Return a run with the single phase `decay`, which trains in rows of `length` tokens on the benchmark's documents."""
     cfg = hydra.compose("train", ["+recipe=demo", f"backbone={backbone}", f"optim={optimizer}"])
     with open_dict(cfg):
         cfg["recipe"], cfg["run_dir"] = "bench", ""

@@ -19,33 +19,34 @@ from omegaconf import open_dict
 
 from modernenc.backbones import attention, rotary
 from modernenc.bench import gpu, inference, kernels, step, time_to_loss
-from modernenc.bench.settings import Bench, register_bench
-from modernenc.bench.turns import Result, Work, take_turns
+from modernenc.bench.interleave import Result, StepWork, run_interleaved
+from modernenc.bench.settings import PARTS, Bench, register_bench
 from modernenc.cli import typed
 from modernenc.config import CONF_DIR
 from modernenc.quoting import quoted
 from support.commands import command
-from support.turns import Sleeper, touch_after
+from support.turns import candidate, touch_after
 
 
 def test_all_take_their_turns_each_in_its_process():
-    one, other = take_turns([Sleeper("one"), Sleeper("other")], 3)
+    one, other = run_interleaved({"one": candidate, "other": candidate}, 3)
     assert [work.flops for work in one.work] == [1.0, 2.0, 3.0]
     assert len({work.tokens for work in one.work}) == 1
     assert one.work[0].tokens not in (other.work[0].tokens, os.getpid())
     assert one.peak_bytes > 0 and not one.failure
 
 
-def test_one_that_needs_too_much_memory_or_dies_is_told_of_and_the_rest_go_on():
-    fine, killed, large = take_turns([Sleeper("fine"), Sleeper("killed", dies_at=2), Sleeper("large", needs_gb=1e5)], 3)
+def test_a_candidate_that_needs_too_much_memory_or_dies_is_reported_and_the_rest_go_on():
+    candidates = {"fine": candidate, "killed": partial(candidate, dies_at=2), "large": partial(candidate, needs_gb=1e5)}
+    fine, killed, large = run_interleaved(candidates, 3)
     assert len(fine.work) == 3
     assert "killed" in killed.failure and len(killed.work) == 1
     assert "GB that are free" in large.failure
 
 
 def test_ratios_are_taken_turn_by_turn():
-    fast = Result("fast", [Work(10, 0.0), Work(10, 0.0), Work(10, 0.0)], [1.0, 2.0, 1.0])
-    slow = Result("slow", [Work(5, 0.0), Work(5, 0.0), Work(5, 0.0)], [1.0, 8.0, 2.0])
+    fast = Result("fast", [StepWork(10, 0.0), StepWork(10, 0.0), StepWork(10, 0.0)], [1.0, 2.0, 1.0])
+    slow = Result("slow", [StepWork(5, 0.0), StepWork(5, 0.0), StepWork(5, 0.0)], [1.0, 8.0, 2.0])
     assert fast.times_faster(slow) == [2.0, 4.0, 8.0]
     assert fast.speed == 10.0
 
@@ -63,11 +64,11 @@ def test_the_data_path_is_measured_beside_others(corpus_root, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        ("parts=[speed]", "parts=speed: there is none; there are step, growth, inference, data, loop, time_to_loss"),
-        ("parts=[gpu] gpu.cells=[cache]", "gpu.cells=cache: there is none; there are products, copies, step"),
+        ("parts=[speed]", f"parts=speed is unknown; available: {', '.join(PARTS)}"),
+        ("parts=[gpu] gpu.cells=[cache]", "gpu.cells=cache is unknown; available: products, copies, step"),
         ("parts=[gpu] gpu.lengths=[64]", "gpu.lengths=[64]: expected two"),
-        ("parts=[gpu] gpu.run_steps=5", "gpu.run_steps=5: expected 25 at least"),
-        ("backbones=[bert]", "backbones=bert: there is none; there are mega_small_16k"),
+        ("parts=[gpu] gpu.run_steps=5", "gpu.run_steps=5: expected at least 25"),
+        ("backbones=[bert]", "backbones=bert is unknown; available: mega_small_16k"),
         ("root=nowhere", "nowhere: no manifest.json there"),
     ],
 )
@@ -196,7 +197,7 @@ def test_the_gpu_part_begins_what_fits_into_its_time_and_keeps_the_rows_of_befor
         assert result.returncode == 0, result.stderr
     rows = _rows(tmp_path)
     assert [row["cell"] for row in rows] == 2 * ["products", "copies", "run modernbert_tiny 64"]
-    assert ["not begun" in row["failure"] for row in rows] == [True, True, True, False, False, True]
+    assert ["not started" in row["failure"] for row in rows] == [True, True, True, False, False, True]
     assert result.stdout.count("cell=") == 3 and float(rows[4]["gb_per_s"]) > 0
 
 
@@ -208,12 +209,12 @@ def test_the_gpu_part_begins_what_fits_into_its_time_and_keeps_the_rows_of_befor
     ],
 )
 def test_a_cell_that_fails_is_a_row_with_its_reason(figures, expected):
-    assert expected in gpu.in_a_process(gpu.Cell("one", 60, figures))["failure"]
+    assert expected in gpu.run_in_process(gpu.Cell("one", 60, figures))["failure"]
 
 
 def test_a_cell_that_takes_too_long_is_ended_and_is_a_row_with_its_reason(tmp_path):
     late = partial(touch_after, tmp_path / "ended", seconds=20)
-    assert "took more than 5 s" in gpu.in_a_process(gpu.Cell("one", 5, late))["failure"]
+    assert "took more than 5 s" in gpu.run_in_process(gpu.Cell("one", 5, late))["failure"]
     assert not (tmp_path / "ended").exists()  # it was not waited for
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
+from modernenc.bench.batches import step_work
 from modernenc.bench.roofline import step_of
 from modernenc.bench.settings import register_bench
-from modernenc.bench.step import work
 from modernenc.config import Run
 from modernenc.data.masking import MicroBatch
 from modernenc.model.build import build_objectives
@@ -28,7 +28,7 @@ def test_it_needs_the_products_that_the_formula_says(run):
     model = build_objectives(run).masked_lm
     asked = torch.arange(int(TOKENS * run.phases["decay"].mask_ratio))
     batch = MicroBatch(asked.new_zeros(TOKENS), torch.arange(0, TOKENS + 1, LENGTH).int(), LENGTH, asked, asked, 0)
-    needed = work(model, [batch]).flops
+    needed = step_work(model, [batch]).flops
     counted = sum(kernel.flops for kernel in kernels)
     print(f"{len(kernels)} kernels, {counted / needed:.3f} of the formula's FLOPs")
     assert 0.8 < counted / needed < 1.2  # the last layer is not asked everywhere, attention makes its scores again

@@ -2,33 +2,26 @@
 
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-from modernenc.bench.turns import Turn, Work
+import torch
+
+from modernenc.bench.interleave import StepWork, Turn
 
 
-@dataclass
-class Sleeper:
-    """A contestant whose work names the process that it is in, and which may end that process or need too much memory."""
+def candidate(dies_at: int = -1, needs_gb: float = 0) -> Turn:
+    """Return a candidate whose work names its process and the turn's number.
 
-    name: str
-    dies_at: int = -1
-    """The turn at which its process ends; -1 means none."""
-    needs_gb: float = 0
-    """Memory that a turn allocates."""
+    It ends its process at the turn `dies_at`, and allocates `needs_gb` GB at each.
+    """
 
-    def start(self) -> Turn:
-        """Return its turns."""
-        import torch
+    def turn(number: int) -> StepWork:
+        if number == dies_at:
+            os._exit(9)
+        torch.zeros(int(needs_gb * 2**28))
+        return StepWork(os.getpid(), float(number))
 
-        def turn(number: int) -> Work:
-            if number == self.dies_at:
-                os._exit(9)
-            torch.zeros(int(self.needs_gb * 2**28))
-            return Work(os.getpid(), float(number))
-
-        return turn
+    return turn
 
 
 def touch_after(path: Path, seconds: float) -> dict[str, float]:
