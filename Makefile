@@ -7,7 +7,7 @@ OLDEST_READY := .venv-oldest/.ready
 PYTEST := pytest --numprocesses auto --maxprocesses 4 --maxschedchunk 1
 TOLD_BY := compile initial_weights parity export mega mega_export backbones attention kernels roofline checkpoints store mds data_prep
 
-.PHONY: help setup demo check test test-oldest
+.PHONY: help setup demo check docs test test-oldest
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,10 +35,14 @@ demo: $(READY) ## Prepare text that is on this machine anyway, and train the dem
 	$(BIN)/python -m modernenc.plan +recipe=demo
 	$(BIN)/python -m modernenc.train +recipe=demo
 
-check: $(READY) ## Lint and type-check
+check: $(READY) docs ## Lint and type-check, and build the manual
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+docs: $(READY) ## Build the manual into docs/.site; a link that leads nowhere is an error
+	$(BIN)/python docs/reference.py
+	$(BIN)/zensical build --strict --config-file docs/zensical.toml
 
 test: $(READY) ## Run all tests
 	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST)
