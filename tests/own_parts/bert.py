@@ -25,7 +25,7 @@ class Bert(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         if hidden_size % num_attention_heads:
-            raise ValueError(f"backbone.hidden_size={hidden_size} must be a multiple of num_attention_heads={num_attention_heads}")
+            raise ValueError(f"backbone.hidden_size={hidden_size}: expected a multiple of {num_attention_heads} heads")
         self.vocab_size, self.hidden_size, self.max_position = vocab_size, hidden_size, max_position
         self.word_embeddings = nn.Embedding(vocab_size, hidden_size)
         self.position_embeddings = nn.Embedding(max_position, hidden_size)
@@ -62,7 +62,11 @@ class Bert(nn.Module):
 
     def describe(self) -> Description:
         """Describe the layers: all are global, and each token attends to its document in two matrix products."""
-        return Description(["global"] * len(self.layers), lambda length: 4.0 * self.hidden_size * length * len(self.layers))
+        return Description(
+            layers=list(self.layers),
+            layer_types=["global"] * len(self.layers),
+            mixing_flops=lambda length: 4.0 * self.hidden_size * length * len(self.layers),
+        )
 
 
 class Layer(nn.Module):
