@@ -22,10 +22,11 @@ PAGE = ROOT / "docs" / "extend.md"
 def test_a_run_trains_ones_own_backbone_in_ones_own_phase(corpus_root, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{PARTS.parent}")
     smaller = [
-        "phases.stable={tokens: 6000, seq_len: 64, batch_rows: 8, warmup_tokens: 1000, mix: {text: 0, code: 1}}",
-        "phases.anneal={tokens: 3000, seq_len: 128, batch_rows: 2, mix: {text: 0, docstrings: 1}}",
-        "backbone.hidden_size=32", "backbone.num_hidden_layers=2", "data.lanes=4", "data.buffer_rows=8", "data.workers=0",
-        "logger.every_steps=1", "validation.tokens_per_source=512",
+        "phases.stable.tokens=6000", "phases.stable.seq_len=64", "phases.stable.warmup_tokens=1000",
+        "phases.anneal.tokens=3000", "phases.anneal.seq_len=128",
+        *(f"phases.{phase}.mix.text=0" for phase in ("stable", "anneal")), "+phases.stable.mix.code=1",
+        "+phases.anneal.mix.docstrings=1", "backbone.hidden_size=32", "backbone.num_hidden_layers=2", "data.lanes=4",
+        "data.buffer_rows=8", "data.workers=0", "logger.every_steps=1", "validation.tokens_per_source=512",
     ]  # fmt: skip
     folder = tmp_path / "run"
     result = command(
