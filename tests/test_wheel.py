@@ -26,7 +26,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(sys.executable, *build, cwd=folder)
     run(sys.executable, "-m", "venv", "--without-pip", folder / "env", cwd=folder)
     own = Path(run(folder / "env/bin/python", "-c", "import site; print(site.getsitepackages()[0])", cwd=folder).strip())
-    # The folders of this environment come after the new one's own. Their .pth files, such as an editable install's, are not read.
+    # The folders of this environment come after the new one's own. Their .pth files (of an editable install) are not read.
     borrowed = {*site.getsitepackages(), sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]}
     (own / "borrowed.pth").write_text("\n".join(sorted(borrowed)))
     (wheel,) = folder.glob("modernenc-*.whl")
