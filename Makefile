@@ -30,7 +30,7 @@ $(OLDEST_READY): pyproject.toml
 	$(OLDEST)/pip check
 	@touch $(OLDEST_READY)
 
-demo: $(READY) ## Prepare text that is on this machine anyway, and train the demo on it: minutes on a laptop
+demo: $(READY) ## Prepare text that is already on this machine, and train the demo on it: minutes on a laptop
 	$(BIN)/python -m data_prep +corpus=demo
 	$(BIN)/python -m modernenc.plan +recipe=demo
 	$(BIN)/python -m modernenc.train +recipe=demo

@@ -157,7 +157,8 @@ def check_composed(module: str, arguments: list[str]) -> None:
     from data_prep.config import register
     from modernenc.bench.settings import register_bench
 
-    register(), register_bench()
+    register()
+    register_bench()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         more = ["name=any"] if module == "data_prep" else []
