@@ -9,7 +9,7 @@ PYTEST := pytest --numprocesses auto --maxprocesses 4 --maxschedchunk 1
 OLDEST_TESTS := tests/model tests/hugging_face tests/bench/test_roofline.py tests/run_folder/test_checkpoints.py \
 	tests/data/test_store.py tests/data/test_mds.py tests/preparation/test_data_prep.py
 
-.PHONY: help setup demo check test test-oldest
+.PHONY: help setup demo check docs test test-oldest
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,15 +32,19 @@ $(OLDEST_READY): pyproject.toml
 	$(OLDEST)/pip check
 	@touch $(OLDEST_READY)
 
-demo: $(READY) ## Prepare text that is on this machine anyway, and train the demo on it: minutes on a laptop
+demo: $(READY) ## Prepare text that is already on this machine, and train the demo on it: minutes on a laptop
 	$(BIN)/python -m data_prep +corpus=demo
 	$(BIN)/python -m modernenc.plan +recipe=demo
 	$(BIN)/python -m modernenc.train +recipe=demo
 
-check: $(READY) ## Lint and type-check
+check: $(READY) docs ## Lint and type-check, and build the manual
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+docs: $(READY) ## Build the manual into docs/.site; a link that leads nowhere is an error
+	$(BIN)/python docs/reference.py
+	$(BIN)/zensical build --strict --config-file docs/zensical.toml
 
 test: $(READY) ## Run all tests
 	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST)

@@ -1,5 +1,7 @@
 """The contract of backbones, over every file of conf/backbone."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hydra.utils import get_class
@@ -10,7 +12,8 @@ from modernenc.config import CONF_DIR
 from modernenc.objectives.masked_lm import MaskedLM
 from support.tensors import relative
 
-YAMLS = sorted((CONF_DIR / "backbone").glob("*.yaml"))
+OWN = Path(__file__).parents[1] / "own_parts" / "conf" / "backbone" / "bert.yaml"
+YAMLS = [*sorted((CONF_DIR / "backbone").glob("*.yaml")), OWN]
 SMALLER = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 6}
 LENGTHS = [1, 2, 3, 17, 64, 65, 128, 130, 333, 512, 700, 1022]
 

@@ -114,7 +114,8 @@ def test_pruning_keeps_boundaries_and_the_last(tmp_path):
 def test_shares_of_ranks_are_read_as_one(tmp_path):
     content = read(save_shards(tmp_path, "step-1", 10))
     assert torch.equal(content.weights["split"], torch.arange(8.0).reshape(4, 2) + 10)
-    assert torch.equal(content.optimizers[0].state.split["exp_avg"], -content.weights["split"])
+    moments = content.optimizers[0]["state"]
+    assert torch.equal(moments["split"]["exp_avg"], -content.weights["split"])
     assert content.optimizers[0]["groups"] == [{"step": 7}] and content.weights["not split"].tolist() == [1, 1, 1]
 
 

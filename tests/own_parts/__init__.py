@@ -1,0 +1,1 @@
+"""Parts of one's own, as docs/extend.md describes them: a backbone, a phase, a recipe and an objective."""
