@@ -126,9 +126,8 @@ def check_optim(run: Run) -> None:
     from modernenc import optim
 
     linear = nn.Linear(2, 2)  # optimizers only look at their settings: any weights will do
-    objectives: Any = SimpleNamespace(
-        masked_lm=linear, backbone=SimpleNamespace(matrices=lambda: [linear.weight]), tasks=nn.ModuleDict()
-    )
+    backbone = SimpleNamespace(layers=nn.ModuleList([linear]))
+    objectives: Any = SimpleNamespace(masked_lm=linear, backbone=backbone, tasks=nn.ModuleDict())
     with _built("optim", run.optim):
         optim.build(objectives, run.optim)
 

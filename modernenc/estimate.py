@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from modernenc.config import Phase, Run
 from modernenc.curriculum import CHOICES, MASKED_LM, Curriculum, items_at_once, objectives_of, reads_text, tokens_of_cycle
 from modernenc.data.blocks import Corpus
@@ -81,12 +83,16 @@ def document_length(phase: Phase, corpus: Corpus | None) -> int:
 
 def flops(run: Run, phase: Phase, corpus: Corpus | None) -> float:
     """Of matrix products per token of a phase, forward and backward: twice as many backward as forward."""
+    from modernenc.backbones import forward_flops
+
     model = _on_meta(run).masked_lm
     head = sum(parameter.numel() for parameter in model.head.parameters() if parameter.ndim == 2)
     predicted = 2 * (head + model.decoder.weight.numel()) * phase.mask_ratio
-    text = 3 * (model.backbone.flops(document_length(phase, corpus)) + predicted) if reads_text(phase) else 0
+    text = 3 * (forward_flops(model.backbone, document_length(phase, corpus)) + predicted) if reads_text(phase) else 0
     tokens = tokens_of_cycle(phase, run.tasks)
-    tasks = sum(tokens[name] * 3 * model.backbone.flops(run.tasks[name].seq_len) for name in tokens if name != MASKED_LM)
+    tasks = sum(
+        tokens[name] * 3 * forward_flops(model.backbone, run.tasks[name].seq_len) for name in tokens if name != MASKED_LM
+    )
     return (tokens.get(MASKED_LM, 0) * text + tasks) / sum(tokens.values())
 
 
@@ -209,9 +215,9 @@ def _shapes_of(backbone: str, tasks: tuple[str, ...]) -> "Objectives":
 
 def _activations(run: Run, mask_ratio: float, tokens: int, document: int) -> float:
     """Bytes kept for the backward pass of so many tokens, and what the loss needs at its beginning."""
-    from modernenc.objectives.linear_cross_entropy import ROWS
+    from modernenc.objectives.linear_cross_entropy import CHUNK_ROWS
 
-    kinds = _on_meta(run).backbone.layer_kinds()
+    kinds = _on_meta(run).backbone.describe().layer_types
     period = next(p for p in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % p] for i in range(len(kinds))))
     period = math.lcm(period, run.trainer.recompute_every or 1)
     few = next(depth for depth in range(1, len(kinds) + 1) if kinds[depth - 1] == kinds[-1])
@@ -234,7 +240,7 @@ def _activations(run: Run, mask_ratio: float, tokens: int, document: int) -> flo
     vocabulary, half = run.backbone["vocab_size"], run.trainer.precision == "bf16-mixed"
     # A chunk of the logits; and the gradient of the decoder, which is made with them, as it is and as the product that it adds.
     width, decoder = 2 if half else 4, vocabulary * run.backbone["hidden_size"]
-    loss = min(ROWS, tokens * mask_ratio) * vocabulary * width + decoder * width
+    loss = min(CHUNK_ROWS, tokens * mask_ratio) * vocabulary * width + decoder * width
     # A block that makes its activations again has them, and gradients of some, when the logits are gone.
     backward = max(loss, 1.2 * at_full_size(one_block)) if again else loss
     return at_full_size(kept) + backward + 4 * decoder + (2 * decoder if half else 0)  # the decoder once more in bf16
@@ -251,7 +257,7 @@ def _bytes_kept(settings: str, depth: int, tokens: int, document: int) -> float:
     """The same, once for phases that are alike."""
     import torch
 
-    from modernenc.data.masking import MicroBatch
+    from modernenc.data.batch import MicroBatch
     from modernenc.model import masked_lm_with, recompute
 
     backbone, precision, recompute_every = json.loads(settings)
@@ -264,9 +270,8 @@ def _bytes_kept(settings: str, depth: int, tokens: int, document: int) -> float:
     recompute(objective.backbone, recompute_every)
     lengths = [document] * (tokens // document) + ([tokens % document] if tokens % document else [])
     places = torch.linspace(0, tokens - 1, round(tokens * SAMPLE_RATIO)).long()
-    ends = torch.tensor([0, *lengths]).cumsum(0).int()
-    ids = torch.zeros(tokens, dtype=torch.long)
-    batch = MicroBatch(ids, ends, max(lengths), places, torch.zeros(len(places), dtype=torch.long), 0)
+    ends = np.cumsum([0, *lengths])
+    batch = MicroBatch.of(np.zeros(tokens, np.int64), ends, places.numpy(), np.zeros(len(places), np.int64))
     with kept_bytes({id(parameter) for parameter in objective.parameters()}) as kept:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
             loss, _ = objective(batch)

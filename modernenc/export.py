@@ -8,13 +8,9 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from modernenc.averaging import KINDS, average
 from modernenc.cli import one_line_errors
-
-TOLERANCE = 1e-4
-"""Largest difference of logits, relative to the largest logit or to 1."""
 
 
 def main() -> None:
@@ -49,6 +45,9 @@ def export(paths: Sequence[Path], out: Path, average_by: str | None = None) -> f
 
     from modernenc import checkpoints
     from modernenc.data.blocks import Corpus
+    from modernenc.hugging_face import converter_of, model_of
+    from modernenc.hugging_face.parity import TOLERANCE, logit_difference
+    from modernenc.hugging_face.tokenizer import pretrained_tokenizer
     from modernenc.model import locate, masked_lm_of
 
     found = []
@@ -62,79 +61,22 @@ def export(paths: Sequence[Path], out: Path, average_by: str | None = None) -> f
     content = average([path for _, path in found], average_by) if average_by else checkpoints.read(checkpoint)
     objective = masked_lm_of(run, content)
     roles = corpus.roles
-    model = objective.backbone.hugging_face_model(
-        pad_token_id=roles.pad, cls_token_id=roles.cls, sep_token_id=roles.sep, bos_token_id=roles.cls, eos_token_id=roles.sep
-    )
-    model.load_state_dict(hugging_face_names(objective.state_dict(), objective.backbone.HUGGING_FACE_NAMES))
+    special_ids = {
+        "pad_token_id": roles.pad, "cls_token_id": roles.cls, "sep_token_id": roles.sep, "bos_token_id": roles.cls,
+        "eos_token_id": roles.sep,
+    }  # fmt: skip
+    model = model_of(objective, **special_ids)
     unfinished = out.with_name(out.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    model.save_pretrained(unfinished)
-    hugging_face_tokenizer(corpus, run.backbone["max_position"]).save_pretrained(unfinished)
+    converter_of(objective.backbone).save(model, unfinished)
+    pretrained_tokenizer(corpus, run.backbone["max_position"]).save_pretrained(unfinished)
     loaded = AutoModelForMaskedLM.from_pretrained(unfinished, trust_remote_code=True)  # where there is code, it is ours
-    difference = compare(objective, loaded, corpus.vocab_size)
+    difference = logit_difference(objective, loaded, corpus.vocab_size)
     if difference > TOLERANCE:
         raise ValueError(f"{unfinished}: its logits differ from the checkpoint's by {difference:.1e}; not exported")
     os.replace(unfinished, out)
     return difference
-
-
-def hugging_face_names(weights: dict[str, Any], beginnings: dict[str, str]) -> dict[str, Any]:
-    """Weights by other names: what they begin with replaced as `Backbone.HUGGING_FACE_NAMES` says."""
-
-    def renamed(name: str) -> str:
-        ours = next((ours for ours in beginnings if name.startswith(ours)), "")
-        return beginnings.get(ours, "") + name[len(ours) :]
-
-    return {renamed(name): value for name, value in weights.items()}
-
-
-def our_names(weights: dict[str, Any], beginnings: dict[str, str]) -> dict[str, Any]:
-    """transformers' names of weights -> ours."""
-    return hugging_face_names(weights, {theirs: ours for ours, theirs in beginnings.items()})
-
-
-def compare(objective: Any, model: Any, vocab_size: int) -> float:
-    """Largest difference of logits on random documents of many lengths, relative to the largest logit or to 1."""
-    import torch
-
-    longest = min(700, objective.backbone.max_position)
-    lengths = [n for n in (1, 2, 31, 64, 65, 129, 300, longest) if n <= longest]
-    generator = torch.Generator().manual_seed(0)
-    documents = [torch.randint(vocab_size, (length,), generator=generator) for length in lengths]
-    ends = torch.tensor([0, *lengths]).cumsum(0).int()
-    difference = largest = 0.0
-    with torch.no_grad():
-        ours = objective.logits(torch.cat(documents), ends, max(lengths), torch.arange(int(ends[-1])))
-        for document, start, end in zip(documents, ends[:-1], ends[1:], strict=True):
-            theirs = model.eval()(input_ids=document[None]).logits[0]
-            difference = max(difference, float((theirs - ours[start:end]).abs().max()))
-            largest = max(largest, float(theirs.abs().max()))
-    return difference / max(1.0, largest)
-
-
-def hugging_face_tokenizer(corpus: Any, max_position: int) -> Any:
-    """The corpus's tokenizer, which adds cls and sep."""
-    from tokenizers import Tokenizer
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))
-    tokenizer.no_truncation()  # a given one may be set to cut texts, which transformers alone would not heed
-    tokenizer.no_padding()
-    names = {role: tokenizer.id_to_token(number) for role, number in vars(corpus.roles).items()}
-    cls, sep = names["cls"], names["sep"]
-    tokenizer.post_processor = TemplateProcessing(
-        single=f"{cls} $A {sep}",
-        pair=f"{cls} $A {sep} $B {sep}",
-        special_tokens=[(cls, corpus.roles.cls), (sep, corpus.roles.sep)],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_max_length=max_position,
-        model_input_names=["input_ids", "attention_mask"],
-        **{f"{role}_token": name for role, name in names.items()},
-    )
 
 
 if __name__ == "__main__":

@@ -230,10 +230,10 @@ def _announce(run: Run, curriculum: Curriculum, module: Pretraining, trainer: L.
     device = trainer.strategy.root_device
     log.info("recipe %s, %s parameters, %s tokens in %s steps", run.recipe, f"{parameters:,}",
              f"{curriculum.total_tokens:,}", f"{curriculum.total_steps:,}")  # fmt: skip
-    path = module.objectives.backbone.path(device, dtype)
+    backend = module.objectives.backbone.describe().backend(device, dtype)
     who = ranks.described(trainer.world_size, torch.get_num_threads())
     how = f"{run.trainer.precision}, compiled" if module.compiles else run.trainer.precision
-    log.info("device %s, precision %s, %s, %s", device, how, path, who)
+    log.info("device %s, precision %s, %s, %s", device, how, backend, who)
     if run.trainer.strategy == "fsdp":
         log.info("FSDP2: weights and optimizer states are split over ranks")
     elif run.checkpoint.distributed:

@@ -7,9 +7,8 @@ Random weights may begin with the frequencies of tokens.
 """
 
 import inspect
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +21,9 @@ from torch import Tensor
 
 from modernenc.backbones import Backbone
 from modernenc.config import Run
-from modernenc.config_json import settings_of
 from modernenc.curriculum import reads_text
 from modernenc.data.blocks import Corpus, Shards
+from modernenc.hugging_face import folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -50,7 +49,10 @@ class Source:
 
 def read_source(path: Path, run: Run) -> Source:
     """The weights that `init.source` names; FileNotFoundError or ValueError when there are none, or they are not whole."""
-    return _from_checkpoint(path) if path.suffix == ".ckpt" else _from_hugging_face(path, run)
+    if path.suffix == ".ckpt":
+        return _from_checkpoint(path)
+    kind: Any = get_class(run.backbone["_target_"])
+    return Source(*folder.read(path, kind))
 
 
 def check_source(source: Source, run: Run) -> list[str]:
@@ -70,7 +72,7 @@ def check_source(source: Source, run: Run) -> list[str]:
         for settings in (begins, source.settings)
     )
     notes = []
-    for key in (key for key in parameters if key not in kind.MAY_DIFFER and here[key] != there[key]):
+    for key in (key for key in parameters if key not in source.backbone.describe().resizable and here[key] != there[key]):
         place = f"phases.{first}.backbone" if key in run.phases[first].backbone else "backbone"
         if key not in kind.PHASE_ATTRIBUTES:
             raise ValueError(
@@ -108,7 +110,8 @@ def fill(model: Any, source: Source, run: Run, tokenizer: Path) -> list[str]:
     """
     from modernenc.model import weights_of
 
-    layers = layer_map(source.backbone.layer_kinds(), model.backbone.layer_kinds(), run.init.layers)
+    old, new = source.backbone.describe(), model.backbone.describe()
+    layers = layer_map(old.layer_types, new.layer_types, run.init.layers)
     weights = _under_tokenizer(source, model, run, tokenizer)
     left = []
     for name, target in weights_of(model).items():
@@ -116,10 +119,10 @@ def fill(model: Any, source: Source, run: Run, tokenizer: Path) -> list[str]:
         if origin not in weights:
             left.append(name)
             continue
-        old_parts, new_parts = source.backbone.parts(origin), model.backbone.parts(name)
-        old = weights[origin].split(old_parts) if old_parts else [weights[origin]]
-        new = target.split(new_parts) if new_parts else [target]
-        for part, filled in zip(old, new, strict=True):
+        old_sizes, new_sizes = old.split_sizes(origin), new.split_sizes(name)
+        parts = weights[origin].split(old_sizes) if old_sizes else [weights[origin]]
+        targets = target.split(new_sizes) if new_sizes else [target]
+        for part, filled in zip(parts, targets, strict=True):
             if part.ndim != filled.ndim or any(n < o for n, o in zip(filled.shape, part.shape, strict=True)):
                 raise ValueError(
                     f"init.source={run.init.source}: {origin} is {tuple(part.shape)} there, {name} {tuple(filled.shape)} here; "
@@ -190,50 +193,6 @@ def _from_checkpoint(path: Path) -> Source:
         backbone = masked_lm_with(trained.backbone).backbone
     reached = Curriculum.of(trained).at(max(0, content["state"]["tokens_seen"] - 1)).backbone
     return Source(backbone, {**trained.backbone, **reached}, masked_lm_weights(content["weights"]))
-
-
-def _from_hugging_face(folder: Path, run: Run) -> Source:
-    """A folder that `save_pretrained` wrote, of transformers 4 or 5."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"init.source={folder}: no config.json; name a checkpoint (*.ckpt) or a Hugging Face folder")
-    from modernenc.export import our_names
-
-    config = json.loads((folder / "config.json").read_text())
-    kind: Any = get_class(run.backbone["_target_"])
-    if config.get("model_type") not in kind.HUGGING_FACE_TYPES:
-        raise ValueError(
-            f"init.source={folder} is of model_type {config.get('model_type')}, which {kind.__name__} cannot begin with; "
-            f"expected {' or '.join(kind.HUGGING_FACE_TYPES)}"
-        )
-    weights = our_names(dict(_tensors(folder)), kind.HUGGING_FACE_NAMES)
-    try:
-        settings = settings_of(kind, config)
-        with torch.device("meta"):
-            backbone = kind(**settings)
-    except KeyError as error:
-        raise ValueError(f"{folder / 'config.json'} has no {error}; expected what save_pretrained writes") from error
-    own = {f"backbone.{name}" for name, _ in backbone.named_parameters()}
-    lacking = sorted(own - weights.keys())
-    if lacking:
-        raise ValueError(f"init.source={folder} has no {lacking[0]}; expected a masked-LM model of transformers")
-    unknown = sorted(name for name in weights if name.startswith("backbone.") and name not in own)
-    if unknown:
-        raise ValueError(f"init.source={folder} has {unknown[0]}, which {kind.__name__} has not here: other logits")
-    return Source(backbone, settings, weights)
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Weights in fp32, from safetensors or else from a .bin, which is read without running code."""
-    from safetensors.torch import load_file
-
-    for path in sorted(folder.glob("*.safetensors")):
-        yield from ((name, value.float()) for name, value in load_file(path).items())
-    if not list(folder.glob("*.safetensors")):
-        paths = sorted(folder.glob("pytorch_model*.bin"))
-        if not paths:
-            raise FileNotFoundError(f"init.source={folder}: no *.safetensors and no pytorch_model*.bin; copy the weights there")
-        for path in paths:
-            yield from ((name, value.float()) for name, value in torch.load(path, "cpu", weights_only=True).items())
 
 
 def _under_tokenizer(source: Source, model: Any, run: Run, tokenizer: Path) -> dict[str, Tensor]:

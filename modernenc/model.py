@@ -31,7 +31,7 @@ def masked_lm_with(backbone: dict[str, Any]) -> MaskedLM:
 
 def recompute(backbone: Backbone, every: int) -> None:
     """Have every so many-th block make its activations again in the backward pass; 0 means none."""
-    for block in backbone.blocks()[::every] if every else []:
+    for block in list(backbone.layers)[::every] if every else []:
         block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
@@ -46,7 +46,7 @@ def compile_parts(backbone: Backbone) -> None:
 
     sizes.use_duck_shape = False
     _dynamo.config.recompile_limit = 32  # kinds of layers, made again or not, in training and in validation
-    for part in backbone.compilable():
+    for part in backbone.describe().compilable:
         part.forward = torch.compile(part.forward, dynamic=True, fullgraph=True)
 
 

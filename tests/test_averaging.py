@@ -12,7 +12,8 @@ from test_training import FINAL, train
 from modernenc.averaging import KINDS, average
 from modernenc.checkpoints import read
 from modernenc.compare import compare
-from modernenc.export import TOLERANCE, export
+from modernenc.export import export
+from modernenc.hugging_face.parity import TOLERANCE
 from modernenc.metrics import ALL, Table
 
 

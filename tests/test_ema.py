@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from modernenc.backbones.ema import BLOCK, PATHS, Documents, MultiDimensionDampedEMA
+from modernenc.backbones.ema import MultiDimensionDampedEMA
+from modernenc.kernels.documents import Documents
 
 CHANNELS, STATES = 8, 32
 

@@ -27,12 +27,12 @@ def kernel(name: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def carry():
-    return kernel(ema.KERNEL)
+    return kernel(state_passing.KERNEL)
 
 
 @pytest.mark.parametrize("ahead", [True, False])
 def test_states_are_carried_as_the_rounds_do(carry, ahead):
-    where = ema.Documents(LENGTHS, DEVICE)
+    where = documents.Documents(LENGTHS, DEVICE)
     torch.manual_seed(0)
     leaving, decay = (
         torch.randn(3, 10, where.blocks, device=DEVICE),
@@ -40,7 +40,7 @@ def test_states_are_carried_as_the_rounds_do(carry, ahead):
     )  # no whole tile of states
     half = slice(0, 5) if ahead else slice(5, 10)
     expected, got = torch.zeros_like(leaving).double(), torch.full_like(leaving, torch.nan)
-    ema._run(leaving[:, half].double(), decay[:, half].double(), where, expected[:, half], ahead)
+    state_passing.run(leaving[:, half].double(), decay[:, half].double(), where, expected[:, half], ahead)
     carry.run(leaving[:, half], decay[:, half], where.may_reach(1), got[:, half], ahead)
     torch.testing.assert_close(got[:, half], expected[:, half].float(), rtol=1e-5, atol=1e-5)
 
@@ -50,13 +50,13 @@ def test_an_ema_and_its_gradients_are_the_same_with_the_kernel(carry, monkeypatc
         carry.run(leaving, decay, where.may_reach(1), out, ahead)
 
     found = []
-    for run in (partial(by_kernel), ema._run):
-        monkeypatch.setattr(ema, "_run", run)
-        monkeypatch.setattr(ema, "HAS_KERNEL", False)
+    for run in (partial(by_kernel), state_passing.run):
+        monkeypatch.setattr(state_passing, "run", run)
+        monkeypatch.setattr(state_passing, "HAS_KERNEL", False)
         torch.manual_seed(0)
         module = ema.MultiDimensionDampedEMA(4, 6).to(DEVICE)
         x = torch.randn(sum(LENGTHS), 4).to(DEVICE).requires_grad_()
-        out = module(x, ema.Documents(LENGTHS, DEVICE))
+        out = module(x, documents.Documents(LENGTHS, DEVICE))
         out.square().sum().backward()
         found.append([out.detach(), *(leaf.grad for leaf in (x, *module.parameters()))])
     for one, other in zip(*found, strict=True):
@@ -73,7 +73,7 @@ def test_losses_predictions_and_gradients_of_logits_are_those_of_cross_entropy(v
     expected = F.cross_entropy(wanted, targets, reduction="none")
     expected.sum().backward()
     first = logits.argmax(1)
-    losses, best = kernel("modernenc.objectives.cross_entropy").to_gradients(logits, targets)
+    losses, best = kernel("modernenc.kernels.cross_entropy_triton").to_gradients(logits, targets)
     torch.testing.assert_close(losses, expected.float(), rtol=1e-5, atol=1e-5)
     assert best.tolist() == first.tolist() and best[3] == 0
     assert wanted.grad is not None

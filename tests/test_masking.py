@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from modernenc.data.batch import MicroBatch
 from modernenc.data.blocks import Roles
 from modernenc.data.lanes import Chunk
-from modernenc.data.masking import Masker, MicroBatch
+from modernenc.data.masking import Masker
 
 ROLES = Roles(cls=1, sep=2, pad=3, mask=4, unk=0)
 ORDINARY = np.arange(5, 1000)

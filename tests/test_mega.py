@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modernenc.backbones.mega import Mega
-from modernenc.export import hugging_face_names
+from modernenc.hugging_face import converter_of
 from modernenc.objectives.masked_lm import MaskedLM
 
 KEPT = Path(__file__).with_name("mega_logits.safetensors")
@@ -64,7 +64,7 @@ def theirs(model: Any) -> Any:
     keys = {key: value for key, value in model.backbone.settings.items() if key not in ("max_position", "ema")}
     config = MegaConfig(**keys, max_positions=512, use_chunking=True, tie_word_embeddings=True, add_lm_hidden_dense_layer=True)
     other = MegaForMaskedLM(config)
-    other.load_state_dict(hugging_face_names(model.state_dict(), model.backbone.HUGGING_FACE_NAMES))
+    other.load_state_dict(converter_of(model.backbone).to_hugging_face(model.state_dict()))
     return other.eval()
 
 
@@ -151,7 +151,7 @@ def test_normalised_attention_scores_are_bounded_whatever_the_scale_of_the_strea
     torch.nn.init.zeros_(attention.qk_weight)
     torch.nn.init.zeros_(attention.qk_bias)
     torch.nn.init.zeros_(attention.rel_pos_bias.rel_pos_bias)
-    weights = attention._weights(1000 * torch.randn(1, 20, 24), None)
+    weights = attention.probs(1000 * torch.randn(1, 20, 24), None)
     assert (
         float(weights.detach().max()) <= torch.e**2 / 20 + 1e-6
     )  # scores are cosines: the largest ratio of two weights is e^2

@@ -13,8 +13,9 @@ from test_mega import apart, ids, of_transformers_4
 from test_training import FINAL, train
 from transformers import AutoModelForMaskedLM
 
-from modernenc.backbones.modeling_mega import MegaConfig, MegaForMaskedLM, MegaModel
-from modernenc.export import TOLERANCE, export
+from modernenc.export import export
+from modernenc.hugging_face.modeling_mega import MegaConfig, MegaForMaskedLM, MegaModel
+from modernenc.hugging_face.parity import TOLERANCE
 from modernenc.model import load_masked_lm
 
 CHUNK = 48

@@ -9,7 +9,7 @@ from modernenc.bench.roofline import step_of
 from modernenc.bench.settings import register_bench
 from modernenc.bench.step import work
 from modernenc.config import Run
-from modernenc.data.masking import MicroBatch
+from modernenc.data.batch import MicroBatch
 from modernenc.model import build_objectives
 from modernenc.objectives.masked_lm import MaskedLM
 

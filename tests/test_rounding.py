@@ -5,15 +5,15 @@ from typing import Any
 import pytest
 import torch
 from hydra.utils import get_class
+from modernenc.objectives.rounding import MULTIPLE, rounded
 from omegaconf import OmegaConf
 
 from modernenc.config import CONF_DIR
-from modernenc.data.masking import MicroBatch
+from modernenc.data.batch import MicroBatch
 from modernenc.objectives import Objectives
 from modernenc.objectives import masked_lm as masked_lm_file
 from modernenc.objectives import multiple_choice as multiple_choice_file
 from modernenc.objectives.masked_lm import MaskedLM
-from modernenc.objectives.rounding import MULTIPLE, rounded
 
 
 def batch(lengths: list[int], targets: int, objective: str = "masked_lm") -> MicroBatch:

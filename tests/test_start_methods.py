@@ -20,9 +20,9 @@ from test_training import FINAL, same
 
 from modernenc.checkpoints import read
 from modernenc.checks import check_run
+from modernenc.data.batch import MicroBatch
 from modernenc.data.choices import Choices, Item
 from modernenc.data.loader import DataState, Step, Steps
-from modernenc.data.masking import MicroBatch
 from modernenc.data.worker import StepLoader
 
 RUN = (

@@ -142,7 +142,7 @@ def cells(bench: Bench, scratch: str) -> Iterator[Cell]:
         yield Cell(f"{kind} {name}", 150, partial(timed, Theirs(kind, halved)))
     yield Cell(f"run {name}", 150, partial(with_saves, deepcopy(base), gpu.run_steps, scratch))
     for length in gpu.lengths:
-        for path in ("varlen", "FA3", "flex", "blocks"):
+        for path in ("varlen", "FA3", "flex", "tiled"):
             yield Cell(f"window {path} {length}", 40, partial(_window, path, base, length, gpu.repetitions))
     yield Cell(f"sparse {name}", 150, partial(timed, Theirs("rows", halved, sparse=True)))
     small = deepcopy(base)

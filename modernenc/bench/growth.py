@@ -1,7 +1,7 @@
 """How a step, and its parts, grow with the length of documents, at a constant number of tokens.
 
 All tokens are in documents of one length. Besides the whole step there are the parts that should be linear: a layer that
-attends to a window, MEGA's moving average, a block of MEGA; and the one that is not: a layer that attends to whole documents.
+attends to a window, MEGA's moving average, a layer of MEGA; and the one that is not: a layer that attends to whole documents.
 """
 
 import time
@@ -92,30 +92,31 @@ def _parts(model: "MaskedLM", bench: Bench, length: int) -> dict[str, Callable[[
     """Forward passes to a single number, over documents of one length: the whole model's and those of its kinds of parts."""
     import torch
 
-    from modernenc.backbones import attention, ema, gated_attention, mega, modernbert, rotary
-    from modernenc.data.masking import MicroBatch
+    from modernenc.backbones import attention, gated_attention, mega, modernbert, rotary
+    from modernenc.data.batch import MicroBatch
+    from modernenc.kernels.documents import Documents
 
     tokens = max(bench.step_tokens, length) // length * length
     ids = torch.randint(model.backbone.vocab_size, (tokens,))
     places = torch.randperm(tokens)[: int(tokens * bench.mask_ratio)].sort().values
     ends = torch.arange(0, tokens + 1, length, dtype=torch.int32)
-    batch = MicroBatch(ids, ends, length, places, ids[places], 0)
+    batch = MicroBatch.of(ids.numpy(), ends.numpy(), places.numpy(), ids[places].numpy())
     hidden = torch.randn(tokens, model.backbone.hidden_size).requires_grad_()
     parts: dict[str, Callable[[], Tensor]] = {WHOLE: lambda: model(batch)[0] / len(places)}
     backbone = model.backbone
     if isinstance(backbone, modernbert.ModernBERT):
-        layout = attention.Layout(ends, length, tokens, hidden.device)
+        layout = attention.VarlenInfo(ends, length, tokens, hidden.device)
         head_dim = backbone.hidden_size // backbone.num_attention_heads
         turn = rotary.rotation(backbone.local_rope_theta, head_dim, rotary.positions_of(ends, tokens), length)
         for kind in ("local", "global"):
-            layer = backbone.layers[backbone.layer_kinds().index(kind)]
+            layer = backbone.layers[backbone.describe().layer_types.index(kind)]
             parts[f"{kind} layer"] = lambda layer=layer: layer(hidden, layout, turn).sum()
     elif isinstance(backbone, mega.Mega):
         layer: Any = backbone.layers[0]
-        documents = ema.Documents([length] * (tokens // length), hidden.device)
+        documents = Documents([length] * (tokens // length), hidden.device)
         chunks = gated_attention.chunks_of(documents, backbone.chunk_size)
         parts["EMA"] = lambda: layer.mega_layer.ema_gate(hidden, documents).sum()
-        parts["block"] = lambda: layer(hidden, documents, chunks).sum()
+        parts["layer"] = lambda: layer(hidden, documents, chunks).sum()
     return parts
 
 

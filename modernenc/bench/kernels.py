@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from modernenc.backbones.attention import Layout
+    from modernenc.backbones.attention import VarlenInfo
     from modernenc.backbones.rotary import Rotation
 
-    Path = Callable[[Tensor, Rotation, Layout, int | None], Tensor]
+    Path = Callable[[Tensor, Rotation, VarlenInfo, int | None], Tensor]
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Copies:
 
 @dataclass
 class Window:
-    """Attention with a window over documents of one length, rotary included: one of `attention.PATHS`, FA3 or flex."""
+    """Attention with a window over documents of one length, rotary included: one of `attention.BACKENDS`, FA3 or flex."""
 
     path: str
     run: Run
@@ -64,9 +64,11 @@ class Window:
         ends = torch.arange(0, tokens + 1, self.length, dtype=torch.int32)
         positions = rotary.positions_of(ends.to(device()), tokens)
         rotation = rotary.rotation(backbone["local_rope_theta"], head_dim, positions, self.length)
-        layout = attention.Layout(ends, self.length, tokens, device())
+        layout = attention.VarlenInfo(ends, self.length, tokens, device())
         qkv = torch.randn(tokens, 3, heads, head_dim, device=device()).bfloat16().requires_grad_()
-        path = flex(layout, window) if self.path == "flex" else attention.PATHS["varlen" if self.path == "FA3" else self.path]
+        path = (
+            flex(layout, window) if self.path == "flex" else attention.BACKENDS["varlen" if self.path == "FA3" else self.path]
+        )
         grad = torch.ones_like(qkv[:, 0])
 
         def turn(number: int) -> Work:
@@ -80,7 +82,7 @@ class Window:
         return turn
 
 
-def flex(layout: "Layout", window: int) -> "Path":
+def flex(layout: "VarlenInfo", window: int) -> "Path":
     """Attention with scores as a function, compiled where there is a GPU; it finds once which blocks of a mask are empty."""
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -98,7 +100,7 @@ def flex(layout: "Layout", window: int) -> "Path":
         masked, attend = torch.compile(masked), torch.compile(attend)
     mask = masked(seen, None, None, layout.tokens, layout.tokens, device())
 
-    def path(qkv: "Tensor", rotation: "Rotation", layout: "Layout", window: int | None) -> "Tensor":
+    def path(qkv: "Tensor", rotation: "Rotation", layout: "VarlenInfo", window: int | None) -> "Tensor":
         q, k, v = (x.transpose(0, 1)[None] for x in (rotate(qkv[:, 0], rotation), rotate(qkv[:, 1], rotation), qkv[:, 2]))
         return attend(q, k, v, block_mask=mask)[0].transpose(0, 1)
 
@@ -144,7 +146,7 @@ class CrossEntropy:
 
         from modernenc.objectives import linear_cross_entropy as module
 
-        module.ROWS = self.rows
+        module.CHUNK_ROWS = self.rows
         hidden_size, vocab_size = self.run.backbone["hidden_size"], self.run.backbone["vocab_size"]
         targets = int(self.run.trainer.micro_batch_tokens * self.run.phases["decay"].mask_ratio)
         hidden = torch.randn(targets, hidden_size, device=device()).bfloat16().requires_grad_()

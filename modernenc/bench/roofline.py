@@ -5,10 +5,11 @@ the longer of its FLOPs at the peak and its bytes at the bandwidth: Williams et 
 alone are the limit of a step whose other kernels are all fused into these.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from modernenc.bench import output
@@ -89,18 +90,19 @@ def step_of(run: Run, length: int, tokens: int) -> list[Kernel]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from modernenc import optim
-    from modernenc.backbones.transfer import traced_as_on_a_gpu
-    from modernenc.data.masking import MicroBatch
+    from modernenc.data.batch import MicroBatch
+    from modernenc.kernels.device import assume_gpu
     from modernenc.model import build_objectives
 
     objectives = build_objectives(run)
     optimizers = optim.build(objectives, run.optim)
-    ends = torch.arange(0, tokens + 1, length, dtype=torch.int32)
+    ids, ends = np.zeros(tokens, np.int64), np.arange(0, tokens + 1, length)
+    places = np.arange(int(tokens * run.phases["decay"].mask_ratio))
+    batch = MicroBatch.of(ids, ends, places, ids[: len(places)])
     trace = _trace()
-    with FakeTensorMode(allow_non_fake_inputs=True), traced_as_on_a_gpu():
-        ids = torch.zeros(tokens, dtype=torch.long)
-        places = torch.arange(int(tokens * run.phases["decay"].mask_ratio))
-        batch = MicroBatch(ids, ends, length, places, ids[: len(places)], 0)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, assume_gpu():
+        on_gpu = {name: fake.from_tensor(getattr(batch, name)) for name in ("input_ids", "target_positions", "targets")}
+        batch = replace(batch, **on_gpu)
         with trace:
             with torch.autocast("cpu", torch.bfloat16):
                 loss, _ = objectives(batch)

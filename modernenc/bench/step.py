@@ -8,7 +8,7 @@ where each ends. Each has a process of its own, as a training script would.
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +21,7 @@ from modernenc.config import Run
 if TYPE_CHECKING:
     import torch
 
-    from modernenc.data.masking import MicroBatch
+    from modernenc.data.batch import MicroBatch
     from modernenc.objectives.masked_lm import MaskedLM
 
 OURS = "modernenc"
@@ -190,7 +190,9 @@ def check_peer(backbone: str, run: Run) -> None:
     from hydra.utils import get_class
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    types = cast(Any, get_class(run.backbone["_target_"])).HUGGING_FACE_TYPES
+    from modernenc.hugging_face import converter_of
+
+    types = converter_of(get_class(run.backbone["_target_"])).model_types
     if not set(types) & set(CONFIG_MAPPING_NAMES):
         raise ValueError(
             f"backbones={backbone}: transformers {transformers.__version__} has no {types[0]} to measure beside it; "
@@ -202,27 +204,32 @@ def new_transformers_model(ours: "MaskedLM") -> Any:
     """Its own class, not one that is shipped with an export, of the same shape, initialised as transformers does."""
     from transformers import AutoConfig, AutoModelForMaskedLM
 
-    settings = ours.backbone.hugging_face_model().config
+    from modernenc.hugging_face import converter_of
+
+    settings = converter_of(ours.backbone).new_model(ours.backbone).config
     return AutoModelForMaskedLM.from_config(AutoConfig.for_model(**settings.to_dict()))
 
 
 def transformers_model(ours: "MaskedLM") -> Any:
     """The same with our weights."""
-    from modernenc.export import hugging_face_names
+    from modernenc.hugging_face import converter_of
 
     model = new_transformers_model(ours)
-    model.load_state_dict(hugging_face_names(ours.state_dict(), ours.backbone.HUGGING_FACE_NAMES))
+    model.load_state_dict(converter_of(ours.backbone).to_hugging_face(ours.state_dict()))
     return model
 
 
 def work(model: "MaskedLM", step: list["MicroBatch"]) -> Work:
     """Tokens of a step, and the products that they need: forward, and twice as many backward."""
+    from modernenc.backbones import forward_flops
+
     head = sum(parameter.numel() for parameter in model.head.parameters() if parameter.ndim == 2)
     tokens, flops = 0, 0.0
     for batch in step:
-        tokens += len(batch.input_ids)
+        batch = batch.unpadded()
+        tokens += batch.num_tokens
         flops += 6.0 * len(batch.targets) * (head + model.decoder.weight.numel())
-        flops += sum(3 * length * model.backbone.flops(length) for length in batch.cu_seqlens.diff().tolist())
+        flops += sum(3 * length * forward_flops(model.backbone, length) for length in batch.cu_seqlens.diff().tolist())
     return Work(tokens, flops)
 
 
@@ -250,6 +257,7 @@ def joined(step: list["MicroBatch"], run: Run) -> "MicroBatch":
     import torch
 
     length = run.phases["decay"].seq_len
+    step = [batch.unpadded() for batch in step]
     labels = torch.cat([_labels(batch) for batch in step])
     ids = torch.cat([batch.input_ids for batch in step])
     at_once = min(run.trainer.micro_batch_tokens // length, -(-len(ids) // length)) if compiles(run) else 1
@@ -257,7 +265,10 @@ def joined(step: list["MicroBatch"], run: Run) -> "MicroBatch":
     ids, labels = torch.cat((ids, ids[:more])), torch.cat((labels, labels[:more]))
     places = (labels >= 0).nonzero().flatten()
     ends = torch.arange(0, len(ids) + 1, length)
-    return replace(step[0], input_ids=ids, cu_seqlens=ends, max_seqlen=length, target_positions=places, targets=labels[places])
+    return replace(
+        step[0], input_ids=ids, cu_seqlens=ends, max_seqlen=length, target_positions=places, targets=labels[places],
+        num_tokens=len(ids),
+    )  # fmt: skip
 
 
 def full_rows(rows: "MicroBatch", run: Run) -> Iterator[dict[str, "torch.Tensor"]]:
@@ -269,6 +280,7 @@ def full_rows(rows: "MicroBatch", run: Run) -> Iterator[dict[str, "torch.Tensor"
 
 
 def _documents(batch: "MicroBatch") -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
+    batch = batch.unpadded()
     lengths = batch.cu_seqlens.diff().tolist()
     return zip(batch.input_ids.split(lengths), _labels(batch).split(lengths), strict=True)
 

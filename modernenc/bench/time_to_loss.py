@@ -181,14 +181,15 @@ def _theirs(documents: Run, rows: Run, lr: float, tokens: int) -> Training:
     from modernenc.bench.step import new_transformers_model
     from modernenc.curriculum import Curriculum
     from modernenc.data.blocks import Corpus
-    from modernenc.export import hugging_face_tokenizer, our_names
+    from modernenc.hugging_face import converter_of
+    from modernenc.hugging_face.tokenizer import pretrained_tokenizer
     from modernenc.model import build_objectives
     from modernenc.validation import Validator
 
     corpus = Corpus.of(rows.data)
     validator = Validator(rows, Curriculum.of(rows), corpus)
     ours = build_objectives(rows).masked_lm
-    names = ours.backbone.HUGGING_FACE_NAMES
+    converter = converter_of(ours.backbone)
     set_seed(rows.seed)
     model = new_transformers_model(ours)
     training = Training("HF Trainer", "adamw", lr)
@@ -202,7 +203,7 @@ def _theirs(documents: Run, rows: Run, lr: float, tokens: int) -> Training:
                 clock.validate(self._loss)
 
         def _loss(self) -> float:
-            ours.to(model.device).load_state_dict(our_names(model.state_dict(), names))
+            ours.to(model.device).load_state_dict(converter.from_hugging_face(model.state_dict()))
             with torch.autocast(model.device.type, torch.bfloat16, enabled=rows.trainer.precision == "bf16-mixed"):
                 return validator.first_scores(ours)[-1].loss
 
@@ -215,7 +216,7 @@ def _theirs(documents: Run, rows: Run, lr: float, tokens: int) -> Training:
         trainer = Trainer(
             model,
             arguments,
-            DataCollatorForLanguageModeling(hugging_face_tokenizer(corpus, ROW), mlm_probability=0.15),
+            DataCollatorForLanguageModeling(pretrained_tokenizer(corpus, ROW), mlm_probability=0.15),
             list(full_rows(documents, tokens)),
             callbacks=[Timed()],
         )
@@ -237,6 +238,7 @@ def full_rows(documents: Run, tokens: int) -> Iterator[dict[str, "torch.Tensor"]
     left = torch.empty(0, dtype=torch.long)
     for step in Steps(documents, Curriculum.of(documents), Corpus.of(documents.data), 0, 1, DataState()):
         for batch in step.micro_batches:
+            batch = batch.unpadded()
             left = torch.cat((left, batch.input_ids.index_copy(0, batch.target_positions, batch.targets)))
         whole = len(left) // ROW * ROW
         for row in left[:whole].view(-1, ROW):

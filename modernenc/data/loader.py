@@ -16,9 +16,10 @@ import torch
 from modernenc.config import Run
 from modernenc.curriculum import MASKED_LM, Curriculum, Point, items_at_once, reads_text
 from modernenc.data import choices
+from modernenc.data.batch import MicroBatch
 from modernenc.data.blocks import Corpus
 from modernenc.data.lanes import Lane, LaneState, Mix, Row
-from modernenc.data.masking import Masker, MicroBatch
+from modernenc.data.masking import Masker
 from modernenc.data.packing import SPECIALS
 
 
@@ -118,21 +119,23 @@ class Step:
         tensors = [[getattr(batch, name) for batch in self.micro_batches] for name in _TENSORS]
         arrays = [np.concatenate([tensor.numpy() for tensor in same], dtype=np.int32) for same in tensors]
         sizes = [[len(tensor) for tensor in same] for same in tensors]
-        others = [(batch.max_seqlen, batch.first_row, batch.objective) for batch in self.micro_batches]
+        others = [{name: getattr(batch, name) for name in _NUMBERS} for batch in self.micro_batches]
         return _arrived, (arrays, sizes, others, self.targets, self.tokens, self.state)
 
 
 _TENSORS = {"input_ids": torch.int64, "cu_seqlens": torch.int32, "target_positions": torch.int64, "targets": torch.int64}
-"""Of a micro-batch. All fit 32 bits: tokens, and places in a micro-batch."""
+"""Tensors of a micro-batch. All their values fit 32 bits: token ids, and positions in a micro-batch."""
+_NUMBERS = ("max_seqlen", "num_tokens", "first_row", "objective")
+"""All else of a micro-batch."""
 
 
-def _arrived(arrays: list[np.ndarray], sizes: list[list[int]], others: list[tuple[Any, ...]], *rest: Any) -> Step:
+def _arrived(arrays: list[np.ndarray], sizes: list[list[int]], others: list[dict[str, Any]], *rest: Any) -> Step:
     """The inverse of `Step.__reduce__`: micro-batches are views of what came."""
     whole = [torch.from_numpy(array).to(dtype) for array, dtype in zip(arrays, _TENSORS.values(), strict=True)]
     parts = [tensor.split(own) for tensor, own in zip(whole, sizes, strict=True)]
     micro_batches = [
-        MicroBatch(**dict(zip(_TENSORS, tensors, strict=True)), max_seqlen=max_seqlen, first_row=first_row, objective=objective)
-        for *tensors, (max_seqlen, first_row, objective) in zip(*parts, others, strict=True)
+        MicroBatch(**dict(zip(_TENSORS, tensors, strict=True)), **numbers)
+        for *tensors, numbers in zip(*parts, others, strict=True)
     ]
     return Step(micro_batches, *rest)
 
@@ -168,7 +171,7 @@ class Steps:
             yield Step(
                 micro_batches=micro_batches,
                 targets=sum(len(batch.targets) for batch in micro_batches),
-                tokens=sum(len(batch.input_ids) for batch in micro_batches if len(batch.targets)),
+                tokens=sum(batch.num_tokens for batch in micro_batches if len(batch.targets)),
                 state=state.to_dict(),
             )
 
