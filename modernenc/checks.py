@@ -126,7 +126,7 @@ def check_optim(run: Run) -> None:
     from modernenc import optim
 
     linear = nn.Linear(2, 2)  # optimizers only look at their settings: any weights will do
-    backbone = SimpleNamespace(layers=nn.ModuleList([linear]))
+    backbone = SimpleNamespace(describe=lambda: SimpleNamespace(layers=[linear]))
     objectives: Any = SimpleNamespace(masked_lm=linear, backbone=backbone, tasks=nn.ModuleDict())
     with _built("optim", run.optim):
         optim.build(objectives, run.optim)

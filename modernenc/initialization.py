@@ -11,13 +11,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from hydra.utils import get_class
 from jaxtyping import Integer
-from torch import Tensor
+from torch import Tensor, nn
 
 from modernenc.backbones import Backbone
 from modernenc.config import Run
@@ -243,4 +243,4 @@ def transferred(rows: Tensor, parts: dict[int, list[int]], size: int) -> Tensor:
 
 def _embedding_name(backbone: Backbone) -> str:
     weight = backbone.token_embeddings().weight
-    return next(f"backbone.{name}" for name, value in backbone.named_parameters() if value is weight)
+    return next(f"backbone.{name}" for name, value in cast(nn.Module, backbone).named_parameters() if value is weight)

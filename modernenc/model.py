@@ -31,7 +31,7 @@ def masked_lm_with(backbone: dict[str, Any]) -> MaskedLM:
 
 def recompute(backbone: Backbone, every: int) -> None:
     """Have every so many-th block make its activations again in the backward pass; 0 means none."""
-    for block in list(backbone.layers)[::every] if every else []:
+    for block in backbone.describe().layers[::every] if every else []:
         block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 

@@ -117,7 +117,7 @@ class Pretraining(L.LightningModule):
             compile_parts(self.objectives.backbone)
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not isinstance(self.objectives, FSDPModule):
             mesh = self.trainer.strategy.device_mesh["data_parallel"]
-            for block in self.objectives.backbone.layers:
+            for block in self.objectives.backbone.describe().layers:
                 fully_shard(block, mesh=mesh)
             fully_shard(self.objectives, mesh=mesh)
 

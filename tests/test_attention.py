@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modernenc.backbones.attention import BACKENDS, select_backend
+from modernenc.backbones.attention import BACKENDS, VarlenInfo, select_backend
 from modernenc.backbones.rotary import Rotation, positions_of, rotate, rotation
 from modernenc.kernels import tiled_attention
 
@@ -17,10 +17,10 @@ def inputs(dtype=torch.float32, device="cpu", lengths=LENGTHS, heads=5):
     qkv = torch.randn(total, 3, heads, 32, generator=generator).to(device, dtype).requires_grad_()
     ends = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
     turn = rotation(10_000, 32, positions_of(ends, total), max(lengths))
-    return qkv, turn, Layout(ends, max(lengths), total, qkv.device)
+    return qkv, turn, VarlenInfo(ends, max(lengths), total, qkv.device)
 
 
-def plain(qkv: torch.Tensor, turn: Rotation, layout: Layout, window: int | None) -> torch.Tensor:
+def plain(qkv: torch.Tensor, turn: Rotation, layout: VarlenInfo, window: int | None) -> torch.Tensor:
     """Softmax attention, one document at a time, in the precision of the input."""
     outs = []
     for start, end in zip(layout.cu_seqlens[:-1].tolist(), layout.cu_seqlens[1:].tolist(), strict=True):
@@ -43,9 +43,8 @@ def gradient(out: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("scores", [1, 300_000, tiled_attention.SCORES_PER_THREAD])
 @pytest.mark.parametrize("window", [None, 1, 16, 64, 1000])
 def test_blocks_equal_plain_attention_forward_and_backward(window, scores, monkeypatch):
-    monkeypatch.setattr(
-        tiled_attention, "SCORES_PER_THREAD", scores
-    )  # some heads of one block and 64 queries at a time; several; all
+    # Some heads of one tile and 64 queries at a time; several; all.
+    monkeypatch.setattr(tiled_attention, "SCORES_PER_THREAD", scores)
     qkv, turn, layout = inputs(torch.float64)
     ours, expected = BACKENDS["tiled"](qkv, turn, layout, window), plain(qkv, turn, layout, window)
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
@@ -72,19 +71,19 @@ def test_nothing_costs_length_by_length_memory(window, monkeypatch):
 
 
 def test_the_path_is_chosen_by_device_and_precision():
-    assert select_backend(torch.device("cpu"), torch.bfloat16) == "blocks"
-    assert select_backend(torch.device("cuda"), torch.float32) == "blocks"
+    assert select_backend(torch.device("cpu"), torch.bfloat16) == "tiled"
+    assert select_backend(torch.device("cuda"), torch.float32) == "tiled"
     assert select_backend(torch.device("cuda"), torch.bfloat16) in ("flash", "varlen")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 16, 64])
-@pytest.mark.parametrize("path", ["flash", "varlen", "blocks"])
+@pytest.mark.parametrize("path", ["flash", "varlen", "tiled"])
 def test_kernels_equal_plain_attention_on_cuda(path, window):
     if path == "flash":
         pytest.importorskip("flash_attn")
     qkv, turn, layout = inputs(torch.bfloat16, "cuda")
     exact = qkv.detach().double().requires_grad_()
-    ours, expected = PATHS[path](qkv, turn, layout, window), plain(exact, turn, layout, window)
+    ours, expected = BACKENDS[path](qkv, turn, layout, window), plain(exact, turn, layout, window)
     torch.testing.assert_close(ours.double(), expected, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(gradient(ours, qkv).double(), gradient(expected, exact), rtol=5e-2, atol=5e-2)

@@ -5,7 +5,7 @@ import torch
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from modernenc.backbones import Backbone
+from modernenc.backbones import Backbone, linear_weights
 from modernenc.config import CONF_DIR
 from modernenc.objectives.masked_lm import MaskedLM
 

@@ -15,6 +15,7 @@ from torch.nn.attention import varlen
 
 from modernenc.backbones.attention import BACKENDS
 from modernenc.config import CONF_DIR
+from modernenc.kernels import state_passing
 from modernenc.kernels.device import assume_gpu
 from modernenc.model import compile_parts, masked_lm_with, recompute
 

@@ -14,6 +14,8 @@ from modernenc.backbones.modernbert import ModernBERT
 from modernenc.checks import check_run
 from modernenc.export import export
 from modernenc.fit import fit, start
+from modernenc.hugging_face import converter_of
+from modernenc.hugging_face.parity import TOLERANCE, logit_difference
 from modernenc.objectives.masked_lm import MaskedLM
 
 
@@ -72,7 +74,7 @@ def test_a_config_is_whole_in_the_words_of_transformers_4_and_of_5(tmp_path, oth
     version_4 = "layer_types" in other
     if version_4 == (int(transformers.__version__.split(".")[0]) == 4):  # the other would fall back to defaults
         (tmp_path / "config.json").write_text(json.dumps(own))
-        assert compare(ours, AutoModelForMaskedLM.from_pretrained(tmp_path), 300) <= TOLERANCE
+        assert logit_difference(ours, AutoModelForMaskedLM.from_pretrained(tmp_path), 300) <= TOLERANCE
 
 
 def test_an_existing_folder_is_not_overwritten(run_dir, tmp_path):

@@ -20,6 +20,7 @@ from modernenc.config import Init
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.export import export
+from modernenc.hugging_face import converter_of
 from modernenc.hugging_face.config_json import arguments_from
 from modernenc.initialization import begin_at_unigrams, initialise, layer_map, made_of, tiled, transferred
 from modernenc.metrics import Table

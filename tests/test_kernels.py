@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from modernenc.backbones import ema
+from modernenc.kernels import documents, state_passing
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = [1, 64 * 70 + 3, 63, 64, 65, 64 * 140]
@@ -35,7 +36,7 @@ def test_states_are_carried_as_the_rounds_do(carry, ahead):
     where = documents.Documents(LENGTHS, DEVICE)
     torch.manual_seed(0)
     leaving, decay = (
-        torch.randn(3, 10, where.blocks, device=DEVICE),
+        torch.randn(3, 10, where.segments, device=DEVICE),
         torch.rand(3, 10, device=DEVICE),
     )  # no whole tile of states
     half = slice(0, 5) if ahead else slice(5, 10)
@@ -46,8 +47,8 @@ def test_states_are_carried_as_the_rounds_do(carry, ahead):
 
 
 def test_an_ema_and_its_gradients_are_the_same_with_the_kernel(carry, monkeypatch):
-    def by_kernel(leaving, decay, where, out, ahead):
-        carry.run(leaving, decay, where.may_reach(1), out, ahead)
+    def by_kernel(leaving, decay, where, out, forward):
+        carry.run(leaving, decay, where.may_reach(1), out, forward)
 
     found = []
     for run in (partial(by_kernel), state_passing.run):

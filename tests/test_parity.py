@@ -1,5 +1,7 @@
 """The same model as transformers'."""
 
+from typing import Any
+
 import pytest
 import torch
 from hydra.utils import get_class
@@ -64,7 +66,7 @@ def test_names_of_weights_go_there_and_back(name):
 
 def test_initialisation_has_the_published_spread():
     torch.manual_seed(0)
-    backbone = build("modernbert_base", num_hidden_layers=2, vocab_size=2000).backbone
+    backbone: Any = build("modernbert_base", num_hidden_layers=2, vocab_size=2000).backbone
     inner, outer = 0.02, 0.02 / (2 * 2) ** 0.5
     cut = 0.88  # of a normal that is cut at two standard deviations
     for name, parameter in backbone.named_parameters():

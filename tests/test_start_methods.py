@@ -134,7 +134,7 @@ def test_open_files_do_not_grow_with_micro_batches(corpus_root, tmp_path):
 
 def equal(one: Step, other: Step) -> bool:
     tensors = ("input_ids", "cu_seqlens", "target_positions", "targets")
-    plain = ("max_seqlen", "first_row", "objective")
+    plain = ("max_seqlen", "num_tokens", "first_row", "objective")
     return (
         (one.targets, one.tokens, one.state) == (other.targets, other.tokens, other.state)
         and len(one.micro_batches) == len(other.micro_batches)
@@ -174,7 +174,7 @@ def test_what_is_written_like_a_special_token_is_text_in_another_process_too(ste
 def marked(number: int) -> Step:
     """A step that is told by its number."""
     nothing = torch.zeros(1, dtype=torch.int64)
-    return Step([MicroBatch(nothing, torch.zeros(2, dtype=torch.int32), 1, nothing, nothing, 0)], number, 0, {})
+    return Step([MicroBatch(nothing, torch.zeros(2, dtype=torch.int32), 1, nothing, nothing, 1, 0)], number, 0, {})
 
 
 class Ends:

@@ -152,7 +152,7 @@ def test_a_choice_is_a_document_and_its_beginning_is_cut(mixed_run, items):
     assert len(source.items) == 20
     item = source.items[0]
     choices = source.encoded(item)
-    batch = source.collate([choices], [item.label], 0)
+    batch = source.collate([choices], [item.label], 0).unpadded()
     starts = batch.cu_seqlens[:-1].tolist()
     assert batch.target_positions.tolist() == starts and len(starts) == 4
     assert (batch.input_ids[starts] == corpus.roles.cls).all()

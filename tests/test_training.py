@@ -8,6 +8,7 @@ import torch
 from conftest import DROPOUT, SMALL, command
 
 from modernenc import optim
+from modernenc.backbones import linear_weights
 from modernenc.checkpoints import read, remove, tokens_seen, write
 from modernenc.checks import check_run
 from modernenc.config import Run

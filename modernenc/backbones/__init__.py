@@ -7,7 +7,7 @@ of all, and so on. Converters to transformers' models are in `modernenc.hugging_
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,10 @@ from modernenc.shapes import Float, Int
 
 @dataclass(frozen=True)
 class Description:
-    """Facts about a backbone that its forward pass does not show. Only the first two have no default."""
+    """Facts about a backbone that its forward pass does not show. Only the first three have no default."""
 
+    layers: Sequence[nn.Module]
+    """The layers, from the first: each may be sharded over ranks, or its activations checkpointed, by itself."""
     layer_types: Sequence[str]
     """What each layer attends to, in words that are equal for layers that could take each other's weights."""
     mixing_flops: Callable[[int], float]
@@ -49,8 +51,6 @@ class Backbone(Protocol):
     vocab_size: int
     hidden_size: int
     max_position: int
-    layers: nn.ModuleList
-    """The layers, each of which may be sharded over ranks or checkpointed by itself."""
 
     def __call__(
         self,
@@ -85,7 +85,8 @@ def linear_weights(backbone: Backbone) -> list[nn.Parameter]:
 
     They are what an optimizer like Muon may orthogonalise: no embedding, no decoder, no norm, no EMA.
     """
-    return [module.weight for module in backbone.layers.modules() if isinstance(module, nn.Linear)]
+    modules = (module for layer in backbone.describe().layers for module in layer.modules())
+    return [cast(nn.Parameter, module.weight) for module in modules if isinstance(module, nn.Linear)]
 
 
 def forward_flops(backbone: Backbone, length: int) -> float:

@@ -11,7 +11,7 @@ INIT_STD = 0.02
 
 
 def normal_(weight: Tensor, std: float = INIT_STD) -> None:
-    """Fill a weight with normal numbers. A meta tensor is left alone, or torch would import its compiler, which takes seconds."""
+    """Fill a weight with normal numbers. A meta tensor is left alone: torch would import its compiler for it, in seconds."""
     if not weight.is_meta:
         nn.init.normal_(weight, std=std)
 

@@ -152,6 +152,7 @@ class Mega(nn.Module):
         directions = (self.hidden_size, self.hidden_size)
         projections = layers[0].mega_layer.widths
         return Description(
+            layers,
             ["mega"] * len(layers),
             mixing_flops,
             fused_rows={

@@ -131,6 +131,7 @@ class ModernBERT(nn.Module):
             return sum(4 * self.hidden_size * reach[kind] for kind in layer_types)
 
         return Description(
+            list(self.layers),
             layer_types,
             mixing_flops,
             fused_rows={"Wqkv.weight": (self.hidden_size,) * 3, "Wi.weight": (self.intermediate_size,) * 2},

@@ -34,7 +34,7 @@ def _table(theta: float, head_dim: int, length: int, device: torch.device) -> Ro
 
 
 def rotation(theta: float, head_dim: int, positions: Int[Tensor, " tokens"], max_seqlen: int) -> Rotation:
-    """Return the rotation of each token. Angles are in fp32 whatever the precision of the rest: bf16 cannot count beyond 256."""
+    """Return the rotation of each token. Angles are in fp32 whatever the precision of the rest: bf16 counts to 256 only."""
     length = 1 << (max_seqlen - 1).bit_length()  # a power of two, so that few tables are ever computed
     table = _table(float(theta), head_dim, length, positions.device)
     return Rotation(table.cos[positions], table.sin[positions])

@@ -228,7 +228,7 @@ class MegaForSequenceClassification(MegaPreTrainedModel):
     def forward(
         self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, return_dict: Any = None, **others: Any
     ) -> Any:
-        """Return logits and a loss: regression for a single label, cross-entropy, or one yes-or-no per label if they are floats."""
+        """Return logits and a loss: squared error for one label, cross-entropy, or one yes-or-no per label for floats."""
         out = self.mega(input_ids, attention_mask, **others)
         logits = self.classifier(out.last_hidden_state)
         loss = None

@@ -12,7 +12,7 @@ _IMPORT = re.compile(r"^from (modernenc(?:\.\w+)*)\.(\w+) import", re.MULTILINE)
 
 
 def write(folder: Path, module: str) -> None:
-    """Write a module of this package and, file by file, what it imports of it at its top, so that it runs without the package."""
+    """Write a module of this package, and the modules that it imports from it, as files that run without the package."""
     todo, done = [module], set()
     while todo:
         name = todo.pop()
