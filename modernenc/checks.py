@@ -124,9 +124,10 @@ def check_optim(run: Run) -> None:
     from torch import nn
 
     from modernenc import optim
+    from modernenc.backbones import Description
 
     linear = nn.Linear(2, 2)  # optimizers only look at their settings: any weights will do
-    backbone = SimpleNamespace(describe=lambda: SimpleNamespace(layers=[linear]))
+    backbone = SimpleNamespace(describe=lambda: Description([linear], ["linear"], lambda length: 0.0))
     objectives: Any = SimpleNamespace(masked_lm=linear, backbone=backbone, tasks=nn.ModuleDict())
     with _built("optim", run.optim):
         optim.build(objectives, run.optim)

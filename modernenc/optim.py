@@ -14,7 +14,6 @@ from hydra.utils import get_method
 from torch import nn
 from torch.optim import Optimizer
 
-from modernenc.backbones import linear_weights
 from modernenc.curriculum import Point
 from modernenc.objectives import Objectives
 
@@ -26,7 +25,7 @@ _COUNTERS = ("step", "setup")
 def build(objectives: Objectives, settings: dict[str, Any]) -> list[Optimizer]:
     """The optimizers that a recipe's `optim` names."""
     make = partial(get_method(settings["_target_"]), **{key: value for key, value in settings.items() if key != "_target_"})
-    optimizers = make(list(objectives.masked_lm.parameters()), linear_weights(objectives.backbone))
+    optimizers = make(list(objectives.masked_lm.parameters()), objectives.backbone.describe().linear_weights())
     return [*optimizers, *(optimizer for task in objectives.tasks.values() for optimizer in make(list(task.parameters()), []))]
 
 
@@ -104,7 +103,7 @@ def state_numbers(target: str, objectives: Objectives) -> int:
     """Numbers that an optimizer keeps beside the weights: two moments each, but one for a matrix under Muon."""
     numbers = 2 * sum(parameter.numel() for parameter in objectives.parameters())
     if target == f"{muon.__module__}.{muon.__name__}":
-        numbers -= sum(parameter.numel() for parameter in linear_weights(objectives.backbone))
+        numbers -= sum(parameter.numel() for parameter in objectives.backbone.describe().linear_weights())
     return numbers
 
 

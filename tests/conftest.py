@@ -24,8 +24,8 @@ if not torch.cuda.is_available():
 # Shapes and dtypes in signatures are checked here, and cost nothing in use. An int is a float, as PEP 484 has it.
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 _SHAPED = [
-    "modernenc.backbones", "modernenc.kernels", "modernenc.objectives", "modernenc.hugging_face", "modernenc.data.batch",
-    "modernenc.data.packing", "modernenc.data.masking",
+    "modernenc.backbones", "modernenc.kernels", "modernenc.objectives", "modernenc.data.batch", "modernenc.data.packing",
+    "modernenc.data.masking",
 ]  # fmt: skip
 _hook = install_import_hook(_SHAPED, "conftest.checked")
 _hook.__enter__()

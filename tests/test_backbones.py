@@ -5,7 +5,7 @@ import torch
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from modernenc.backbones import Backbone, linear_weights
+from modernenc.backbones import Backbone
 from modernenc.config import CONF_DIR
 from modernenc.objectives.masked_lm import MaskedLM
 
@@ -51,7 +51,7 @@ def test_it_keeps_the_contract(objective):
     assert hidden.shape == (8, backbone.hidden_size)
     assert backbone.token_embeddings().weight.shape == (backbone.vocab_size, backbone.hidden_size)
     owned = {id(parameter) for parameter in objective.parameters()}
-    matrices = linear_weights(backbone)
+    matrices = backbone.describe().linear_weights()
     assert matrices
     assert all(matrix.ndim == 2 and id(matrix) in owned for matrix in matrices)
     assert id(backbone.token_embeddings().weight) not in {id(matrix) for matrix in matrices}

@@ -13,7 +13,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from modernenc import estimate, optim
-from modernenc.backbones import forward_flops
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
@@ -29,7 +28,7 @@ def test_flops_are_those_that_torch_counts(name, length):
     ends = torch.tensor([0, length, 2 * length], dtype=torch.int32)
     with FlopCounterMode(display=False) as counter:
         objective.backbone(torch.zeros(2 * length, dtype=torch.long), ends, length)
-    counted, said = counter.get_total_flops(), 2 * length * forward_flops(objective.backbone, length)
+    counted, said = counter.get_total_flops(), 2 * length * objective.backbone.describe().forward_flops(length)
     assert said == pytest.approx(counted, rel=0.15)  # windows and chunks are computed in whole blocks
 
 

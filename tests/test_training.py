@@ -8,7 +8,6 @@ import torch
 from conftest import DROPOUT, SMALL, command
 
 from modernenc import optim
-from modernenc.backbones import linear_weights
 from modernenc.checkpoints import read, remove, tokens_seen, write
 from modernenc.checks import check_run
 from modernenc.config import Run
@@ -230,10 +229,10 @@ def test_muon_takes_the_matrices_and_adamw_the_rest(small_run):
     run.optim["ns_steps"] = 3
     objective = build_objectives(run).masked_lm
     arguments = {key: value for key, value in run.optim.items() if key != "_target_"}
-    muon, adamw = optim.muon(list(objective.parameters()), linear_weights(objective.backbone), **arguments)
+    muon, adamw = optim.muon(list(objective.parameters()), objective.backbone.describe().linear_weights(), **arguments)
     chosen = {id(parameter) for group in muon.param_groups for parameter in group["params"]}
     rest = {id(parameter) for group in adamw.param_groups for parameter in group["params"]}
-    assert chosen == {id(parameter) for parameter in linear_weights(objective.backbone)}
+    assert chosen == {id(parameter) for parameter in objective.backbone.describe().linear_weights()}
     assert chosen | rest == {id(parameter) for parameter in objective.parameters()}
     assert not chosen & rest
     assert {group["ns_steps"] for group in muon.param_groups} == {3}

@@ -38,6 +38,18 @@ class Description:
         """Return the rows of each matrix stacked in the named weight; empty if it is a single one."""
         return next((rows for ending, rows in self.fused_rows.items() if name.endswith(ending)), ())
 
+    def linear_weights(self) -> list[nn.Parameter]:
+        """Return the weights of the linear maps in the layers, each as it is stored, fused or not.
+
+        They are what an optimizer like Muon may orthogonalise: no embedding, no decoder, no norm, no EMA.
+        """
+        modules = (module for layer in self.layers for module in layer.modules())
+        return [cast(nn.Parameter, module.weight) for module in modules if isinstance(module, nn.Linear)]
+
+    def forward_flops(self, length: int) -> float:
+        """Return the FLOPs of a forward pass's matrix products, per token in documents of `length` tokens."""
+        return 2 * sum(weight.numel() for weight in self.linear_weights()) + self.mixing_flops(length)
+
 
 @runtime_checkable
 class Backbone(Protocol):
@@ -78,17 +90,3 @@ class Backbone(Protocol):
     def describe(self) -> Description:
         """Describe the backbone as built."""
         ...
-
-
-def linear_weights(backbone: Backbone) -> list[nn.Parameter]:
-    """Weights of the linear maps in the layers, each as it is stored, fused or not.
-
-    They are what an optimizer like Muon may orthogonalise: no embedding, no decoder, no norm, no EMA.
-    """
-    modules = (module for layer in backbone.describe().layers for module in layer.modules())
-    return [cast(nn.Parameter, module.weight) for module in modules if isinstance(module, nn.Linear)]
-
-
-def forward_flops(backbone: Backbone, length: int) -> float:
-    """FLOPs of the matrix products of a forward pass, per token in documents of `length` tokens: two per weight, and mixing."""
-    return 2 * sum(weight.numel() for weight in linear_weights(backbone)) + backbone.describe().mixing_flops(length)

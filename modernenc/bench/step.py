@@ -221,15 +221,16 @@ def transformers_model(ours: "MaskedLM") -> Any:
 
 def work(model: "MaskedLM", step: list["MicroBatch"]) -> Work:
     """Tokens of a step, and the products that they need: forward, and twice as many backward."""
-    from modernenc.backbones import forward_flops
-
     head = sum(parameter.numel() for parameter in model.head.parameters() if parameter.ndim == 2)
+    backbone = model.backbone.describe()
     tokens, flops = 0, 0.0
     for batch in step:
         batch = batch.unpadded()
         tokens += batch.num_tokens
         flops += 6.0 * len(batch.targets) * (head + model.decoder.weight.numel())
-        flops += sum(3 * length * forward_flops(model.backbone, length) for length in batch.cu_seqlens.diff().tolist())
+        flops += sum(
+            3 * length * model.backbone.describe().forward_flops(length) for length in batch.cu_seqlens.diff().tolist()
+        )
     return Work(tokens, flops)
 
 
