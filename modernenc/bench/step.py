@@ -228,9 +228,7 @@ def work(model: "MaskedLM", step: list["MicroBatch"]) -> Work:
         batch = batch.unpadded()
         tokens += batch.num_tokens
         flops += 6.0 * len(batch.targets) * (head + model.decoder.weight.numel())
-        flops += sum(
-            3 * length * model.backbone.describe().forward_flops(length) for length in batch.cu_seqlens.diff().tolist()
-        )
+        flops += sum(3 * length * backbone.forward_flops(length) for length in batch.cu_seqlens.diff().tolist())
     return Work(tokens, flops)
 
 
