@@ -124,7 +124,7 @@ def check_optim(run: Run) -> None:
     from torch import nn
 
     from modernenc import optim
-    from modernenc.backbones import Description
+    from modernenc.backbones.description import Description
 
     linear = nn.Linear(2, 2)  # optimizers only look at their settings: any weights will do
     backbone = SimpleNamespace(describe=lambda: Description([linear], ["linear"], lambda length: 0.0))

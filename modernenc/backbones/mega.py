@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modernenc.backbones import Description
+from modernenc.backbones.description import Description
 from modernenc.backbones.ema import BACKENDS, MultiDimensionDampedEMA
 from modernenc.backbones.gated_attention import BIASES, GatedAttention, chunks_of, select_positions
 from modernenc.backbones.initial import normal_

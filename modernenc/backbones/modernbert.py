@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from modernenc.backbones import Description
 from modernenc.backbones.attention import VarlenInfo, attention, select_backend
+from modernenc.backbones.description import Description
 from modernenc.backbones.initial import INIT_STD, truncated_normal_
 from modernenc.backbones.rotary import Rotation, positions_of, rotation
 from modernenc.kernels.dropout import Dropout

@@ -13,17 +13,25 @@ _IMPORT = re.compile(r"^from (modernenc(?:\.\w+)*)\.(\w+) import", re.MULTILINE)
 
 def write(folder: Path, module: str) -> None:
     """Write a module of this package, and the modules that it imports from it, as files that run without the package."""
-    todo, done = [module], set()
+    sources: dict[str, str] = {}
+    todo = [module]
     while todo:
         name = todo.pop()
-        if name in done:
-            continue
-        done.add(name)
         spec = importlib.util.find_spec(name)
         assert spec is not None and spec.origin is not None
-        source = Path(spec.origin).read_text(encoding="utf-8")
-        todo += [".".join(imported.groups()) for imported in _IMPORT.finditer(source)]
-        (folder / f"{name.rpartition('.')[2]}.py").write_text(relative(source), encoding="utf-8")
+        sources[name] = Path(spec.origin).read_text(encoding="utf-8")
+        todo += [imported for imported in imports_of(sources[name]) if imported not in sources]
+    for name, source in sources.items():
+        code = relative(source)
+        if name == module:  # transformers 4 copies only what this file itself imports
+            indirect = sorted(sources.keys() - {module, *imports_of(source)})
+            code += "".join(f"\nfrom .{other.rpartition('.')[2]} import __name__ as _  # noqa" for other in indirect) + "\n"
+        (folder / f"{name.rpartition('.')[2]}.py").write_text(code, encoding="utf-8")
+
+
+def imports_of(source: str) -> list[str]:
+    """Return the modules of this package that a module imports at its top level."""
+    return [".".join(found.groups()) for found in _IMPORT.finditer(source)]
 
 
 def relative(source: str) -> str:
