@@ -1,4 +1,17 @@
-"""MEGA's gated attention: equations 5 to 17 of Ma et al. 2022, arXiv:2209.10655, and the biases by distance that it takes."""
+"""MEGA's gated attention: equations 5 to 17 of Ma et al. 2022, arXiv:2209.10655, and the two relative biases that it takes.
+
+With x the normalised input and stream the input itself, in the paper's symbols (`*` is elementwise):
+
+    x'    = EMA(x)                                           (5)
+    z     = silu(x' W_z + b_z)               shared          (6)
+    q, k  = kappa_q * z + mu_q, kappa_k * z + mu_k           (7, 8)
+    v     = silu(x W_v + b_v)                                (9)
+    o     = softmax(q k^T / tau + bias) v    within a chunk  (10)
+    gamma = silu(x' W_gamma + b_gamma)       reset gate      (11)
+    phi   = sigmoid(x' W_phi + b_phi)        update gate     (12)
+    h     = silu(x' W_h + (gamma * o) U_h + b_h)  candidate  (13)
+    y     = phi * h + (1 - phi) * stream                     (14)
+"""
 
 import math
 from collections.abc import Sequence
@@ -7,15 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .buckets import Buckets
-from .dropout import Dropout
-from .ema import Documents, MultiDimensionDampedEMA
-from .initial import normal_
-from .shapes import Float, Int
+from modernenc.backbones.ema import MultiDimensionDampedEMA
+from modernenc.backbones.initial import normal_
+from modernenc.kernels.buckets import Buckets
+from modernenc.kernels.documents import Documents
+from modernenc.kernels.dropout import Dropout
+from modernenc.shapes import Float, Int
 
 
 class GatedAttention(nn.Module):
-    """Moving average, one-headed attention within chunks, and a gated way between the result and the input: equations 6-14."""
+    """Moving average, single-head attention within chunks, and a gated interpolation between the result and the input."""
 
     def __init__(
         self,
@@ -33,6 +47,7 @@ class GatedAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.widths = (hidden_size, shared_representation_size, intermediate_size, hidden_size)
+        """Rows of `mx_proj` that make the update gate, z, the reset gate and the candidate's input."""
         self.attention_activation = attention_activation
         self.normalize_attention = normalize_attention
         self.dropout = Dropout(dropout)
@@ -40,81 +55,86 @@ class GatedAttention(nn.Module):
         self.attention_dropout = Dropout(attention_dropout)
         self.norm = norm
         self.ema_gate = ema_gate
-        self.v_proj = nn.Linear(hidden_size, intermediate_size)
-        self.mx_proj = nn.Linear(hidden_size, sum(self.widths))
-        self.h_proj = nn.Linear(intermediate_size, hidden_size)
-        self.qk_weight = nn.Parameter(torch.empty(2, shared_representation_size))
-        self.qk_bias = nn.Parameter(torch.zeros(2, shared_representation_size))
+        self.v_proj = nn.Linear(hidden_size, intermediate_size)  # W_v
+        self.mx_proj = nn.Linear(hidden_size, sum(self.widths))  # W_phi, W_z, W_gamma and W_h, one above the other
+        self.h_proj = nn.Linear(intermediate_size, hidden_size)  # U_h
+        self.qk_weight = nn.Parameter(torch.empty(2, shared_representation_size))  # kappa_q, kappa_k
+        self.qk_bias = nn.Parameter(torch.zeros(2, shared_representation_size))  # mu_q, mu_k
         self.rel_pos_bias = rel_pos_bias
         normal_(self.qk_weight)
 
     def forward(
         self,
-        hidden: Float[Tensor, "tokens hidden"],
+        stream: Float[Tensor, "tokens hidden"],
         documents: Documents,
         chunks: Buckets,
         positions: Int[Tensor, " some"] | None = None,
     ) -> Float[Tensor, "_ hidden"]:
-        normed = self.norm(hidden)
-        value = self.hidden_dropout(F.silu(self.v_proj(normed)))
-        smoothed = self.dropout(self.ema_gate(normed, documents))
-        towards, shared, gate, kept = self._maps(smoothed, positions)
-        attended = at(self.attend(F.silu(shared), value, chunks), positions)
-        hidden = at(hidden, positions)
-        new = F.silu(kept + self.h_proj(attended * F.silu(gate)))
-        return torch.addcmul(hidden, towards.sigmoid(), self.dropout(new) - hidden)
+        x = self.norm(stream)
+        v = self.hidden_dropout(F.silu(self.v_proj(x)))
+        x_ema = self.dropout(self.ema_gate(x, documents))
+        phi, z, gamma, candidate_input = self._project(x_ema, positions)
+        o = select_positions(self.attend(F.silu(z), v, chunks), positions)
+        stream = select_positions(stream, positions)
+        candidate = F.silu(candidate_input + self.h_proj(o * F.silu(gamma)))
+        # Equation 14 as stream + phi (h - stream), one fused operation.
+        return torch.addcmul(stream, phi.sigmoid(), self.dropout(candidate) - stream)
 
-    def _maps(self, smoothed: Tensor, positions: Tensor | None) -> Sequence[Tensor]:
-        """What the input gives to the way, queries and keys, the gate, and the result; at `positions`, but for the second."""
+    def _project(self, x_ema: Tensor, positions: Tensor | None) -> Sequence[Tensor]:
+        """Project to update gate, z, reset gate and candidate input, before their activations.
+
+        With `positions`, all but z are needed there only: every token is a key.
+        """
         if positions is None:
-            return self.mx_proj(smoothed).split(self.widths, dim=-1)
-        few = smoothed.index_select(0, positions)
-        inputs = (few, smoothed, few, few)
+            return self.mx_proj(x_ema).split(self.widths, dim=-1)
+        few = x_ema.index_select(0, positions)
+        inputs = (few, x_ema, few, few)
         maps = zip(inputs, self.mx_proj.weight.split(self.widths), self.mx_proj.bias.split(self.widths), strict=True)
         return [F.linear(x, weight, bias) for x, weight, bias in maps]
 
     def attend(
-        self, shared: Float[Tensor, "tokens shared"], value: Float[Tensor, "tokens values"], chunks: Buckets
+        self, z: Float[Tensor, "tokens shared"], v: Float[Tensor, "tokens values"], chunks: Buckets
     ) -> Float[Tensor, "tokens values"]:
-        """Attention of each token over its chunk."""
-        # Autocast would take softmax to fp32 and back, for three times the cost.
-        with torch.autocast(value.device.type, enabled=False):
-            parts = zip(chunks.gather(shared), chunks.gather(value), chunks.valid, chunks.shortest, strict=True)
+        """Let each token attend to its chunk: equation 10."""
+        # Autocast would take softmax to fp32 and back, at three times the cost.
+        with torch.autocast(v.device.type, enabled=False):
+            buckets = zip(chunks.gather(z), chunks.gather(v), chunks.valid, chunks.shortest, strict=True)
             return chunks.scatter(
-                self.attention_dropout(self._weights(part, None if shortest == part.shape[1] else valid)) @ values
-                for part, values, valid, shortest in parts
+                self.attention_dropout(self.probs(bucket, None if shortest == bucket.shape[1] else valid)) @ values
+                for bucket, values, valid, shortest in buckets
             )
 
-    def _weights(self, shared: Tensor, valid: Tensor | None) -> Tensor:
-        """How much each token takes from each of its chunk; `valid` says which are tokens."""
-        query, key = self._query_and_key(shared)
-        bias = self.rel_pos_bias(shared.shape[1]).to(shared.dtype)
-        if self.attention_activation == "laplace":
-            counts = shared.shape[1] if valid is None else valid.sum(1)[:, None, None]
-            weights = _laplace(query @ key.transpose(1, 2) / counts + bias)
-            return weights if valid is None else weights * valid[:, None]
-        if not self.normalize_attention:  # else their products are cosines, with a learned temperature
-            query = query * query.shape[-1] ** -0.5
-        scores = torch.baddbmm(bias, query, key.transpose(1, 2))
+    def probs(self, z: Float[Tensor, "chunks length shared"], valid: Tensor | None) -> Float[Tensor, "chunks length length"]:
+        """Compute how much each token attends to each token of its chunk; `valid` tells tokens from padding."""
+        q, k = self._query_and_key(z)
+        bias = self.rel_pos_bias(z.shape[1]).to(z.dtype)
+        if self.attention_activation == "laplace":  # its tau is the number of keys, since nothing normalises its sum
+            tokens = z.shape[1] if valid is None else valid.sum(1)[:, None, None]
+            probs = _laplace(q @ k.transpose(1, 2) / tokens + bias)
+            return probs if valid is None else probs * valid[:, None]
+        if not self.normalize_attention:  # else scores are cosines, whose temperature is learned
+            q = q * q.shape[-1] ** -0.5
+        scores = torch.baddbmm(bias, q, k.transpose(1, 2))
         if valid is not None:
             scores = scores.masked_fill(~valid[:, None], torch.finfo(scores.dtype).min)
         return scores.softmax(-1)
 
-    def _query_and_key(self, shared: Tensor) -> tuple[Tensor, Tensor]:
-        scale, shift = self.qk_weight.to(shared.dtype), self.qk_bias.to(shared.dtype)
+    def _query_and_key(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift z to queries and keys: equations 7 and 8; normalised, Megalodon's equation 11 (arXiv:2404.08801)."""
+        kappa, mu = self.qk_weight.to(z.dtype), self.qk_bias.to(z.dtype)
         if self.normalize_attention:
-            shared, scale = F.normalize(shared, dim=-1), scale + 1
-        return shared * scale[0] + shift[0], shared * scale[1] + shift[1]
+            z, kappa = F.normalize(z, dim=-1), kappa + 1
+        return z * kappa[0] + mu[0], z * kappa[1] + mu[1]
 
 
 class SimpleBias(nn.Module):
-    """A learned number per distance, added to the scores."""
+    """One learned number per distance."""
 
     def __init__(self, chunk_size: int, max_position: int, width: int) -> None:
         super().__init__()
         self.chunk_size = chunk_size
-        # Only the first 2 x chunk_size - 1 are ever used; transformers has as many as there are positions, and so has each
-        # checkpoint that was trained there.
+        # Only the first 2 x chunk_size - 1 are ever used. transformers has as many as for all positions, and so has every
+        # checkpoint trained there.
         self.rel_pos_bias = nn.Parameter(torch.empty(2 * max_position - 1))
         normal_(self.rel_pos_bias)
 
@@ -124,13 +144,13 @@ class SimpleBias(nn.Module):
 
 
 class RotaryBias(nn.Module):
-    """A bias by distance of which rotations know `width` numbers only: the product of two rotated vectors."""
+    """The product of two learned vectors, each rotated by its token's position: a bias by distance from 2 x `width` numbers."""
 
     def __init__(self, chunk_size: int, max_position: int, width: int) -> None:
         super().__init__()
         self.alpha = nn.Parameter(torch.empty(1, width))
         self.b_param = nn.Parameter(torch.empty(1, width))
-        self.register_buffer("_float_tensor", torch.zeros(1))  # weights in transformers' form have one
+        self.register_buffer("_float_tensor", torch.zeros(1))  # unused, but part of transformers' state dict
         normal_(self.alpha)
         normal_(self.b_param)
 
@@ -145,18 +165,18 @@ BIASES = {"simple": SimpleBias, "rotary": RotaryBias}
 
 
 def chunks_of(documents: Documents, chunk_size: int) -> Buckets:
-    """Documents cut into chunks from their starts on."""
+    """Cut each document into chunks from its start, so that they do not depend on what else is in the batch."""
     starts = ((length, start) for length in documents.lengths for start in range(0, length, chunk_size))
     return Buckets([min(chunk_size, length - start) for length, start in starts], documents.device)
 
 
-def at(x: Tensor, positions: Tensor | None) -> Tensor:
-    """The rows of some positions, or all."""
+def select_positions(x: Tensor, positions: Tensor | None) -> Tensor:
+    """Return the rows at `positions`, or all if None."""
     return x if positions is None else x.index_select(0, positions)
 
 
 def _laplace(scores: Tensor) -> Tensor:
-    """The cumulative normal distribution that is closest to a squared ReLU: equation 17."""
+    """The normal distribution function closest to a squared ReLU: equation 17, with mu = sqrt(1/2), sigma = sqrt(1/(4 pi))."""
     return 0.5 * (1 + torch.erf((scores - math.sqrt(0.5)) / (math.sqrt(0.25 / math.pi) * math.sqrt(2))))
 
 

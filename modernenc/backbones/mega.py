@@ -1,57 +1,49 @@
-"""MEGA: Ma et al. 2022, arXiv:2209.10655. Parameter names are those of transformers' `MegaModel`.
+"""MEGA: Ma et al. 2022, arXiv:2209.10655, as an encoder.
 
-Each block smooths the normalised stream by an EMA, attends within chunks by one gated head, and moves the stream towards the
-result by a learned share; a plain MLP follows. Only the EMA crosses chunks, which are counted from each document's start.
+What makes it differ from a Transformer:
+- a damped exponential moving average (EMA) over the whole document, in both directions, in every layer (`ema.py`)
+- one attention head, whose queries and keys come from one small shared representation of the EMA's output
+- attention within chunks of 1,024 tokens, so the cost is linear in length; only the EMA crosses chunks
+- a reset gate on attention's output, and an update gate that interpolates between the layer's input and its result
+  (`gated_attention.py`); the MLP after it has the usual residual
+- order comes from the EMA and a learned bias by distance: there is no embedding of positions
+- no final norm, and by default a norm with a single parameter (ScaleNorm)
+- no padding: documents lie end to end, as (tokens, hidden), and chunks are counted from each document's start
+
+Names of parameters are those of transformers' `MegaModel`; `modernenc.hugging_face.mega` converts to it.
 """
 
-import inspect
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .buckets import Buckets
-from .dropout import Dropout
-from .ema import BLOCK, PATHS, Documents, MultiDimensionDampedEMA
-from .gated_attention import BIASES, GatedAttention, at, chunks_of
-from .initial import normal_
-from .shapes import Float, Int
-from .transfer import lengths_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from modernenc.backbones.description import Description
+from modernenc.backbones.ema import BACKENDS, MultiDimensionDampedEMA
+from modernenc.backbones.gated_attention import BIASES, GatedAttention, chunks_of, select_positions
+from modernenc.backbones.initial import normal_
+from modernenc.kernels.buckets import Buckets
+from modernenc.kernels.device import lengths_of
+from modernenc.kernels.documents import SEGMENT, Documents
+from modernenc.kernels.dropout import Dropout
+from modernenc.shapes import Float, Int
 
 NORM_EPS = 1e-5
 
 
 class Mega(nn.Module):
-    """Encoder of documents laid end to end.
+    """Encoder of packed documents.
 
     `intermediate_size` is the width of values, `nffn_hidden_size` that of the MLP, `shared_representation_size` that of
-    queries and keys, `ema_projection_size` the number of states per channel and direction. `normalization_type` is scalenorm,
-    layernorm or rmsnorm, `attention_activation` softmax or laplace, `relative_positional_bias` simple or rotary; `ema` is one
-    of `ema.PATHS`. From Megalodon (arXiv:2404.08801) come `normalize_attention`, equation 11, and `two_hop_residual`,
-    equation 14. Raises ValueError for anything else.
+    queries and keys (the paper's v, d_FFN and z), `ema_projection_size` the number of EMA states per channel and direction.
+    `normalization_type` is scalenorm, layernorm or rmsnorm; `attention_activation` softmax or laplace;
+    `relative_positional_bias` simple or rotary; `ema` one of `ema.BACKENDS`. From Megalodon (arXiv:2404.08801) come
+    `normalize_attention`, equation 11, and `two_hop_residual`, equation 14. Raises ValueError for anything else.
     """
 
     PHASE_ATTRIBUTES: ClassVar[tuple[str, ...]] = ()
-    HUGGING_FACE_NAMES: ClassVar[dict[str, str]] = {"backbone.": "mega.", "head.dense.": "dense.", "decoder.": "mlm_head."}
-    HUGGING_FACE_TYPES: ClassVar[tuple[str, ...]] = ("mega", "modernenc-mega")
-    HUGGING_FACE_FIXED: ClassVar[dict[str, Any]] = {
-        "activation": "silu", "add_lm_hidden_dense_layer": True, "add_token_type_embeddings": False, "bidirectional": True,
-        "norm_affine": True, "normalize_before_ffn": True, "normalize_before_mega": True, "truncation": None,
-        "use_normalized_ffn": True,
-    }  # fmt: skip
-    HUGGING_FACE_IRRELEVANT: ClassVar[tuple[str, ...]] = (
-        "auto_map", "ema_beta_range", "ema_delta_alpha_range", "ema_gamma_omega_range", "initializer_range",
-        "num_attention_heads", "type_vocab_size", "use_feature_dropout",
-    )  # fmt: skip
-    MAY_DIFFER: ClassVar[tuple[str, ...]] = (
-        "vocab_size", "hidden_size", "intermediate_size", "nffn_hidden_size", "num_hidden_layers",
-        "shared_representation_size", "ema_projection_size", "max_position", "dropout_prob", "hidden_dropout_prob",
-        "attention_probs_dropout_prob", "nffn_activation_dropout_prob", "ema",
-    )  # fmt: skip
+    HUGGING_FACE: ClassVar[str] = "modernenc.hugging_face.mega.MegaConverter"
 
     def __init__(
         self,
@@ -81,22 +73,23 @@ class Mega(nn.Module):
             ("normalization_type", normalization_type, NORMS),
             ("attention_activation", attention_activation, ("softmax", "laplace")),
             ("relative_positional_bias", relative_positional_bias, BIASES),
-            ("ema", ema, PATHS),
+            ("ema", ema, BACKENDS),
         ):
             if value not in known:
                 raise ValueError(f"backbone.{key}={value}: expected one of {', '.join(known)}")
         if not 0 < chunk_size <= max_position:
             raise ValueError(f"backbone.chunk_size={chunk_size}: expected 1 to backbone.max_position={max_position}")
-        if shared_representation_size % 2:
+        if shared_representation_size % 2:  # the rotary bias turns its numbers in pairs
             raise ValueError(f"backbone.shared_representation_size={shared_representation_size}: expected an even number")
         self.settings = settings
+        """All arguments as given, which is what converters write."""
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.chunk_size = chunk_size
         self.max_position = max_position
         self.embedding_layer = Embeddings(vocab_size, hidden_size)
         self.layers = nn.ModuleList(
-            Block(
+            Layer(
                 GatedAttention(
                     hidden_size,
                     intermediate_size,
@@ -126,99 +119,68 @@ class Mega(nn.Module):
         max_seqlen: int,
         positions: Int[Tensor, " some"] | None = None,
     ) -> Float[Tensor, "_ hidden"]:
-        """Hidden states of documents laid end to end, at all tokens or at `positions`.
-
-        ValueError when a document is longer than `max_position`.
-        """
+        """Return hidden states at all tokens or at `positions`; ValueError when a document exceeds `max_position`."""
         if max_seqlen > self.max_position:
             raise ValueError(f"a document of {max_seqlen} tokens exceeds backbone.max_position={self.max_position}")
-        hidden = self.embedding_layer.word_embeddings(input_ids)
+        stream = self.embedding_layer.word_embeddings(input_ids)
         documents = Documents(lengths_of(cu_seqlens), input_ids.device)
         chunks = chunks_of(documents, self.chunk_size)
         for layer in self.layers[:-1]:
-            hidden = layer(hidden, documents, chunks)
-        return self.layers[-1](hidden, documents, chunks, positions)
+            stream = layer(stream, documents, chunks)
+        # Only the last layer can leave tokens out: those before it feed the keys, values and EMA of all.
+        return self.layers[-1](stream, documents, chunks, positions)
 
     def token_embeddings(self) -> nn.Embedding:
-        """The embedding that the masked-LM decoder shares."""
+        """Return the embedding, which the masked-LM decoder shares."""
         return self.embedding_layer.word_embeddings
 
     def prediction_head(self) -> nn.Module:
-        """The published head: dense, tanh."""
+        """Build the published head: dense, tanh."""
         return PredictionHead(self.hidden_size)
 
-    def blocks(self) -> list[nn.Module]:
-        """The layers, each of which may be split over ranks by itself."""
-        return list(self.layers)
+    def describe(self) -> Description:
+        """Describe the layers, which are all alike: what is fused, and their FLOPs."""
+        sizes, layers = self.settings, [cast(Layer, layer) for layer in self.layers]
 
-    def compilable(self) -> list[nn.Module]:
-        """The MLPs: attention has as many products as chunks have lengths."""
-        return [cast(Block, layer).nffn for layer in self.layers]
+        def mixing_flops(length: int) -> float:
+            # Attention over a chunk: scores of width z, and values. The EMA: a Toeplitz product inside segments, and products
+            # into the states of both directions and out of them.
+            attention = 2 * min(length, self.chunk_size) * (sizes["shared_representation_size"] + sizes["intermediate_size"])
+            ema = 2 * self.hidden_size * (SEGMENT + 4 * sizes["ema_projection_size"])
+            return len(layers) * (attention + ema)
 
-    def matrices(self) -> list[nn.Parameter]:
-        """Weights of the layers' linear maps, each as it is, fused or not; the EMA and the maps to queries and keys are not."""
-        return [cast(nn.Parameter, module.weight) for module in self.layers.modules() if isinstance(module, nn.Linear)]
-
-    def flops(self, length: int) -> float:
-        """Two per weight; attention over a chunk; and the EMA, by blocks: inside them, into states and out of them."""
-        weights = sum(parameter.numel() for parameter in self.matrices())
-        sizes = self.settings
-        attention = 2 * min(length, self.chunk_size) * (sizes["shared_representation_size"] + sizes["intermediate_size"])
-        ema = 2 * self.hidden_size * (BLOCK + 4 * sizes["ema_projection_size"])
-        return 2 * weights + len(self.layers) * (attention + ema)
-
-    def layer_kinds(self) -> list[str]:
-        """All alike."""
-        return ["mega"] * len(self.layers)
-
-    def parts(self, name: str) -> tuple[int, ...]:
-        """What the map from the EMA feeds, and the two directions of the EMA."""
-        if ".mx_proj." in name:
-            layer = cast(Block, self.layers[0])
-            return layer.mega_layer.widths
-        both = (self.hidden_size, self.hidden_size)
-        return both if ".ema_gate." in name and not name.endswith("residual_weight") else ()
-
-    @classmethod
-    def settings_from_hugging_face(cls, config: dict[str, Any]) -> dict[str, Any]:
-        """transformers' MEGA as it is by default, within chunks or not."""
-        own = inspect.signature(cls.__init__).parameters
-        names = [name for name in own if name not in ("self", "max_position")]
-        for key, value in (("normalization_type", "rmsnorm"), ("normalize_attention", True), ("two_hop_residual", True)):
-            if config["model_type"] == "mega" and config.get(key) == value:
-                raise ValueError(f"{key}={value} in config.json: in transformers' MEGA it does nothing, here it does")
-        ours = ("normalize_attention", "two_hop_residual", "ema")  # which transformers' has not
-        settings = {name: config.get(name, own[name].default) if name in ours else config[name] for name in names}
-        if not config["use_chunking"]:
-            settings["chunk_size"] = config["max_positions"]
-        return {**settings, "max_position": config["max_positions"]}
-
-    def path(self, device: torch.device, dtype: torch.dtype) -> str:
-        """The EMA's; attention has one way only."""
-        return f"EMA by {self.settings['ema']}"
-
-    def hugging_face_model(self, **special_ids: Any) -> "PreTrainedModel":
-        """The same model for transformers, of the shape only."""
-        from .modeling_mega import AUTO_MAP, MegaConfig, MegaForMaskedLM  # transformers takes 3 s to import
-
-        settings = {key: value for key, value in self.settings.items() if key != "max_position"}
-        config = MegaConfig(**settings, max_positions=self.max_position, auto_map=AUTO_MAP, **special_ids)
-        MegaForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")  # has the code saved beside the weights
-        return MegaForMaskedLM(config)
+        directions = (self.hidden_size, self.hidden_size)
+        projections = layers[0].mega_layer.widths
+        return Description(
+            layers,
+            ["mega"] * len(layers),
+            mixing_flops,
+            fused_rows={
+                "mx_proj.weight": projections, "mx_proj.bias": projections, "damping_factor": directions,
+                "decay_factor": directions, "ema_expansion_matrix": directions, "kernel_projection_matrix": directions,
+            },
+            compilable=[layer.nffn for layer in layers],  # attention has as many products as chunks have lengths
+            resizable=frozenset({
+                "vocab_size", "hidden_size", "intermediate_size", "nffn_hidden_size", "num_hidden_layers",
+                "shared_representation_size", "ema_projection_size", "max_position", "dropout_prob", "hidden_dropout_prob",
+                "attention_probs_dropout_prob", "nffn_activation_dropout_prob", "ema",
+            }),
+            backend=lambda device, dtype: f"EMA backend {sizes['ema']}",
+        )  # fmt: skip
 
 
 class Embeddings(nn.Module):
-    """Token embedding; there is no table of positions and no norm."""
+    """Token embedding, without positions and without a norm."""
 
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
-        # Unfilled first: nn.Embedding's own normal_, on the meta device, would import torch's compiler.
+        # From an unfilled tensor: the normal_ of nn.Embedding would import torch's compiler on the meta device.
         self.word_embeddings = nn.Embedding.from_pretrained(torch.empty(vocab_size, hidden_size), freeze=False)
         normal_(self.word_embeddings.weight)
 
 
-class Block(nn.Module):
-    """Gated attention, then the MLP; with `two_hop`, the MLP's residual is the block's own input."""
+class Layer(nn.Module):
+    """Gated attention, then the MLP. With `two_hop`, the MLP is added to the layer's input, not to attention's output."""
 
     def __init__(self, mega_layer: GatedAttention, nffn: "NormalizedFFN", two_hop: bool) -> None:
         super().__init__()
@@ -228,17 +190,17 @@ class Block(nn.Module):
 
     def forward(
         self,
-        hidden: Float[Tensor, "tokens hidden"],
+        stream: Float[Tensor, "tokens hidden"],
         documents: Documents,
         chunks: Buckets,
         positions: Int[Tensor, " some"] | None = None,
     ) -> Float[Tensor, "_ hidden"]:
-        mixed = self.mega_layer(hidden, documents, chunks, positions)
-        return (at(hidden, positions) if self.two_hop else mixed) + self.nffn(mixed)
+        attended = self.mega_layer(stream, documents, chunks, positions)
+        return (select_positions(stream, positions) if self.two_hop else attended) + self.nffn(attended)
 
 
 class NormalizedFFN(nn.Module):
-    """What the MLP adds to the stream."""
+    """The pre-norm MLP, without its residual."""
 
     def __init__(self, hidden_size: int, width: int, normalization_type: str, dropout: float, inner_dropout: float) -> None:
         super().__init__()
@@ -253,7 +215,7 @@ class NormalizedFFN(nn.Module):
 
 
 class Norm(nn.Module):
-    """One of `NORMS`, under the name that it has in transformers."""
+    """One of `NORMS`, wrapped because transformers names its parameters `norm.norm`."""
 
     def __init__(self, kind: str, hidden_size: int) -> None:
         super().__init__()
@@ -264,7 +226,7 @@ class Norm(nn.Module):
 
 
 class ScaleNorm(nn.Module):
-    """`scalar x / rms(x)`: Nguyen and Salazar 2019, arXiv:1910.05895, with one number for all of a layer."""
+    """`scalar x / rms(x)`, with one learned number for all channels: Nguyen and Salazar 2019, arXiv:1910.05895."""
 
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
@@ -279,7 +241,7 @@ NORMS = {"scalenorm": ScaleNorm, "layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNor
 
 
 class PredictionHead(nn.Module):
-    """From hidden states to what the decoder reads."""
+    """Dense layer and tanh between hidden states and the masked-LM decoder."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()

@@ -1,50 +1,42 @@
-"""ModernBERT: Warner et al. 2024, arXiv:2412.13663. Parameter names are those of transformers' `ModernBertModel`.
+"""ModernBERT: Warner et al. 2024, arXiv:2412.13663.
 
-Pre-norm blocks `x += attention(norm(x)); x += mlp(norm(x))`, no biases, rotary positions, GeGLU; every third layer, from the
-first, attends globally, the others to a window.
+What makes it differ from BERT:
+- pre-norm layers, `x += attention(norm(x)); x += mlp(norm(x))`, so the residual stream is never normalised
+- a norm after the embedding, therefore none before the first attention; one more after the last layer
+- rotary positions in place of an embedding of positions
+- every third layer, from the first, attends to the whole document; the others to a window of 128 tokens
+- GeGLU in place of the two-layer MLP
+- no biases, but in the decoder
+- no padding: documents lie end to end, as (tokens, hidden), and `cu_seqlens` says where each begins
+
+Names of parameters are those of transformers' `ModernBertModel`; `modernenc.hugging_face.modernbert` converts to it.
 """
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from modernenc.backbones.attention import Layout, attention, path_for
-from modernenc.backbones.dropout import Dropout
+from modernenc.backbones.attention import VarlenInfo, attention, select_backend
+from modernenc.backbones.description import Description
 from modernenc.backbones.initial import INIT_STD, truncated_normal_
 from modernenc.backbones.rotary import Rotation, positions_of, rotation
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from modernenc.kernels.dropout import Dropout
 
 
 class ModernBERT(nn.Module):
-    """Encoder of documents laid end to end.
+    """Encoder of packed documents.
 
-    `local_attention` is the width of the window, half to each side; `attention_out_dropout` acts after each attention's
-    output projection. `init_std` is the standard deviation of new matrices but the output projections, before the cut at two
-    of them. Raises ValueError for sizes that do not fit each other.
+    `local_attention` is the width of the window, half to each side. `attention_out_dropout` follows each attention's output
+    projection. `init_std` is the standard deviation of new matrices other than output projections, before numbers beyond two
+    of them are redrawn. Raises ValueError for sizes that do not fit each other.
     """
 
     PHASE_ATTRIBUTES: ClassVar[tuple[str, ...]] = ("global_rope_theta", "local_rope_theta")
-    HUGGING_FACE_NAMES: ClassVar[dict[str, str]] = {"backbone.": "model."}
-    HUGGING_FACE_TYPES: ClassVar[tuple[str, ...]] = ("modernbert",)
-    HUGGING_FACE_FIXED: ClassVar[dict[str, Any]] = {
-        "attention_bias": False, "causal_mask": False, "decoder_bias": True, "hidden_activation": "gelu", "mlp_bias": False,
-        "norm_bias": False, "classifier_activation": "gelu", "classifier_bias": False,  # of the masked-LM head too
-    }  # fmt: skip
-    HUGGING_FACE_IRRELEVANT: ClassVar[tuple[str, ...]] = (
-        "attention_dropout", "deterministic_flash_attn", "embedding_dropout", "initializer_cutoff_factor", "mlp_dropout",
-        "reference_compile", "repad_logits_with_grad", "sparse_pred_ignore_index", "sparse_prediction",
-        "layer_norm_eps", "position_embedding_type",  # stand in the published config.json, and transformers reads neither
-    )  # fmt: skip
-    MAY_DIFFER: ClassVar[tuple[str, ...]] = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position",
-        "attention_out_dropout", "init_std",
-    )  # fmt: skip
+    HUGGING_FACE: ClassVar[str] = "modernenc.hugging_face.modernbert.ModernBERTConverter"
 
     def __init__(
         self,
@@ -63,7 +55,7 @@ class ModernBERT(nn.Module):
         init_std: float = INIT_STD,
     ) -> None:
         super().__init__()
-        if hidden_size % (2 * num_attention_heads):
+        if hidden_size % (2 * num_attention_heads):  # a head's dimensions are rotated in pairs
             raise ValueError(
                 f"backbone.hidden_size={hidden_size} must be a multiple of 2 x num_attention_heads={num_attention_heads}"
             )
@@ -104,130 +96,76 @@ class ModernBERT(nn.Module):
         max_seqlen: int,
         positions: Int[Tensor, " some"] | None = None,
     ) -> Float[Tensor, "_ hidden"]:
-        """Hidden states of documents laid end to end, at all tokens or at `positions`.
-
-        ValueError when a document is longer than `max_position`.
-        """
+        """Return hidden states at all tokens or at `positions`; ValueError when a document exceeds `max_position`."""
         if max_seqlen > self.max_position:
             raise ValueError(f"a document of {max_seqlen} tokens exceeds backbone.max_position={self.max_position}")
-        layout = Layout(cu_seqlens, max_seqlen, len(input_ids), input_ids.device)
-        places = positions_of(layout.cu_seqlens, len(input_ids))
+        varlen_info = VarlenInfo(cu_seqlens, max_seqlen, len(input_ids), input_ids.device)
+        # Positions start at 0 in every document. A phase may raise theta to extend the context: Xiong et al. 2023,
+        # arXiv:2309.16039.
+        places = positions_of(varlen_info.cu_seqlens, len(input_ids))
         head_dim = self.hidden_size // self.num_attention_heads
-        rotations = [rotation(theta, head_dim, places, max_seqlen) for theta in (self.global_rope_theta, self.local_rope_theta)]
+        global_rotation = rotation(self.global_rope_theta, head_dim, places, max_seqlen)
+        local_rotation = rotation(self.local_rope_theta, head_dim, places, max_seqlen)
         hidden = self.embeddings(input_ids)
-        for layer in self.layers:
-            assert isinstance(layer, Layer)
-            wanted = positions if layer is self.layers[-1] else None
-            hidden = layer(hidden, layout, rotations[0 if layer.attn.window is None else 1], wanted)
+        for layer in self._layers():
+            turn = global_rotation if layer.attn.window is None else local_rotation
+            # Only the last layer can leave tokens out: those before it feed the keys and values of all.
+            hidden = layer(hidden, varlen_info, turn, positions if layer is self.layers[-1] else None)
         return self.final_norm(hidden)
 
     def token_embeddings(self) -> nn.Embedding:
-        """The embedding that the masked-LM decoder shares."""
+        """Return the embedding, which the masked-LM decoder shares."""
         return self.embeddings.tok_embeddings
 
     def prediction_head(self) -> nn.Module:
-        """The published head: dense, GELU, norm."""
+        """Build the published head: dense, GELU, norm."""
         return PredictionHead(self.hidden_size, self.norm_eps, self.init_std)
 
-    def blocks(self) -> list[nn.Module]:
-        """The layers, each of which may be split over ranks by itself."""
-        return list(self.layers)
+    def describe(self) -> Description:
+        """Describe the layers: which are global, what is fused, and their FLOPs."""
+        layer_types = ["global" if layer.attn.window is None else "local" for layer in self._layers()]
 
-    def compilable(self) -> list[nn.Module]:
-        """The layers: kernels of attention take documents of all lengths at once."""
-        return self.blocks()
+        def mixing_flops(length: int) -> float:
+            # Two products, of queries with keys and of probabilities with values, over all tokens that one attends to.
+            reach = {"global": length, "local": min(length, self.local_attention + 1)}
+            return sum(4 * self.hidden_size * reach[kind] for kind in layer_types)
 
-    def matrices(self) -> list[nn.Parameter]:
-        """All matrices of the layers; Wqkv and the GLU's Wi count as one each, unsplit."""
-        return [parameter for parameter in self.layers.parameters() if parameter.ndim == 2]
-
-    def flops(self, length: int) -> float:
-        """Two per weight; and two products, of queries with keys and of scores with values, over what a token attends to."""
-        weights = sum(parameter.numel() for parameter in self.matrices())
-        reach = {"global": length, "local": min(length, self.local_attention + 1)}
-        return 2 * weights + sum(4 * self.hidden_size * reach[kind] for kind in self.layer_kinds())
-
-    def layer_kinds(self) -> list[str]:
-        """Global or local."""
-        return ["global" if index % self.global_attn_every_n_layers == 0 else "local" for index in range(len(self.layers))]
-
-    def parts(self, name: str) -> tuple[int, ...]:
-        """Wqkv is three matrices, the GLU's Wi two."""
-        if name.endswith("Wqkv.weight"):
-            return (self.hidden_size,) * 3
-        return (self.intermediate_size,) * 2 if name.endswith("Wi.weight") else ()
-
-    @classmethod
-    def settings_from_hugging_face(cls, config: dict[str, Any]) -> dict[str, Any]:
-        """transformers 4 has one theta per kind of layer and `global_attn_every_n_layers`; 5 has them per kind and layer.
-
-        Where a config.json has both, they must agree.
-        """
-        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        thetas = _thetas(config)
-        return {
-            **{name: config[name] for name in names},
-            "max_position": config["max_position_embeddings"],
-            "global_rope_theta": thetas["full_attention"],
-            "local_rope_theta": thetas["sliding_attention"],
-            "global_attn_every_n_layers": _period(config),
-            "local_attention": config.get("local_attention", 128),
-            "norm_eps": config.get("norm_eps", 1e-5),
-            "init_std": config.get("initializer_range", INIT_STD),
-        }
-
-    def path(self, device: torch.device, dtype: torch.dtype) -> str:
-        """The attention's."""
-        return f"attention by {path_for(device, dtype)}"
-
-    def hugging_face_model(self, **special_ids: Any) -> "PreTrainedModel":
-        """The same model for transformers, of the shape only, as it stands now: with the thetas of the phase reached."""
-        from transformers import ModernBertConfig, ModernBertForMaskedLM  # 3 s to import
-
-        thetas = {"full_attention": float(self.global_rope_theta), "sliding_attention": float(self.local_rope_theta)}
-        both = {  # transformers 4 reads the first three, 5 the others; either writes, as they are set, what it does not read
-            "global_attn_every_n_layers": self.global_attn_every_n_layers,
-            "global_rope_theta": thetas["full_attention"],
-            "local_rope_theta": thetas["sliding_attention"],
-            "layer_types": ["full_attention" if kind == "global" else "sliding_attention" for kind in self.layer_kinds()],
-            "rope_parameters": {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in thetas.items()},
-        }
-        config = ModernBertConfig(
-            **{"pad_token_id": 0, **special_ids},
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_hidden_layers=len(self.layers),
-            num_attention_heads=self.num_attention_heads,
-            max_position_embeddings=self.max_position,
-            norm_eps=self.norm_eps,
-            local_attention=self.local_attention,
-            initializer_range=self.init_std,
-            classifier_pooling="mean",
-            **both,
-        )
-        for name, value in both.items():
-            setattr(config, name, value)
-        return ModernBertForMaskedLM(config)
+        return Description(
+            list(self.layers),
+            layer_types,
+            mixing_flops,
+            fused_rows={"Wqkv.weight": (self.hidden_size,) * 3, "Wi.weight": (self.intermediate_size,) * 2},
+            compilable=list(self.layers),  # the attention kernels take documents of any lengths in one call
+            resizable=frozenset({
+                "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position",
+                "attention_out_dropout", "init_std",
+            }),
+            backend=lambda device, dtype: f"attention backend {select_backend(device, dtype)}",
+        )  # fmt: skip
 
     def _init_weights(self) -> None:
-        """Megatron's: output projections are smaller by sqrt(2 x layers), so that the residual stream keeps its scale."""
+        """Initialise as Megatron does: output projections are smaller by sqrt(2 x layers).
+
+        Each layer adds two of them to the residual stream, which so keeps its scale whatever the depth.
+        """
         truncated_normal_(self.embeddings.tok_embeddings.weight, self.init_std)
         out_std = self.init_std / math.sqrt(2 * len(self.layers))
-        for layer in self.layers:
-            assert isinstance(layer, Layer)
+        for layer in self._layers():
             truncated_normal_(layer.attn.Wqkv.weight, self.init_std)
             truncated_normal_(layer.attn.Wo.weight, out_std)
             truncated_normal_(layer.mlp.Wi.weight, self.init_std)
             truncated_normal_(layer.mlp.Wo.weight, out_std)
 
+    def _layers(self) -> list["Layer"]:
+        return [cast(Layer, layer) for layer in self.layers]
+
 
 class Embeddings(nn.Module):
-    """Token embedding, normalised."""
+    """Token embedding and its norm."""
 
     def __init__(self, vocab_size: int, hidden_size: int, norm_eps: float) -> None:
         super().__init__()
-        # Unfilled: the model initialises it. nn.Embedding's own normal_, on the meta device, would import torch's compiler.
+        # From an unfilled tensor: the normal_ of nn.Embedding would import torch's compiler on the meta device.
         self.tok_embeddings = nn.Embedding.from_pretrained(torch.empty(vocab_size, hidden_size), freeze=False)
         self.norm = nn.LayerNorm(hidden_size, norm_eps, bias=False)
 
@@ -236,7 +174,7 @@ class Embeddings(nn.Module):
 
 
 class Layer(nn.Module):
-    """One block: attention, then GeGLU, each on a normalised input and added to the residual."""
+    """Attention, then GeGLU, each on a normalised input and added to the residual stream."""
 
     def __init__(
         self,
@@ -257,17 +195,17 @@ class Layer(nn.Module):
     def forward(
         self,
         hidden: Float[Tensor, "tokens hidden"],
-        layout: Layout,
+        varlen_info: VarlenInfo,
         rotation: Rotation,
         positions: Int[Tensor, " some"] | None = None,
     ) -> Float[Tensor, "_ hidden"]:
-        attended = self.attn(self.attn_norm(hidden), layout, rotation, positions)
+        attended = self.attn(self.attn_norm(hidden), varlen_info, rotation, positions)
         hidden = attended + (hidden if positions is None else hidden.index_select(0, positions))
         return hidden + self.mlp(self.mlp_norm(hidden))
 
 
 class Attention(nn.Module):
-    """Multi-head attention with rotary positions; `window` tokens to each side, or the whole document."""
+    """Multi-head attention with rotary positions, to `window` tokens on each side or, if None, to the whole document."""
 
     def __init__(self, hidden_size: int, num_attention_heads: int, window: int | None, out_dropout: float) -> None:
         super().__init__()
@@ -280,12 +218,12 @@ class Attention(nn.Module):
     def forward(
         self,
         hidden: Float[Tensor, "tokens hidden"],
-        layout: Layout,
+        varlen_info: VarlenInfo,
         rotation: Rotation,
         positions: Int[Tensor, " some"] | None = None,
     ) -> Float[Tensor, "_ hidden"]:
         qkv = self.Wqkv(hidden).unflatten(-1, (3, self.heads, -1))
-        out = attention(qkv, rotation, layout, self.window).flatten(1)
+        out = attention(qkv, rotation, varlen_info, self.window).flatten(1)
         return self.out_drop(self.Wo(out if positions is None else out.index_select(0, positions)))
 
 
@@ -303,7 +241,7 @@ class GeGLU(nn.Module):
 
 
 class PredictionHead(nn.Module):
-    """From hidden states to what the decoder reads."""
+    """Dense layer, GELU and norm between hidden states and the masked-LM decoder."""
 
     def __init__(self, hidden_size: int, norm_eps: float, init_std: float) -> None:
         super().__init__()
@@ -313,40 +251,3 @@ class PredictionHead(nn.Module):
 
     def forward(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
         return self.norm(F.gelu(self.dense(hidden)))
-
-
-def _thetas(config: dict[str, Any]) -> dict[str, float]:
-    """Rotary bases by kind of layer, in transformers 5's words; ValueError for rotations of another form."""
-    fives = config.get("rope_parameters") or {}
-    for kind, rope in fives.items():
-        known = kind in ("full_attention", "sliding_attention") and isinstance(rope, dict)
-        if not known or {**rope, "rope_theta": 0} not in ({"rope_theta": 0}, {"rope_type": "default", "rope_theta": 0}):
-            raise ValueError(
-                f"rope_parameters.{kind}={rope} in config.json: expected rope_type default and a rope_theta, of full_attention "
-                "and sliding_attention"
-            )
-    thetas, defaults = {}, {"global_rope_theta": 160_000.0, "local_rope_theta": 10_000.0}
-    for kind, key in (("full_attention", "global_rope_theta"), ("sliding_attention", "local_rope_theta")):
-        said = fives.get(kind, {}).get("rope_theta")
-        four = config.get(key, defaults[key])
-        four = config.get("global_rope_theta", defaults["global_rope_theta"]) if four is None else four
-        if said is not None and key in config and said != four:
-            raise ValueError(f"{key}={four} in config.json, but rope_parameters.{kind} has {said}; which is it?")
-        thetas[kind] = four if said is None else said
-    return thetas
-
-
-def _period(config: dict[str, Any]) -> int:
-    """At every so many-th layer, from the first on, attention is global; ValueError when it is at others."""
-    every, kinds = config.get("global_attn_every_n_layers"), config.get("layer_types")
-    if kinds is None:
-        return 3 if every is None else every
-    if every is None:
-        every = kinds[1:].index("full_attention") + 1 if "full_attention" in kinds[1:] else len(kinds)
-    layers = range(config["num_hidden_layers"])
-    if kinds != ["sliding_attention" if index % every else "full_attention" for index in layers]:
-        raise ValueError(
-            f"layer_types={kinds} in config.json: expected full_attention at every so many-th of {len(layers)} layers, as "
-            "global_attn_every_n_layers says where it is there too"
-        )
-    return every

@@ -1,4 +1,8 @@
-"""Rotary position embeddings, half-rotation form: Su et al. 2021, arXiv:2104.09864, equation 34."""
+"""Rotary position embeddings in the half-rotation form: Su et al. 2021, arXiv:2104.09864, equation 34.
+
+Pair i of a head's dimensions, (i, i + head_dim/2), is turned by the angle position * theta^(-2i/head_dim). The product of a
+rotated query and a rotated key then depends on their distance only.
+"""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -9,14 +13,14 @@ from torch import Tensor
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of each token's position."""
+    """Cosines and sines of the angles at each token's position."""
 
     cos: Float[Tensor, "tokens half"]
     sin: Float[Tensor, "tokens half"]
 
 
 def positions_of(cu_seqlens: Int[Tensor, " docs_plus_1"], tokens: int) -> Int[Tensor, " tokens"]:
-    """Position of each token in its document."""
+    """Return the position of each token in its document."""
     lengths = cu_seqlens.diff()
     starts = torch.repeat_interleave(cu_seqlens[:-1], lengths, output_size=tokens)
     return torch.arange(tokens, device=cu_seqlens.device) - starts
@@ -30,8 +34,8 @@ def _table(theta: float, head_dim: int, length: int, device: torch.device) -> Ro
 
 
 def rotation(theta: float, head_dim: int, positions: Int[Tensor, " tokens"], max_seqlen: int) -> Rotation:
-    """The rotation of each token; angles in fp32 whatever the precision of the rest."""
-    length = 1 << (max_seqlen - 1).bit_length()  # few sizes, so that the table is made rarely
+    """Return the rotation of each token. Angles are in fp32 whatever the precision of the rest: bf16 counts to 256 only."""
+    length = 1 << (max_seqlen - 1).bit_length()  # a power of two, so that few tables are ever computed
     table = _table(float(theta), head_dim, length, positions.device)
     return Rotation(table.cos[positions], table.sin[positions])
 
@@ -41,10 +45,3 @@ def rotate(x: Float[Tensor, "tokens heads head_dim"], rotation: Rotation) -> Flo
     cos, sin = (part.unsqueeze(1).to(x.dtype) for part in rotation)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
-def rotate_into(out: Float[Tensor, "... half_2"], x: Float[Tensor, "... half_2"], rotation: Rotation) -> None:
-    """The same, written into `out`, when no gradient is asked for; `rotation` has the shape and precision of the halves."""
-    (a, b), (first, second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
-    torch.mul(a, rotation.cos, out=first).addcmul_(b, rotation.sin, value=-1)
-    torch.mul(b, rotation.cos, out=second).addcmul_(a, rotation.sin)

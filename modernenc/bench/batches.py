@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from modernenc.bench.interleave import StepWork, device
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum
+from modernenc.data.batch import MicroBatch
 from modernenc.data.blocks import Corpus
 from modernenc.data.loader import Step, Steps
-from modernenc.data.masking import MicroBatch
 from modernenc.data.state import DataState
 from modernenc.objectives.masked_lm import MaskedLM
 
@@ -20,11 +20,12 @@ def load_steps(run: Run) -> Iterator[Step]:
 def step_work(model: MaskedLM, step: list[MicroBatch]) -> StepWork:
     """Return the tokens of a step and the FLOPs of their matrix products: forward, and twice as many backward."""
     head = sum(parameter.numel() for parameter in model.head.parameters() if parameter.ndim == 2)
+    forward_flops = model.backbone.describe().forward_flops
     tokens, flops = 0, 0.0
-    for batch in step:
-        tokens += len(batch.input_ids)
+    for batch in (batch.unpadded() for batch in step):
+        tokens += batch.num_tokens
         flops += 6.0 * len(batch.targets) * (head + model.decoder.weight.numel())
-        flops += sum(3 * length * model.backbone.flops(length) for length in batch.cu_seqlens.diff().tolist())
+        flops += sum(3 * length * forward_flops(length) for length in batch.cu_seqlens.diff().tolist())
     return StepWork(tokens, flops)
 
 

@@ -107,7 +107,7 @@ def cells(bench: Bench, scratch: str) -> Iterator[Cell]:
         yield Cell(f"{batching} {name}", 150, time_of(partial(peer_step, batching, halved)))
     yield Cell(f"run {name}", 150, partial(saving_run, deepcopy(base), gpu.run_steps, scratch))
     for length in gpu.lengths:
-        for backend in ("varlen", "FA3", "flex", "blocks"):
+        for backend in ("varlen", "FA3", "flex", "tiled"):
             yield Cell(f"window {backend} {length}", 40, partial(timed_window, backend, base, length, gpu.repetitions))
     yield Cell(f"sparse {name}", 150, time_of(partial(peer_step, "rows", halved, sparse=True)))
     small = deepcopy(base)

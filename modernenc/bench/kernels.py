@@ -15,7 +15,7 @@ from modernenc.model import optim
 from modernenc.model.build import build_objectives
 from modernenc.objectives import linear_cross_entropy as loss_module
 
-Attention = Callable[[Tensor, rotary.Rotation, attention.Layout, int | None], Tensor]
+Attention = Callable[[Tensor, rotary.Rotation, attention.VarlenInfo, int | None], Tensor]
 
 
 def matrix_products(precision: str, size: int, products: int = 1) -> Turn:
@@ -45,7 +45,7 @@ def copies(size: int) -> Turn:
 def window_attention(backend: str, run: Run, length: int, backward: bool) -> Turn:
     """Prepare a turn of attention with a window, rotary embedding included, over a micro-batch of documents of one length.
 
-    `backend` is one of `attention.PATHS`, FA3 or flex.
+    `backend` is one of `attention.BACKENDS`, FA3 or flex.
     """
     if backend == "FA3":
         activate_flash_attention_impl("FA3")
@@ -56,9 +56,9 @@ def window_attention(backend: str, run: Run, length: int, backward: bool) -> Tur
     ends = torch.arange(0, tokens + 1, length, dtype=torch.int32)
     positions = rotary.positions_of(ends.to(device()), tokens)
     rotation = rotary.rotation(backbone["local_rope_theta"], head_dim, positions, length)
-    layout = attention.Layout(ends, length, tokens, device())
+    layout = attention.VarlenInfo(ends, length, tokens, device())
     qkv = torch.randn(tokens, 3, heads, head_dim, device=device()).bfloat16().requires_grad_()
-    attend = flex(layout, window) if backend == "flex" else attention.PATHS["varlen" if backend == "FA3" else backend]
+    attend = flex(layout, window) if backend == "flex" else attention.BACKENDS["varlen" if backend == "FA3" else backend]
     grad = torch.ones_like(qkv[:, 0])
 
     def turn(number: int) -> StepWork:
@@ -78,7 +78,7 @@ def timed_window(backend: str, run: Run, length: int, repetitions: int) -> Metri
     return {**both, "forward_ms": forward["ms"]}
 
 
-def flex(layout: attention.Layout, window: int) -> Attention:
+def flex(layout: attention.VarlenInfo, window: int) -> Attention:
     """Return FlexAttention with a window, compiled on a GPU; the empty blocks of the mask are found once, here."""
     lengths = layout.cu_seqlens.diff()
     documents = torch.repeat_interleave(torch.arange(len(lengths), device=device()), lengths, output_size=layout.tokens)
@@ -91,7 +91,7 @@ def flex(layout: attention.Layout, window: int) -> Attention:
         make_mask, attend = torch.compile(make_mask), torch.compile(attend)
     mask = make_mask(is_visible, None, None, layout.tokens, layout.tokens, device())
 
-    def attention_of(qkv: Tensor, rotation: rotary.Rotation, layout: attention.Layout, window: int | None) -> Tensor:
+    def attention_of(qkv: Tensor, rotation: rotary.Rotation, layout: attention.VarlenInfo, window: int | None) -> Tensor:
         q, k = rotary.rotate(qkv[:, 0], rotation), rotary.rotate(qkv[:, 1], rotation)
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, qkv[:, 2]))
         return attend(q, k, v, block_mask=mask)[0].transpose(0, 1)
@@ -116,7 +116,7 @@ def optimizer_update(run: Run) -> Turn:
 
 def cross_entropy(run: Run, chunk_rows: int) -> Turn:
     """Prepare a turn of cross-entropy and its gradients over a micro-batch's predicted tokens, `chunk_rows` at a time."""
-    loss_module.ROWS = chunk_rows
+    loss_module.CHUNK_ROWS = chunk_rows
     hidden_size, vocab_size = run.backbone["hidden_size"], run.backbone["vocab_size"]
     targets = int(run.trainer.micro_batch_tokens * run.phases["decay"].mask_ratio)
     hidden = torch.randn(targets, hidden_size, device=device()).bfloat16().requires_grad_()

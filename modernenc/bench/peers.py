@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
@@ -15,8 +15,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from modernenc.bench.batches import is_compiled, load_steps, step_work
 from modernenc.bench.interleave import StepWork, Turn, device
 from modernenc.config import Run
-from modernenc.data.masking import MicroBatch
-from modernenc.export import hugging_face_names
+from modernenc.data.batch import MicroBatch
+from modernenc.hugging_face import converter_of
 from modernenc.model.build import build_objectives
 from modernenc.objectives.masked_lm import MaskedLM
 
@@ -27,7 +27,7 @@ FILL = {"input_ids": 0, "attention_mask": 0, "labels": -100}
 
 def check_peer(backbone: str, run: Run) -> None:
     """Raise ValueError if transformers has no model of this type of its own; transformers 5 has no MEGA."""
-    types = cast(Any, get_class(run.backbone["_target_"])).HUGGING_FACE_TYPES
+    types = converter_of(get_class(run.backbone["_target_"])).model_types
     if not set(types) & set(CONFIG_MAPPING_NAMES):
         raise ValueError(
             f"backbones={backbone}: transformers {transformers.__version__} has no {types[0]} to compare with; install "
@@ -37,14 +37,14 @@ def check_peer(backbone: str, run: Run) -> None:
 
 def new_transformers_model(ours: MaskedLM) -> Any:
     """Return transformers' own class, not the code shipped with an export, in the same shape and with new weights."""
-    settings = ours.backbone.hugging_face_model().config
+    settings = converter_of(ours.backbone).new_model(ours.backbone).config
     return AutoModelForMaskedLM.from_config(AutoConfig.for_model(**settings.to_dict()))
 
 
 def transformers_model(ours: MaskedLM) -> Any:
     """Return transformers' own class with the weights of ours."""
     model = new_transformers_model(ours)
-    model.load_state_dict(hugging_face_names(ours.state_dict(), ours.backbone.HUGGING_FACE_NAMES))
+    model.load_state_dict(converter_of(ours.backbone).to_hugging_face(ours.state_dict()))
     return model
 
 
@@ -104,7 +104,7 @@ def padded(step: list[MicroBatch], run: Run) -> Iterator[dict[str, torch.Tensor]
     at_once = max(1, run.trainer.micro_batch_tokens // run.phases["decay"].seq_len)
     chunk = run.backbone.get("chunk_size", 1)
     documents = []
-    for batch in step:
+    for batch in (batch.unpadded() for batch in step):
         lengths = batch.cu_seqlens.diff().tolist()
         documents += zip(batch.input_ids.split(lengths), _labels(batch).split(lengths), strict=True)
     for first in range(0, len(documents), at_once):
@@ -121,6 +121,7 @@ def concatenated(step: list[MicroBatch], run: Run) -> MicroBatch:
     For a compiled model the last micro-batch is filled up as well, so that all have one shape.
     """
     length = run.phases["decay"].seq_len
+    step = [batch.unpadded() for batch in step]
     labels = torch.cat([_labels(batch) for batch in step])
     ids = torch.cat([batch.input_ids for batch in step])
     at_once = min(run.trainer.micro_batch_tokens // length, -(-len(ids) // length)) if is_compiled(run) else 1
@@ -129,8 +130,9 @@ def concatenated(step: list[MicroBatch], run: Run) -> MicroBatch:
     positions = (labels >= 0).nonzero().flatten()
     ends = torch.arange(0, len(ids) + 1, length)
     return replace(
-        step[0], input_ids=ids, cu_seqlens=ends, max_seqlen=length, target_positions=positions, targets=labels[positions]
-    )
+        step[0], input_ids=ids, cu_seqlens=ends, max_seqlen=length, target_positions=positions, targets=labels[positions],
+        num_tokens=len(ids),
+    )  # fmt: skip
 
 
 def full_rows(batch: MicroBatch, run: Run) -> Iterator[dict[str, torch.Tensor]]:

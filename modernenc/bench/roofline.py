@@ -5,11 +5,12 @@ longer of its FLOPs at the peak rate and its bytes at the bandwidth: Williams et
 alone bound a step whose other kernels are all fused into them.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from modernenc.backbones.transfer import traced_as_on_a_gpu
 from modernenc.bench import output
 from modernenc.bench.settings import Bench, make_run
 from modernenc.config import Run
-from modernenc.data.masking import MicroBatch
+from modernenc.data.batch import MicroBatch
+from modernenc.kernels.device import assume_gpu
 from modernenc.model import optim
 from modernenc.model.build import build_objectives
 
@@ -88,11 +89,11 @@ def step_of(run: Run, length: int, tokens: int) -> list[Kernel]:
     """Return the kernels of forward, backward and optimizer; DataDependentOutputException (torch) where a step would wait."""
     objectives = build_objectives(run)
     optimizers = optim.build(objectives, run.optim)
-    ends = torch.arange(0, tokens + 1, length, dtype=torch.int32)
-    with FakeTensorMode(allow_non_fake_inputs=True), traced_as_on_a_gpu():
-        ids = torch.zeros(tokens, dtype=torch.long)
-        positions = torch.arange(int(tokens * run.phases["decay"].mask_ratio))
-        batch = MicroBatch(ids, ends, length, positions, ids[: len(positions)], 0)
+    ids, positions = np.zeros(tokens, np.int64), np.arange(int(tokens * run.phases["decay"].mask_ratio))
+    batch = MicroBatch.of(ids, np.arange(0, tokens + 1, length), positions, ids[: len(positions)])
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, assume_gpu():
+        on_gpu = {name: fake.from_tensor(getattr(batch, name)) for name in ("input_ids", "target_positions", "targets")}
+        batch = replace(batch, **on_gpu)
         with Trace() as trace:
             with torch.autocast("cpu", torch.bfloat16):
                 loss, _ = objectives(batch)

@@ -35,7 +35,8 @@ from modernenc.config import Run
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.evaluation.validation import Score, Validator
-from modernenc.export import hugging_face_tokenizer, our_names
+from modernenc.hugging_face import converter_of
+from modernenc.hugging_face.tokenizer import pretrained_tokenizer
 from modernenc.model.build import build_objectives
 from modernenc.objectives import Objectives
 from modernenc.planning.checks import check_run
@@ -199,7 +200,7 @@ def _train_theirs(documents: Run, rows: Run, lr: float, tokens: int) -> Training
                 clock.validate(self._loss)
 
         def _loss(self) -> float:
-            weights = our_names(model.state_dict(), ours.backbone.HUGGING_FACE_NAMES)
+            weights = converter_of(ours.backbone).from_hugging_face(model.state_dict())
             ours.to(model.device).load_state_dict(weights)
             with torch.autocast(model.device.type, torch.bfloat16, enabled=is_half):
                 return validator.scores_at_reference(ours)[-1].loss
@@ -209,7 +210,7 @@ def _train_theirs(documents: Run, rows: Run, lr: float, tokens: int) -> Training
             folder, max_steps=steps, per_device_train_batch_size=ROWS, learning_rate=lr, seed=rows.seed, report_to=[],
             bf16=is_half, use_cpu=not torch.cuda.is_available(), save_strategy="no", logging_strategy="no", disable_tqdm=True,
         )  # fmt: skip
-        collator = DataCollatorForLanguageModeling(hugging_face_tokenizer(corpus, ROW), mlm_probability=0.15)
+        collator = DataCollatorForLanguageModeling(pretrained_tokenizer(corpus, ROW), mlm_probability=0.15)
         trainer = Trainer(model, arguments, collator, list(rows_end_to_end(documents, tokens)), callbacks=[Validate()])
         clock = Clock(training)
         trainer.train()
@@ -221,7 +222,7 @@ def rows_end_to_end(documents: Run, tokens: int) -> Iterator[dict[str, torch.Ten
     documents.phases["decay"].tokens = 2.0 * tokens  # capacity, of which padding takes a part
     left = torch.empty(0, dtype=torch.long)
     for step in load_steps(documents):
-        for batch in step.micro_batches:
+        for batch in (batch.unpadded() for batch in step.micro_batches):
             left = torch.cat((left, batch.input_ids.index_copy(0, batch.target_positions, batch.targets)))
         whole = len(left) // ROW * ROW
         for row in left[:whole].view(-1, ROW):

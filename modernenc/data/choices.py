@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 import xxhash
 from tokenizers import Tokenizer
 
 from modernenc.config import Task
 from modernenc.curriculum import CHOICES
+from modernenc.data.batch import MicroBatch
 from modernenc.data.blocks import Corpus
 from modernenc.data.lanes import seed_of
-from modernenc.data.masking import MicroBatch
 from modernenc.data.tokenizer import load_tokenizer
 
 COLUMNS = ("sent1", "sent2", *(f"ending{number}" for number in range(CHOICES)), "label")
@@ -127,17 +126,16 @@ class Choices:
         return choices
 
     def collate(self, items: list[list[Choice]], labels: list[int], first: int) -> MicroBatch:
-        """Lay the choices of items end to end; what is predicted is an item's label, from the first tokens of its choices."""
+        """Lay the choices of items end to end; the target is each item's label, read from the first tokens of its choices."""
         cls, sep = self.roles.cls, self.roles.sep
         choices = [choice for item in items for choice in item]
         documents = [[cls, *choice.context, sep, *choice.ending, sep] for choice in choices] or [[cls, sep]]
         ends = np.cumsum([0, *(len(document) for document in documents)])
-        return MicroBatch(
-            input_ids=torch.tensor([token for document in documents for token in document]),
-            cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
-            max_seqlen=max(len(document) for document in documents),
-            target_positions=torch.from_numpy(ends[: len(choices)]),
-            targets=torch.tensor(labels, dtype=torch.int64),
+        return MicroBatch.of(
+            np.array([token for document in documents for token in document]),
+            ends,
+            ends[: len(choices)],
+            np.array(labels, np.int64),
             first_row=first * CHOICES,
             objective=self.name,
         )

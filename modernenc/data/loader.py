@@ -16,9 +16,10 @@ import torch
 from modernenc.config import Run
 from modernenc.curriculum import MASKED_LM, Curriculum, StepSpec, items_per_micro_batch, reads_text
 from modernenc.data import choices
+from modernenc.data.batch import MicroBatch
 from modernenc.data.blocks import Corpus
 from modernenc.data.lanes import Lane, LaneState, Mix, Row
-from modernenc.data.masking import Masker, MicroBatch
+from modernenc.data.masking import Masker
 from modernenc.data.state import DataState, TokenCounts
 
 
@@ -60,8 +61,8 @@ def _unpickled_step(arrays: list[np.ndarray], sizes: list[list[int]], others: li
     whole = [torch.from_numpy(array).to(dtype) for array, dtype in zip(arrays, _TENSORS.values(), strict=True)]
     parts = [tensor.split(own) for tensor, own in zip(whole, sizes, strict=True)]
     micro_batches = [
-        MicroBatch(**dict(zip(_TENSORS, tensors, strict=True)), max_seqlen=max_seqlen, first_row=first_row, objective=objective)
-        for *tensors, (max_seqlen, first_row, objective) in zip(*parts, others, strict=True)
+        MicroBatch(**dict(zip(_TENSORS, tensors, strict=True)), **numbers)
+        for *tensors, numbers in zip(*parts, others, strict=True)
     ]
     return Step(micro_batches, *rest)
 

@@ -7,10 +7,11 @@ import torch
 
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum, items_per_micro_batch, objectives_of
+from modernenc.data.batch import MicroBatch
 from modernenc.data.blocks import VALIDATION, Corpus
 from modernenc.data.choices import Choices
 from modernenc.data.lanes import Chunk, Row, seed_of
-from modernenc.data.masking import Masker, MicroBatch
+from modernenc.data.masking import Masker
 from modernenc.data.packing import SPECIALS, cut, pack
 from modernenc.evaluation.standard_error import FIXED_RATIO
 from modernenc.objectives import Objectives

@@ -1,1 +1,82 @@
-"""x"""
+"""All that knows transformers' names: converters of settings and weights, the exported code, the tokenizer, the parity check.
+
+A backbone that transformers has, too, names its converter in its class attribute `HUGGING_FACE`; one without cannot be exported
+or start from transformers' weights, and needs nothing else. Importing a converter does not import transformers, which takes
+three seconds: only what builds a model does.
+"""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from hydra.utils import get_class
+
+from modernenc.backbones import Backbone
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Converter(ABC):
+    """Converts between one backbone class here and its model in transformers."""
+
+    model_types: ClassVar[tuple[str, ...]]
+    """The values of `model_type` in a config.json that it reads."""
+    prefixes: ClassVar[dict[str, str]]
+    """How names of weights in a `MaskedLM` begin, and how they begin in transformers' masked-LM model, where they differ."""
+    fixed: ClassVar[dict[str, Any]]
+    """Keys of config.json for which the backbone here has only this one value."""
+    irrelevant: ClassVar[tuple[str, ...]]
+    """Keys of config.json that change no logit."""
+
+    @abstractmethod
+    def backbone_arguments(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the backbone's arguments for a config.json written by transformers 4 or 5.
+
+        Raises ValueError for values that the backbone has no arguments for, KeyError for a missing key. `config_json` checks
+        the keys that are not read here.
+        """
+
+    @abstractmethod
+    def new_model(self, backbone: Any, **special_ids: Any) -> "PreTrainedModel":
+        """Build transformers' masked-LM model of the same shape; `special_ids` are keys of its configuration."""
+
+    def save(self, model: "PreTrainedModel", folder: Path) -> None:
+        """Write the model, and whatever else transformers needs to load it."""
+        model.save_pretrained(folder)
+
+    def to_hugging_face(self, weights: dict[str, Any]) -> dict[str, Any]:
+        """Rename the weights of a `MaskedLM` as transformers does."""
+        return _renamed(weights, self.prefixes)
+
+    def from_hugging_face(self, weights: dict[str, Any]) -> dict[str, Any]:
+        """Rename transformers' weights as in a `MaskedLM`."""
+        return _renamed(weights, {theirs: ours for ours, theirs in self.prefixes.items()})
+
+
+def converter_of(backbone: Backbone | type[Backbone]) -> Converter:
+    """Return the converter of a backbone or its class; ValueError if it names none."""
+    name = getattr(backbone, "HUGGING_FACE", None)
+    if name is None:
+        kind = backbone if isinstance(backbone, type) else type(backbone)
+        raise ValueError(
+            f"{kind.__name__} has no counterpart in transformers: its class names no converter in HUGGING_FACE; write one as "
+            "modernenc.hugging_face.modernbert does"
+        )
+    return get_class(name)()
+
+
+def model_of(masked_lm: Any, **special_ids: Any) -> "PreTrainedModel":
+    """Build transformers' model with the weights of a `MaskedLM`."""
+    converter = converter_of(masked_lm.backbone)
+    model = converter.new_model(masked_lm.backbone, **special_ids)
+    model.load_state_dict(converter.to_hugging_face(masked_lm.state_dict()))
+    return model
+
+
+def _renamed(weights: dict[str, Any], prefixes: dict[str, str]) -> dict[str, Any]:
+    def renamed(name: str) -> str:
+        old = next((old for old in prefixes if name.startswith(old)), "")
+        return prefixes.get(old, "") + name[len(old) :]
+
+    return {renamed(name): value for name, value in weights.items()}

@@ -29,8 +29,10 @@ def masked_lm_with(backbone: dict[str, Any]) -> MaskedLM:
 
 def checkpoint_activations(backbone: Backbone, every: int) -> None:
     """Let each `every`-th layer recompute its activations in the backward pass; 0 means none."""
-    for block in backbone.blocks()[::every] if every else []:
-        block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+    if not every:
+        return
+    for layer in backbone.describe().layers[::every]:
+        layer.forward = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
 
 
 def compile_layers(backbone: Backbone) -> None:
@@ -45,7 +47,7 @@ def compile_layers(backbone: Backbone) -> None:
     sizes.use_duck_shape = False
     # Types of layers, with and without activation checkpointing, in training and in validation.
     _dynamo.config.recompile_limit = 32
-    for part in backbone.compilable():
+    for part in backbone.describe().compilable:
         part.forward = torch.compile(part.forward, dynamic=True, fullgraph=True)
 
 

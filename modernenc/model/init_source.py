@@ -1,22 +1,18 @@
 """Read the weights that a run starts from: a checkpoint of any run, or the folder of a Hugging Face model."""
 
 import inspect
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import get_class
-from safetensors.torch import load_file
 from torch import Tensor
 
 from modernenc.backbones import Backbone
 from modernenc.config import Run, from_plain
-from modernenc.config_json import settings_of
 from modernenc.curriculum import Curriculum
-from modernenc.export import our_names
+from modernenc.hugging_face import folder
 from modernenc.model.build import masked_lm_weights, masked_lm_with
 from modernenc.run_folder import checkpoints
 
@@ -35,7 +31,10 @@ class Source:
 
 def read_source(path: Path, run: Run) -> Source:
     """Return the weights that `init.source` names; FileNotFoundError or ValueError if there are none, or they are not whole."""
-    return _from_checkpoint(path) if path.suffix == ".ckpt" else _from_hugging_face(path, run)
+    if path.suffix == ".ckpt":
+        return _from_checkpoint(path)
+    kind: Any = get_class(run.backbone["_target_"])
+    return Source(*folder.read(path, kind))
 
 
 def check_source(source: Source, run: Run) -> list[str]:
@@ -55,7 +54,8 @@ def check_source(source: Source, run: Run) -> list[str]:
         for settings in (begins, source.settings)
     )
     notes = []
-    for key in (key for key in parameters if key not in kind.MAY_DIFFER and here[key] != there[key]):
+    resizable = source.backbone.describe().resizable
+    for key in (key for key in parameters if key not in resizable and here[key] != there[key]):
         place = f"phases.{first}.backbone" if key in run.phases[first].backbone else "backbone"
         if key not in kind.PHASE_ATTRIBUTES:
             raise ValueError(
@@ -84,43 +84,3 @@ def _from_checkpoint(path: Path) -> Source:
         backbone = masked_lm_with(trained.backbone).backbone
     reached = Curriculum.of(trained).at(max(0, checkpoint.state.tokens_seen - 1)).backbone
     return Source(backbone, {**trained.backbone, **reached}, masked_lm_weights(checkpoint.weights))
-
-
-def _from_hugging_face(folder: Path, run: Run) -> Source:
-    """Read a folder that `save_pretrained` of transformers 4 or 5 wrote."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"init.source={folder}: no config.json; name a checkpoint (*.ckpt) or a Hugging Face folder")
-    config = json.loads((folder / "config.json").read_text())
-    kind: Any = get_class(run.backbone["_target_"])
-    if config.get("model_type") not in kind.HUGGING_FACE_TYPES:
-        raise ValueError(
-            f"init.source={folder} is of model_type {config.get('model_type')}, which {kind.__name__} cannot begin with; "
-            f"expected {' or '.join(kind.HUGGING_FACE_TYPES)}"
-        )
-    weights = our_names(dict(_tensors(folder)), kind.HUGGING_FACE_NAMES)
-    try:
-        settings = settings_of(kind, config)
-        with torch.device("meta"):
-            backbone = kind(**settings)
-    except KeyError as error:
-        raise ValueError(f"{folder / 'config.json'} has no {error}; expected what save_pretrained writes") from error
-    own = {f"backbone.{name}" for name, _ in backbone.named_parameters()}
-    lacking = sorted(own - weights.keys())
-    if lacking:
-        raise ValueError(f"init.source={folder} has no {lacking[0]}; expected a masked-LM model of transformers")
-    unknown = sorted(name for name in weights if name.startswith("backbone.") and name not in own)
-    if unknown:
-        raise ValueError(f"init.source={folder} has {unknown[0]}, which {kind.__name__} has not here: other logits")
-    return Source(backbone, settings, weights)
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield weights in fp32 from safetensors, or else from a .bin, which is read without running code."""
-    for path in sorted(folder.glob("*.safetensors")):
-        yield from ((name, value.float()) for name, value in load_file(path).items())
-    if not list(folder.glob("*.safetensors")):
-        paths = sorted(folder.glob("pytorch_model*.bin"))
-        if not paths:
-            raise FileNotFoundError(f"init.source={folder}: no *.safetensors and no pytorch_model*.bin; copy the weights there")
-        for path in paths:
-            yield from ((name, value.float()) for name, value in torch.load(path, "cpu", weights_only=True).items())

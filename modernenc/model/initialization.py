@@ -9,11 +9,11 @@ arXiv:2305.14481.
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from modernenc.backbones import Backbone
 from modernenc.config import Run
@@ -40,7 +40,8 @@ def fill(model: Any, source: Source, run: Run, tokenizer: Path) -> list[str]:
 
     Raises ValueError, naming the weight, if one is larger in the source, or if the vocabulary does not fit.
     """
-    layers = map_layers(source.backbone.layer_kinds(), model.backbone.layer_kinds(), run.init.layer_mapping)
+    old, new = source.backbone.describe(), model.backbone.describe()
+    layers = map_layers(old.layer_types, new.layer_types, run.init.layer_mapping)
     weights = _under_tokenizer(source, model, run, tokenizer)
     left = []
     for name, target in weights_of(model).items():
@@ -48,10 +49,10 @@ def fill(model: Any, source: Source, run: Run, tokenizer: Path) -> list[str]:
         if origin not in weights:
             left.append(name)
             continue
-        old_parts, new_parts = source.backbone.parts(origin), model.backbone.parts(name)
-        old = weights[origin].split(old_parts) if old_parts else [weights[origin]]
-        new = target.split(new_parts) if new_parts else [target]
-        for part, filled in zip(old, new, strict=True):
+        old_sizes, new_sizes = old.split_sizes(origin), new.split_sizes(name)
+        parts = weights[origin].split(old_sizes) if old_sizes else [weights[origin]]
+        targets = target.split(new_sizes) if new_sizes else [target]
+        for part, filled in zip(parts, targets, strict=True):
             if part.ndim != filled.ndim or any(n < o for n, o in zip(filled.shape, part.shape, strict=True)):
                 raise ValueError(
                     f"init.source={run.init.source}: {origin} is {tuple(part.shape)} there, {name} {tuple(filled.shape)} here; "
@@ -128,4 +129,4 @@ def transfer_embeddings(rows: Tensor, spelling: dict[int, list[int]], size: int)
 
 def _embedding_name(backbone: Backbone) -> str:
     weight = backbone.token_embeddings().weight
-    return next(f"backbone.{name}" for name, value in backbone.named_parameters() if value is weight)
+    return next(f"backbone.{name}" for name, value in cast(nn.Module, backbone).named_parameters() if value is weight)

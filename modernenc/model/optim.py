@@ -25,7 +25,7 @@ _COUNTERS = ("step", "setup")
 def build(objectives: Objectives, settings: dict[str, Any]) -> list[Optimizer]:
     """Return the optimizers that a recipe's `optim` specifies."""
     make = partial(get_method(settings["_target_"]), **{key: value for key, value in settings.items() if key != "_target_"})
-    optimizers = make(list(objectives.masked_lm.parameters()), objectives.backbone.matrices())
+    optimizers = make(list(objectives.masked_lm.parameters()), objectives.backbone.describe().linear_weights())
     return [*optimizers, *(optimizer for task in objectives.tasks.values() for optimizer in make(list(task.parameters()), []))]
 
 
@@ -104,7 +104,7 @@ def state_numbers(target: str, objectives: Objectives) -> int:
     """Return how many numbers the optimizers keep besides the weights: two moments each, and one for a matrix under Muon."""
     numbers = 2 * sum(parameter.numel() for parameter in objectives.parameters())
     if target == f"{muon.__module__}.{muon.__name__}":
-        numbers -= sum(parameter.numel() for parameter in objectives.backbone.matrices())
+        numbers -= sum(parameter.numel() for parameter in objectives.backbone.describe().linear_weights())
     return numbers
 
 

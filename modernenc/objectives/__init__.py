@@ -1,4 +1,4 @@
-"""Objectives: `(batch) -> loss sum, right answers`. They share the backbone from phase to phase; each has its own head."""
+"""Objectives: `(batch) -> summed loss, number of correct predictions`. They share one backbone; each has its own head."""
 
 from collections.abc import Iterable
 
@@ -6,13 +6,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from modernenc.curriculum import MASKED_LM
-from modernenc.data.masking import MicroBatch
+from modernenc.data.batch import MicroBatch
 from modernenc.objectives.masked_lm import MaskedLM
 from modernenc.objectives.multiple_choice import MultipleChoice
 
 
 class Objectives(nn.Module):
-    """Masked LM, and a head for each task."""
+    """Everything that a run trains: masked LM, and one head per task."""
 
     def __init__(self, masked_lm: MaskedLM, tasks: Iterable[str]) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class Objectives(nn.Module):
         self.tasks = nn.ModuleDict({name: MultipleChoice(self.backbone) for name in tasks})
 
     def forward(self, batch: MicroBatch) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-        """The loss of the batch's objective, summed over what it predicts, in nats; and how much of that is right."""
+        """Return the summed loss of the batch's objective, in nats, and the number of correct predictions."""
         if batch.objective == MASKED_LM:
             return self.masked_lm(batch)
         return self.tasks[batch.objective](self.backbone, batch)

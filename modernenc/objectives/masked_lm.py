@@ -1,16 +1,15 @@
-"""Masked language modelling, with logits at the predicted tokens only."""
+"""Masked language modelling, with logits only at the predicted tokens: Devlin et al. 2018, arXiv:1810.04805, section 3.1."""
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from modernenc.backbones import Backbone
-from modernenc.data.masking import MicroBatch
+from modernenc.data.batch import MicroBatch
 from modernenc.objectives.linear_cross_entropy import linear_cross_entropy
-from modernenc.objectives.rounding import rounded
 
 
 class MaskedLM(nn.Module):
-    """Backbone, prediction head, and a decoder tied to the token embedding."""
+    """A backbone, a prediction head, and a decoder tied to the token embedding."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -21,9 +20,8 @@ class MaskedLM(nn.Module):
         nn.init.zeros_(self.decoder.bias)
 
     def forward(self, batch: MicroBatch) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-        """Cross-entropy of the predicted tokens, summed, in nats; and how many of them are predicted right."""
-        asked = rounded(batch)
-        hidden = self.head(self.backbone(asked.input_ids, asked.cu_seqlens, asked.max_seqlen, asked.target_positions))
+        """Return the cross-entropy summed over the predicted tokens, in nats, and the number of correct predictions."""
+        hidden = self.head(self.backbone(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.target_positions))
         return linear_cross_entropy(hidden, self.decoder.weight, self.decoder.bias, batch.targets)
 
     def logits(
@@ -33,5 +31,5 @@ class MaskedLM(nn.Module):
         max_seqlen: int,
         positions: Int[Tensor, " targets"],
     ) -> Float[Tensor, "targets vocab"]:
-        """Scores of every id at the given positions."""
+        """Return the logits of all ids at the given positions."""
         return self.decoder(self.head(self.backbone(input_ids, cu_seqlens, max_seqlen, positions)))

@@ -1,4 +1,4 @@
-"""Multiple choice: each ending, read after its context, has a score from its first token; the right one should win."""
+"""Multiple choice: each ending is read after the context and scored at its first token; softmax over the scores picks one."""
 
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -6,12 +6,11 @@ from torch import Tensor, nn
 
 from modernenc.backbones import Backbone
 from modernenc.curriculum import CHOICES
-from modernenc.data.masking import MicroBatch
-from modernenc.objectives.rounding import rounded
+from modernenc.data.batch import MicroBatch
 
 
 class MultipleChoice(nn.Module):
-    """A prediction head of its own and a score, on a backbone that it is given."""
+    """A prediction head and a score, on a backbone that belongs to another module."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -19,8 +18,7 @@ class MultipleChoice(nn.Module):
         self.score = nn.Linear(backbone.hidden_size, 1)
 
     def forward(self, backbone: Backbone, batch: MicroBatch) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-        """Cross-entropy of the right endings, summed, in nats; and how many of them have the highest score."""
-        asked = rounded(batch)
-        hidden = backbone(asked.input_ids, asked.cu_seqlens, asked.max_seqlen, asked.target_positions)
+        """Return the cross-entropy summed over the items, in nats, and the number of items answered correctly."""
+        hidden = backbone(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.target_positions)
         scores = self.score(self.head(hidden))[: CHOICES * len(batch.targets)].view(-1, CHOICES)
         return F.cross_entropy(scores.float(), batch.targets, reduction="sum"), (scores.argmax(1) == batch.targets).sum()

@@ -35,11 +35,12 @@ def document_length(phase: Phase, corpus: Corpus | None) -> int:
 def flops(run: Run, phase: Phase, corpus: Corpus | None) -> float:
     """Return the FLOPs of matrix products per token of a phase; the backward pass has twice as many as the forward pass."""
     model = model_on_meta(run).masked_lm
+    forward_flops = model.backbone.describe().forward_flops
     head = sum(parameter.numel() for parameter in model.head.parameters() if parameter.ndim == 2)
     predicted = 2 * (head + model.decoder.weight.numel()) * phase.mask_ratio
-    text = 3 * (model.backbone.flops(document_length(phase, corpus)) + predicted) if reads_text(phase) else 0
+    text = 3 * (forward_flops(document_length(phase, corpus)) + predicted) if reads_text(phase) else 0
     tokens = cycle_tokens(phase, run.tasks)
-    tasks = sum(tokens[name] * 3 * model.backbone.flops(run.tasks[name].seq_len) for name in tokens if name != MASKED_LM)
+    tasks = sum(tokens[name] * 3 * forward_flops(run.tasks[name].seq_len) for name in tokens if name != MASKED_LM)
     return (tokens.get(MASKED_LM, 0) * text + tasks) / sum(tokens.values())
 
 

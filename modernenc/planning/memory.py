@@ -7,15 +7,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from modernenc.config import Phase, Run
 from modernenc.curriculum import CHOICES, MASKED_LM, items_per_micro_batch, objectives_of, reads_text
+from modernenc.data.batch import MicroBatch
 from modernenc.data.blocks import Corpus
-from modernenc.data.masking import MicroBatch
 from modernenc.model.build import checkpoint_activations, masked_lm_with
-from modernenc.objectives.linear_cross_entropy import ROWS
+from modernenc.objectives.linear_cross_entropy import CHUNK_ROWS
 from modernenc.planning.estimate import document_length, model_on_meta, parameters
 
 SAMPLE = 576
@@ -63,7 +64,7 @@ def memory(run: Run, phase: Phase, corpus: Corpus | None) -> Memory:
 
 def _peak_activations(run: Run, mask_ratio: float, tokens: int, document: int) -> float:
     """Return peak activation bytes: tensors saved for the backward pass, plus the working set of the loss."""
-    kinds = model_on_meta(run).backbone.layer_kinds()
+    kinds = model_on_meta(run).backbone.describe().layer_types
     period = next(p for p in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % p] for i in range(len(kinds))))
     period = math.lcm(period, run.trainer.activation_checkpointing_every or 1)
     few = next(depth for depth in range(1, len(kinds) + 1) if kinds[depth - 1] == kinds[-1])
@@ -86,7 +87,7 @@ def _peak_activations(run: Run, mask_ratio: float, tokens: int, document: int) -
     vocabulary, half = run.backbone["vocab_size"], run.trainer.precision == "bf16-mixed"
     # A chunk of the logits, the decoder's gradient, and the matrix product that is added to it.
     width, decoder = 2 if half else 4, vocabulary * run.backbone["hidden_size"]
-    loss = min(ROWS, tokens * mask_ratio) * vocabulary * width + decoder * width
+    loss = min(CHUNK_ROWS, tokens * mask_ratio) * vocabulary * width + decoder * width
     # A layer that recomputes its activations holds them, and the gradients of some, after the logits were freed.
     backward = max(loss, 1.2 * at_full_size(one_layer)) if every else loss
     return at_full_size(saved) + backward + 4 * decoder + (2 * decoder if half else 0)  # a bf16 copy of the decoder
@@ -111,9 +112,8 @@ def _measured_bytes(settings: str, depth: int, tokens: int, document: int) -> fl
     checkpoint_activations(objective.backbone, every)
     lengths = [document] * (tokens // document) + ([tokens % document] if tokens % document else [])
     places = torch.linspace(0, tokens - 1, round(tokens * SAMPLE_RATIO)).long()
-    ends = torch.tensor([0, *lengths]).cumsum(0).int()
-    ids = torch.zeros(tokens, dtype=torch.long)
-    batch = MicroBatch(ids, ends, max(lengths), places, torch.zeros(len(places), dtype=torch.long), 0)
+    ends = np.cumsum([0, *lengths])
+    batch = MicroBatch.of(np.zeros(tokens, np.int64), ends, places.numpy(), np.zeros(len(places), np.int64))
     with saved_bytes({id(parameter) for parameter in objective.parameters()}) as kept:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
             loss, _ = objective(batch)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from modernenc.backbones.description import Description
 from modernenc.config import Run
 from modernenc.data.blocks import Corpus
 from modernenc.model import optim
@@ -36,9 +37,8 @@ def check_init(run: Run, corpus: Corpus) -> list[str]:
 def check_optim(run: Run) -> None:
     """Raise ValueError if the optimizers cannot be built with their settings."""
     linear = nn.Linear(2, 2)  # any weights will do to check the settings
-    objectives: Any = SimpleNamespace(
-        masked_lm=linear, backbone=SimpleNamespace(matrices=lambda: [linear.weight]), tasks=nn.ModuleDict()
-    )
+    backbone = SimpleNamespace(describe=lambda: Description([linear], ["linear"], lambda length: 0.0))
+    objectives: Any = SimpleNamespace(masked_lm=linear, backbone=backbone, tasks=nn.ModuleDict())
     with _built("optim", run.optim):
         optim.build(objectives, run.optim)
 

@@ -161,7 +161,7 @@ def _announce(run: Run, curriculum: Curriculum, module: Pretraining, trainer: L.
     device = trainer.strategy.root_device
     size = f"{curriculum.total_tokens:,} tokens in {curriculum.total_steps:,} steps"
     log.info("recipe %s, %s parameters, %s", run.recipe, f"{parameters:,}", size)
-    backend = module.objectives.backbone.path(device, dtype)
+    backend = module.objectives.backbone.describe().backend(device, dtype)
     who = ranks.describe(trainer.world_size, torch.get_num_threads())
     how = f"{run.trainer.precision}, compiled" if module.compiles else run.trainer.precision
     log.info("device %s, precision %s, %s, %s", device, how, backend, who)

@@ -99,8 +99,8 @@ class Pretraining(L.LightningModule):
             compile_layers(self.objectives.backbone)
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not isinstance(self.objectives, FSDPModule):
             mesh = self.trainer.strategy.device_mesh["data_parallel"]
-            for block in self.objectives.backbone.blocks():
-                fully_shard(block, mesh=mesh)
+            for layer in self.objectives.backbone.describe().layers:
+                fully_shard(layer, mesh=mesh)
             fully_shard(self.objectives, mesh=mesh)
 
     @property

@@ -222,10 +222,10 @@ def test_a_cell_that_takes_too_long_is_ended_and_is_a_row_with_its_reason(tmp_pa
 def test_the_window_that_is_measured_as_a_function_of_scores_is_the_same_attention(lengths):
     tokens, window = sum(lengths), 8
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    layout = attention.Layout(ends, max(lengths), tokens, torch.device("cpu"))
+    layout = attention.VarlenInfo(ends, max(lengths), tokens, torch.device("cpu"))
     rotation = rotary.rotation(1e4, 16, rotary.positions_of(ends, tokens), max(lengths))
     qkv = torch.randn(tokens, 3, 2, 16)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile", UserWarning)
         found = kernels.flex(layout, window)(qkv, rotation, layout, window)
-    torch.testing.assert_close(found, attention.blocks(qkv, rotation, layout, window))
+    torch.testing.assert_close(found, attention.tiled(qkv, rotation, layout, window))

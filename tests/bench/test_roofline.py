@@ -1,14 +1,14 @@
 """A step on a GPU, traced without one: it never waits for a number, and its products are those that the model needs."""
 
+import numpy as np
 import pytest
-import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from modernenc.bench.batches import step_work
 from modernenc.bench.roofline import step_of
 from modernenc.bench.settings import register_bench
 from modernenc.config import Run
-from modernenc.data.masking import MicroBatch
+from modernenc.data.batch import MicroBatch
 from modernenc.model.build import build_objectives
 from modernenc.objectives.masked_lm import MaskedLM
 from support.runs import composed
@@ -26,8 +26,8 @@ def run(request) -> Run:
 def test_it_needs_the_products_that_the_formula_says(run):
     kernels = step_of(run, LENGTH, TOKENS)
     model = build_objectives(run).masked_lm
-    asked = torch.arange(int(TOKENS * run.phases["decay"].mask_ratio))
-    batch = MicroBatch(asked.new_zeros(TOKENS), torch.arange(0, TOKENS + 1, LENGTH).int(), LENGTH, asked, asked, 0)
+    positions = np.arange(int(TOKENS * run.phases["decay"].mask_ratio))
+    batch = MicroBatch.of(np.zeros(TOKENS, np.int64), np.arange(0, TOKENS + 1, LENGTH), positions, positions)
     needed = step_work(model, [batch]).flops
     counted = sum(kernel.flops for kernel in kernels)
     print(f"{len(kernels)} kernels, {counted / needed:.3f} of the formula's FLOPs")

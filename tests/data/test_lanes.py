@@ -131,7 +131,7 @@ def contents(step):
     """What each micro-batch holds; one without targets only keeps ranks in step."""
     return [
         (batch.input_ids.tolist(), batch.cu_seqlens.tolist(), batch.targets.tolist())
-        for batch in step.micro_batches
+        for batch in (padded.unpadded() for padded in step.micro_batches)
         if len(batch.targets)
     ]
 
@@ -168,8 +168,8 @@ def test_micro_batches_do_not_change_what_a_step_sees(small_run):
     parts = list(steps_of(small_run("trainer.micro_batch_tokens=1")))
     assert len(parts[12].micro_batches) > len(whole[12].micro_batches) == 1
     for one, other in zip(whole, parts, strict=True):
-        assert [i for b in one.micro_batches for i in b.input_ids.tolist()] == [
-            i for b in other.micro_batches for i in b.input_ids.tolist()
+        assert [i for b in one.micro_batches for i in b.unpadded().input_ids.tolist()] == [
+            i for b in other.micro_batches for i in b.unpadded().input_ids.tolist()
         ]
 
 
@@ -200,6 +200,7 @@ def test_numbers_of_ranks_that_divide_nothing_see_the_same(small_run, world_size
 
 def split(batch):
     """The documents of a micro-batch."""
+    batch = batch.unpadded()
     return [ids.tolist() for ids in batch.input_ids.split(batch.cu_seqlens.diff().tolist())]
 
 

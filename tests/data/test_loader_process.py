@@ -132,7 +132,7 @@ def test_open_files_do_not_grow_with_micro_batches(corpus_root, tmp_path):
 
 def equal(one: Step, other: Step) -> bool:
     tensors = ("input_ids", "cu_seqlens", "target_positions", "targets")
-    plain = ("max_seqlen", "first_row", "objective")
+    plain = ("max_seqlen", "num_tokens", "first_row", "objective")
     return (
         (one.targets, one.tokens, one.state) == (other.targets, other.tokens, other.state)
         and len(one.micro_batches) == len(other.micro_batches)

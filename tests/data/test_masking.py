@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from modernenc.data.batch import MicroBatch
 from modernenc.data.blocks import Roles
 from modernenc.data.lanes import Chunk
-from modernenc.data.masking import Masker, MicroBatch
+from modernenc.data.masking import Masker
 
 ROLES = Roles(cls=1, sep=2, pad=3, mask=4, unk=0)
 ORDINARY = np.arange(5, 1000)
@@ -18,7 +19,7 @@ def row(*lengths: int) -> list[Chunk]:
 
 
 def masked(documents: list[Chunk], *seed: int, ratio: float = 0.3) -> MicroBatch:
-    return Masker(ROLES, ORDINARY, ratio).batch([documents], [seed], first_row=0)
+    return Masker(ROLES, ORDINARY, ratio).batch([documents], [seed], first_row=0).unpadded()
 
 
 @pytest.mark.parametrize("ratio", [0.05, 0.15, 0.3, 0.5])
@@ -54,7 +55,7 @@ def test_masks_depend_on_seed_and_row_alone():
 
 def test_masks_are_those_that_the_rows_have_alone():
     documents, seeds = [row(5, 9), row(30), row(1, 200, 2)], [(4,), (1, 2), (7,)]
-    together = Masker(ROLES, ORDINARY, 0.3).batch(documents, seeds, first_row=0)
+    together = Masker(ROLES, ORDINARY, 0.3).batch(documents, seeds, first_row=0).unpadded()
     alone = [masked(one, *seed) for one, seed in zip(documents, seeds, strict=True)]
     assert torch.equal(together.input_ids, torch.cat([one.input_ids for one in alone]))
     assert torch.equal(together.targets, torch.cat([one.targets for one in alone]))
@@ -67,7 +68,7 @@ def test_a_higher_ratio_predicts_the_same_tokens_and_more():
 
 def test_a_micro_batch_lays_documents_end_to_end_and_targets_point_at_their_tokens():
     documents = [row(5, 9), row(30)]
-    batch = Masker(ROLES, ORDINARY, 0.3).batch(documents, [(0,), (1,)], first_row=4)
+    batch = Masker(ROLES, ORDINARY, 0.3).batch(documents, [(0,), (1,)], first_row=4).unpadded()
     assert batch.cu_seqlens.tolist() == [0, 7, 18, 50]
     assert batch.max_seqlen == 32
     assert batch.first_row == 4
@@ -77,4 +78,4 @@ def test_a_micro_batch_lays_documents_end_to_end_and_targets_point_at_their_toke
 
 def test_a_row_without_a_predicted_token_is_no_error():
     assert len(masked(row(1), 0, ratio=0.001).targets) == 0
-    assert Masker(ROLES, ORDINARY, 0.9).batch([], [], first_row=0).input_ids.tolist() == [ROLES.cls, ROLES.sep]
+    assert Masker(ROLES, ORDINARY, 0.9).batch([], [], first_row=0).unpadded().input_ids.tolist() == [ROLES.cls, ROLES.sep]

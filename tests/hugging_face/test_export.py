@@ -11,7 +11,9 @@ import transformers
 from tokenizers import Tokenizer
 
 from modernenc.backbones.modernbert import ModernBERT
-from modernenc.export import TOLERANCE, compare, export, hugging_face_names
+from modernenc.hugging_face import converter_of
+from modernenc.hugging_face.parity import TOLERANCE, logit_difference
+from modernenc.model.export import export
 from modernenc.objectives.masked_lm import MaskedLM
 from support.runs import train
 
@@ -57,18 +59,18 @@ def test_a_config_is_whole_in_the_words_of_transformers_4_and_of_5(tmp_path, oth
     ours = MaskedLM(ModernBERT(300, 32, 48, 5, 2, 256, **thetas, global_attn_every_n_layers=2, local_attention=16)).eval()
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
-    model = ours.backbone.hugging_face_model()
-    model.load_state_dict(hugging_face_names(ours.state_dict(), ours.backbone.HUGGING_FACE_NAMES))
+    model = converter_of(ours.backbone).new_model(ours.backbone)
+    model.load_state_dict(converter_of(ours.backbone).to_hugging_face(ours.state_dict()))
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     own = {key: value for key, value in config.items() if key not in other}
     assert len(own) == len(config) - len(other)
-    settings = ModernBERT.settings_from_hugging_face(own)
+    settings = converter_of(ModernBERT).backbone_arguments(own)
     assert {key: settings[key] for key in thetas} == thetas and settings["global_attn_every_n_layers"] == 2
     version_4 = "layer_types" in other
     if version_4 == (int(transformers.__version__.split(".")[0]) == 4):  # the other would fall back to defaults
         (tmp_path / "config.json").write_text(json.dumps(own))
-        assert compare(ours, AutoModelForMaskedLM.from_pretrained(tmp_path), 300) <= TOLERANCE
+        assert logit_difference(ours, AutoModelForMaskedLM.from_pretrained(tmp_path), 300) <= TOLERANCE
 
 
 def test_an_existing_folder_is_not_overwritten(run_dir, tmp_path):

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
 from support.commands import ROOT
 
 DOCS = ROOT / "docs"

@@ -8,13 +8,13 @@ from pathlib import Path
 from textwrap import indent
 
 import pytest
-from support.commands import ROOT, command
-from support.runs import task
-from own_parts.ranking import Ranking
 
 from modernenc.config import load
-from modernenc.metrics import Table
+from modernenc.run_folder.tables import Table
 from modernenc.train import main
+from own_parts.ranking import Ranking
+from support.commands import ROOT, command
+from support.runs import task
 
 PARTS = ROOT / "tests" / "own_parts"
 PAGE = ROOT / "docs" / "extend.md"

@@ -4,24 +4,25 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modernenc.backbones import block_attention
-from modernenc.backbones.attention import PATHS, path_for
+from modernenc.backbones.attention import BACKENDS, select_backend
+from modernenc.kernels import tiled_attention
 from support.attention import gradient, inputs, plain
 
 
-@pytest.mark.parametrize("scores", [1, 300_000, block_attention.SCORES])
+@pytest.mark.parametrize("scores", [1, 300_000, tiled_attention.SCORES_PER_THREAD])
 @pytest.mark.parametrize("window", [None, 1, 16, 64, 1000])
 def test_blocks_equal_plain_attention_forward_and_backward(window, scores, monkeypatch):
-    monkeypatch.setattr(block_attention, "SCORES", scores)  # some heads of one block and 64 queries at a time; several; all
+    # Some heads of one tile and 64 queries at a time; several; all.
+    monkeypatch.setattr(tiled_attention, "SCORES_PER_THREAD", scores)
     qkv, turn, layout = inputs(torch.float64)
-    ours, expected = PATHS["blocks"](qkv, turn, layout, window), plain(qkv, turn, layout, window)
+    ours, expected = BACKENDS["tiled"](qkv, turn, layout, window), plain(qkv, turn, layout, window)
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(gradient(ours, qkv), gradient(expected, qkv), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("window", [None, 64])
 def test_nothing_costs_length_by_length_memory(window, monkeypatch):
-    monkeypatch.setattr(block_attention, "SCORES", (1 << 20) // torch.get_num_threads())
+    monkeypatch.setattr(tiled_attention, "SCORES_PER_THREAD", (1 << 20) // torch.get_num_threads())
     qkv, turn, layout = inputs(lengths=[8192], heads=2)
     largest = 0
 
@@ -34,24 +35,24 @@ def test_nothing_costs_length_by_length_memory(window, monkeypatch):
             return out
 
     with Watch():
-        gradient(PATHS["blocks"](qkv, turn, layout, window), qkv)
+        gradient(BACKENDS["tiled"](qkv, turn, layout, window), qkv)
     assert largest <= max(1 << 20, 8192 * 192)  # the scores at a time, or the bias of windows: tokens x keys of a block
 
 
 def test_the_path_is_chosen_by_device_and_precision():
-    assert path_for(torch.device("cpu"), torch.bfloat16) == "blocks"
-    assert path_for(torch.device("cuda"), torch.float32) == "blocks"
-    assert path_for(torch.device("cuda"), torch.bfloat16) in ("flash", "varlen")
+    assert select_backend(torch.device("cpu"), torch.bfloat16) == "tiled"
+    assert select_backend(torch.device("cuda"), torch.float32) == "tiled"
+    assert select_backend(torch.device("cuda"), torch.bfloat16) in ("flash", "varlen")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 16, 64])
-@pytest.mark.parametrize("path", ["flash", "varlen", "blocks"])
+@pytest.mark.parametrize("path", ["flash", "varlen", "tiled"])
 def test_kernels_equal_plain_attention_on_cuda(path, window):
     if path == "flash":
         pytest.importorskip("flash_attn")
     qkv, turn, layout = inputs(torch.bfloat16, "cuda")
     exact = qkv.detach().double().requires_grad_()
-    ours, expected = PATHS[path](qkv, turn, layout, window), plain(exact, turn, layout, window)
+    ours, expected = BACKENDS[path](qkv, turn, layout, window), plain(exact, turn, layout, window)
     torch.testing.assert_close(ours.double(), expected, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(gradient(ours, qkv).double(), gradient(expected, exact), rtol=5e-2, atol=5e-2)

@@ -51,7 +51,7 @@ def test_it_keeps_the_contract(objective):
     assert hidden.shape == (8, backbone.hidden_size)
     assert backbone.token_embeddings().weight.shape == (backbone.vocab_size, backbone.hidden_size)
     owned = {id(parameter) for parameter in objective.parameters()}
-    matrices = backbone.matrices()
+    matrices = backbone.describe().linear_weights()
     assert matrices
     assert all(matrix.ndim == 2 and id(matrix) in owned for matrix in matrices)
     assert id(backbone.token_embeddings().weight) not in {id(matrix) for matrix in matrices}

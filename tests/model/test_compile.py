@@ -12,10 +12,10 @@ from omegaconf import OmegaConf
 from torch._dynamo.utils import counters
 from torch.nn.attention import varlen
 
-from modernenc.backbones import ema
-from modernenc.backbones.attention import PATHS
-from modernenc.backbones.transfer import traced_as_on_a_gpu
+from modernenc.backbones.attention import BACKENDS
 from modernenc.config import CONF_DIR
+from modernenc.kernels import state_passing
+from modernenc.kernels.device import assume_gpu
 from modernenc.model.build import checkpoint_activations, compile_layers, masked_lm_with
 from support.attention import gradient, inputs, plain
 from support.commands import importing
@@ -55,7 +55,7 @@ def _(grad, query, key, value, out, lse, cu_seq_q, cu_seq_k, max_q, max_k, is_ca
 @pytest.mark.parametrize("window", [None, 16])
 def test_the_call_of_torchs_kernel_is_plain_attention(window):
     qkv, turn, layout = inputs(lengths=[1, 2, 15, 64, 200])
-    ours, expected = PATHS["varlen"](qkv, turn, layout, window), plain(qkv, turn, layout, window)
+    ours, expected = BACKENDS["varlen"](qkv, turn, layout, window), plain(qkv, turn, layout, window)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradient(ours, qkv), gradient(expected, qkv), rtol=1e-4, atol=1e-5)
 
@@ -87,11 +87,11 @@ def compare(name: str, every: int, device: str) -> tuple[int, float]:
     settings = {**cast(dict[str, Any], given), "vocab_size": 300, "num_hidden_layers": 5}
     settings |= {key: 0.0 for key in settings if "dropout" in key}
     if device == "cpu":
-        ema.HAS_KERNEL = False  # Triton's interpreter takes minutes
+        state_passing.HAS_KERNEL = False  # Triton's interpreter takes minutes
         torch.compile = partial(torch.compile, backend="aot_eager")
     torch.manual_seed(0)
     model = masked_lm_with(settings).to(device)
-    with traced_as_on_a_gpu():
+    with assume_gpu():
         expected = outcomes(model, device)
         checkpoint_activations(model.backbone, every)
         compile_layers(model.backbone)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from modernenc.backbones.ema import BLOCK, PATHS, Documents, MultiDimensionDampedEMA
+from modernenc.backbones.ema import BACKENDS, MultiDimensionDampedEMA
+from modernenc.kernels.documents import SEGMENT, Documents
 from support.tensors import relative
 
 CHANNELS, STATES = 8, 32
@@ -25,7 +26,7 @@ def documents(*lengths: int) -> Documents:
 def outcome(ema: MultiDimensionDampedEMA, x: torch.Tensor, layout: Documents) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The average alone, and gradients of a random weighting of it."""
     x = x.clone().requires_grad_()
-    out = PATHS[ema.path](x, ema.kernel(x.dtype), layout)
+    out = BACKENDS[ema.backend](x, ema.coefficients(x.dtype), layout)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(out.dtype)
     out.mul(weight).sum().backward()
     assert x.grad is not None
@@ -43,7 +44,7 @@ def inputs(length: int) -> torch.Tensor:
 def test_every_path_equals_the_recurrence_in_double_precision(length, memory):
     x = inputs(length)
     exact, gradients = outcome(module(memory, "recurrence").double(), x.double(), documents(length))
-    for path in PATHS:
+    for path in BACKENDS:
         got, got_gradients = outcome(module(memory, path), x, documents(length))
         error = float((got - exact).abs().max())
         worst = max(relative(one, other) for one, other in zip(got_gradients, gradients, strict=True))
@@ -52,15 +53,15 @@ def test_every_path_equals_the_recurrence_in_double_precision(length, memory):
         assert worst <= 1e-5
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", BACKENDS)
 def test_it_starts_anew_at_each_document(path):
-    lengths = [1, BLOCK, 3, 2 * BLOCK, 5 * BLOCK + 1, BLOCK - 1, 1]
+    lengths = [1, SEGMENT, 3, 2 * SEGMENT, 5 * SEGMENT + 1, SEGMENT - 1, 1]
     ema = module("long", path).double()
     x = inputs(sum(lengths)).double()
     together, gradients = outcome(ema, x, documents(*lengths))
     for part, gradient, own in zip(x.split(lengths), gradients[0].split(lengths), together.split(lengths), strict=True):
         part = part.clone().requires_grad_()
-        alone = PATHS[path](part, ema.kernel(x.dtype), documents(len(part)))
+        alone = BACKENDS[path](part, ema.coefficients(x.dtype), documents(len(part)))
         assert torch.allclose(alone, own, rtol=0, atol=1e-12)
         assert gradient.abs().sum() > 0
     change = x.clone()

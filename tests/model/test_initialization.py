@@ -15,12 +15,13 @@ from tokenizers import Tokenizer
 from modernenc.backbones.mega import Mega
 from modernenc.backbones.modernbert import ModernBERT
 from modernenc.config import Init
-from modernenc.config_json import settings_of
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.evaluation.validation import Validator
-from modernenc.export import export
+from modernenc.hugging_face import converter_of
+from modernenc.hugging_face.config_json import arguments_from
 from modernenc.model.build import build_objectives, masked_lm_with, weights_of
+from modernenc.model.export import export
 from modernenc.model.initialization import initialise, map_layers, spell_with, tile_weight, transfer_embeddings
 from modernenc.model.load import load_masked_lm
 from modernenc.model.unigrams import init_decoder_bias_from_unigrams
@@ -88,7 +89,7 @@ def test_an_exported_model_comes_back_as_it_was(trained, small_run, tmp_path):
     assert all(torch.equal(value, weights_of(objective)[name]) for name, value in filled(run).items())
     kind = type(objective.backbone)
     assert isinstance(kind, type) and issubclass(kind, ModernBERT | Mega)
-    settings = kind.settings_from_hugging_face(json.loads((tmp_path / "exported/config.json").read_text()))
+    settings = converter_of(kind).backbone_arguments(json.loads((tmp_path / "exported/config.json").read_text()))
     reached = {"global_rope_theta": 160_000.0} if recipe == "demo" else {}
     own = {**run.backbone, **reached}
     said = {key: value for key, value in settings.items() if key in own}
@@ -107,11 +108,11 @@ def test_both_dialects_of_modernbert_say_the_same():
         "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
     }
     five = {**sizes, "layer_types": kinds, "rope_parameters": rope}
-    settings = ModernBERT.settings_from_hugging_face(four)
-    assert settings == ModernBERT.settings_from_hugging_face(five)
+    settings = converter_of(ModernBERT).backbone_arguments(four)
+    assert settings == converter_of(ModernBERT).backbone_arguments(five)
     assert settings["global_rope_theta"] == 160000 and settings["global_attn_every_n_layers"] == 3
     with pytest.raises(ValueError, match="layer_types="):
-        ModernBERT.settings_from_hugging_face({**five, "layer_types": kinds[1:] + kinds[:1]})
+        converter_of(ModernBERT).backbone_arguments({**five, "layer_types": kinds[1:] + kinds[:1]})
 
 
 def test_layers_are_spread_as_published_or_by_what_they_attend_to():
@@ -239,7 +240,7 @@ def modernbert_source(folder: Path, **settings: Any) -> tuple[Any, dict[str, Any
 def begun(folder: Path, config: dict[str, Any]) -> Any:
     """Masked LM that begins with a folder, under the backbone that its config describes; ValueError as a run would have it."""
     (folder / "config.json").write_text(json.dumps(config))
-    settings = settings_of(ModernBERT, config)
+    settings = arguments_from(ModernBERT, config)
     model = masked_lm_with({"_target_": "modernenc.backbones.modernbert.ModernBERT", **settings}).eval()
     backbone = {"_target_": "modernenc.backbones.modernbert.ModernBERT", **settings}
     run: Any = SimpleNamespace(backbone=backbone, init=Init(source=str(folder)))
@@ -300,22 +301,22 @@ def test_what_a_config_json_says_otherwise_is_refused_by_name(config, said):
         "model_type": "modernbert", "vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
         "num_attention_heads": 2, "max_position_embeddings": 512,
     }  # fmt: skip
-    assert settings_of(ModernBERT, {**sizes, "a_new_setting": None})["local_rope_theta"] == 10_000
-    assert settings_of(ModernBERT, {**sizes, "local_rope_theta": None})["local_rope_theta"] == 160_000
+    assert arguments_from(ModernBERT, {**sizes, "a_new_setting": None})["local_rope_theta"] == 10_000
+    assert arguments_from(ModernBERT, {**sizes, "local_rope_theta": None})["local_rope_theta"] == 160_000
     with pytest.raises(ValueError, match=re.escape(said)):
-        settings_of(ModernBERT, {**sizes, **config})
+        arguments_from(ModernBERT, {**sizes, **config})
 
 
 def test_mega_says_all_that_its_config_json_has_or_it_is_refused():
-    from modernenc.backbones.modeling_mega import MegaConfig
+    from modernenc.hugging_face.modeling_mega import MegaConfig
 
     config = MegaConfig().to_dict()
-    assert settings_of(Mega, config)["chunk_size"] == 1_024
+    assert arguments_from(Mega, config)["chunk_size"] == 1_024
     for key, value in (("norm_affine", False), ("activation", "gelu"), ("a_new_setting", 1), ("normalize_attention", True)):
         with pytest.raises(ValueError, match=f"{key}={value} in config.json"):
-            settings_of(Mega, {**config, key: value})
+            arguments_from(Mega, {**config, key: value})
     with pytest.raises(KeyError, match="relative_positional_bias"):  # of which transformers' default is not ours
-        settings_of(Mega, {key: value for key, value in config.items() if key != "relative_positional_bias"})
+        arguments_from(Mega, {key: value for key, value in config.items() if key != "relative_positional_bias"})
 
 
 def test_a_source_that_computes_something_else_is_said_or_refused(small_run, tmp_path, caplog):

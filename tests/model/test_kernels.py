@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from modernenc.backbones import ema
-from modernenc.backbones.transfer import traced_as_on_a_gpu
+from modernenc.kernels import documents, state_passing
+from modernenc.kernels.device import assume_gpu
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = [1, 64 * 70 + 3, 63, 64, 65, 64 * 140]
@@ -29,21 +30,21 @@ def kernel(name: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def carry():
-    return kernel(ema.KERNEL)
+    return kernel(state_passing.KERNEL)
 
 
 @pytest.mark.parametrize("ahead", [True, False])
 def test_states_are_carried_within_documents(carry, ahead):
-    where = ema.Documents(LENGTHS, DEVICE)
+    where = documents.Documents(LENGTHS, DEVICE)
     torch.manual_seed(0)
     leaving, decay = (
-        torch.randn(3, 10, where.blocks, device=DEVICE),
+        torch.randn(3, 10, where.segments, device=DEVICE),
         torch.rand(3, 10, device=DEVICE),
     )  # no whole tile of states
     half = slice(0, 5) if ahead else slice(5, 10)
     same, got = where.may_reach(1), torch.full_like(leaving, torch.nan)
-    expected = torch.zeros(3, 5, where.blocks, dtype=torch.double, device=DEVICE)
-    order = range(where.blocks) if ahead else range(where.blocks - 1, -1, -1)
+    expected = torch.zeros(3, 5, where.segments, dtype=torch.double, device=DEVICE)
+    order = range(where.segments) if ahead else range(where.segments - 1, -1, -1)
     for before, block in pairwise(order):  # the definition, block by block
         if same[min(before, block)]:
             carried = decay[:, half].double() * expected[..., before]
@@ -59,15 +60,15 @@ def test_an_ema_and_its_gradients_are_the_same_with_the_kernel(carry, monkeypatc
         calls.append(arguments)
         carry.run(*arguments)
 
-    monkeypatch.setitem(sys.modules, ema.KERNEL, SimpleNamespace(run=counted))
+    monkeypatch.setitem(sys.modules, state_passing.KERNEL, SimpleNamespace(run=counted))
     found = []
     for has_kernel in (True, False):
-        monkeypatch.setattr(ema, "HAS_KERNEL", has_kernel)
+        monkeypatch.setattr(state_passing, "HAS_KERNEL", has_kernel)
         torch.manual_seed(0)
         module = ema.MultiDimensionDampedEMA(4, 6).to(DEVICE)
         x = torch.randn(sum(LENGTHS), 4).to(DEVICE).requires_grad_()
-        with traced_as_on_a_gpu():
-            out = module(x, ema.Documents(LENGTHS, DEVICE))
+        with assume_gpu():
+            out = module(x, documents.Documents(LENGTHS, DEVICE))
             out.square().sum().backward()
         assert len(calls) == 4  # both directions, forward and backward, with the kernel alone
         found.append([out.detach(), *(leaf.grad for leaf in (x, *module.parameters()))])
@@ -85,7 +86,7 @@ def test_losses_predictions_and_gradients_of_logits_are_those_of_cross_entropy(v
     expected = F.cross_entropy(wanted, targets, reduction="none")
     expected.sum().backward()
     first = logits.argmax(1)
-    losses, best = kernel("modernenc.objectives.cross_entropy").to_gradients(logits, targets)
+    losses, best = kernel("modernenc.kernels.cross_entropy_triton").to_gradients(logits, targets)
     torch.testing.assert_close(losses, expected.float(), rtol=1e-5, atol=1e-5)
     assert best.tolist() == first.tolist() and best[3] == 0
     assert wanted.grad is not None

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from modernenc.kernels import cross_entropy
 from modernenc.objectives import linear_cross_entropy as file
 from modernenc.objectives.linear_cross_entropy import linear_cross_entropy
 
@@ -25,8 +26,8 @@ def at_once(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, targ
 @pytest.mark.parametrize("rows_of_a_chunk", [7, 1024])
 @pytest.mark.parametrize(("rows", "targets"), [(20, 20), (64, 50), (64, 7), (64, 0), (0, 0)])
 def test_loss_hits_and_gradients_are_those_of_all_logits(rows, targets, rows_of_a_chunk, monkeypatch):
-    monkeypatch.setattr(file, "ROWS", rows_of_a_chunk)
-    monkeypatch.setattr(file, "CACHED", 200)  # four rows
+    monkeypatch.setattr(file, "CHUNK_ROWS", rows_of_a_chunk)
+    monkeypatch.setattr(cross_entropy, "CACHE_LOGITS", 200)  # four rows
     tensors, wanted = inputs(rows, targets, torch.float64)
     found, expected = linear_cross_entropy(*tensors, wanted), at_once(*tensors, wanted)
     torch.testing.assert_close(found[0], expected[0], rtol=1e-12, atol=1e-12)

@@ -15,7 +15,7 @@ from torch import Tensor
 from modernenc.backbones.ema import Documents
 from modernenc.backbones.gated_attention import chunks_of
 from modernenc.backbones.mega import Mega
-from modernenc.export import hugging_face_names
+from modernenc.hugging_face import converter_of
 from modernenc.objectives.masked_lm import MaskedLM
 from support.tensors import apart, ids, of_transformers_4
 
@@ -65,7 +65,7 @@ def theirs(model: Any) -> Any:
     keys = {key: value for key, value in model.backbone.settings.items() if key not in ("max_position", "ema")}
     config = MegaConfig(**keys, max_positions=512, use_chunking=True, tie_word_embeddings=True, add_lm_hidden_dense_layer=True)
     other = MegaForMaskedLM(config)
-    other.load_state_dict(hugging_face_names(model.state_dict(), model.backbone.HUGGING_FACE_NAMES))
+    other.load_state_dict(converter_of(model.backbone).to_hugging_face(model.state_dict()))
     return other.eval()
 
 

@@ -1,12 +1,14 @@
 """The same model as transformers'."""
 
+from typing import Any
+
 import pytest
 import torch
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from modernenc.config import CONF_DIR
-from modernenc.export import hugging_face_names, our_names
+from modernenc.hugging_face import converter_of
 from modernenc.objectives.masked_lm import MaskedLM
 
 LENGTHS = [1, 2, 63, 64, 65, 66, 127, 128, 129, 130, 257, 400, 513, 700]
@@ -36,10 +38,10 @@ def test_logits_equal_those_of_modernbert_for_masked_lm():
     ours = build("modernbert_base", **changes, global_rope_theta=160_000.0).eval()
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.08)
-    config = ours.backbone.hugging_face_model(pad_token_id=3).config
+    config = converter_of(ours.backbone).new_model(ours.backbone, pad_token_id=3).config
     theirs = AutoModelForMaskedLM.from_config(config, attn_implementation="sdpa").eval()
     assert type(theirs).__name__ == "ModernBertForMaskedLM"
-    theirs.load_state_dict(hugging_face_names(ours.state_dict(), ours.backbone.HUGGING_FACE_NAMES))
+    theirs.load_state_dict(converter_of(ours.backbone).to_hugging_face(ours.state_dict()))
     documents = [torch.randint(500, (length,)) for length in LENGTHS]
     ends = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     with torch.no_grad():
@@ -56,14 +58,14 @@ def test_logits_equal_those_of_modernbert_for_masked_lm():
 @pytest.mark.parametrize("name", ["modernbert_tiny", "mega_small_16k"])
 def test_names_of_weights_go_there_and_back(name):
     ours = build(name, num_hidden_layers=1, vocab_size=300)
-    there = hugging_face_names(ours.state_dict(), ours.backbone.HUGGING_FACE_NAMES)
-    assert set(there) == set(ours.backbone.hugging_face_model().state_dict())
-    assert list(our_names(there, ours.backbone.HUGGING_FACE_NAMES)) == list(ours.state_dict())
+    there = converter_of(ours.backbone).to_hugging_face(ours.state_dict())
+    assert set(there) == set(converter_of(ours.backbone).new_model(ours.backbone).state_dict())
+    assert list(converter_of(ours.backbone).from_hugging_face(there)) == list(ours.state_dict())
 
 
 def test_initialisation_has_the_published_spread():
     torch.manual_seed(0)
-    backbone = build("modernbert_base", num_hidden_layers=2, vocab_size=2000).backbone
+    backbone: Any = build("modernbert_base", num_hidden_layers=2, vocab_size=2000).backbone
     inner, outer = 0.02, 0.02 / (2 * 2) ** 0.5
     cut = 0.88  # of a normal that is cut at two standard deviations
     for name, parameter in backbone.named_parameters():

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from modernenc.evaluation.comparison import compare
-from modernenc.export import TOLERANCE, export
+from modernenc.hugging_face.parity import TOLERANCE
+from modernenc.model.export import export
 from modernenc.run_folder.averaging import KINDS, average
 from modernenc.run_folder.checkpoints import read
 from modernenc.run_folder.tables import ALL, Table

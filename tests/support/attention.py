@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from modernenc.backbones.attention import Layout
+from modernenc.backbones.attention import VarlenInfo
 from modernenc.backbones.rotary import Rotation, positions_of, rotate, rotation
 
 LENGTHS = [1, 2, 15, 16, 17, 31, 63, 64, 65, 127, 128, 129, 200, 511, 513, 600]
@@ -13,17 +13,17 @@ LENGTHS = [1, 2, 15, 16, 17, 31, 63, 64, 65, 127, 128, 129, 200, 511, 513, 600]
 
 def inputs(
     dtype: torch.dtype = torch.float32, device: str = "cpu", lengths: Sequence[int] = LENGTHS, heads: int = 5
-) -> tuple[torch.Tensor, Rotation, Layout]:
+) -> tuple[torch.Tensor, Rotation, VarlenInfo]:
     """Return random queries, keys and values of packed documents, their rotation and their layout."""
     generator = torch.Generator().manual_seed(0)
     total = sum(lengths)
     qkv = torch.randn(total, 3, heads, 32, generator=generator).to(device, dtype).requires_grad_()
     ends = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
     turn = rotation(10_000, 32, positions_of(ends, total), max(lengths))
-    return qkv, turn, Layout(ends, max(lengths), total, qkv.device)
+    return qkv, turn, VarlenInfo(ends, max(lengths), total, qkv.device)
 
 
-def plain(qkv: torch.Tensor, turn: Rotation, layout: Layout, window: int | None) -> torch.Tensor:
+def plain(qkv: torch.Tensor, turn: Rotation, layout: VarlenInfo, window: int | None) -> torch.Tensor:
     """Compute softmax attention one document at a time, in the precision of the input."""
     outs = []
     for start, end in zip(layout.cu_seqlens[:-1].tolist(), layout.cu_seqlens[1:].tolist(), strict=True):

@@ -40,7 +40,7 @@ DROPOUT = {
 """Settings that turn dropout on, by recipe."""
 
 
-def composed(overrides: list[str]) -> Run:
+def composed(overrides: list[str], config_name: str = "train") -> Run:
     """Return the run that `python -m modernenc.train` makes of its arguments, before `main` checks and trains it.
 
     Raises ValueError for an unknown key or a missing value, as the command line does.
@@ -48,7 +48,7 @@ def composed(overrides: list[str]) -> Run:
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = compose("train", quoted(overrides), return_hydra_config=True)
+        cfg = compose(config_name, quoted(overrides), return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
         with open_dict(cfg):
             del cfg["hydra"]

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import torch
 
+from modernenc.data.batch import MicroBatch
 from modernenc.data.loader import Step
-from modernenc.data.masking import MicroBatch
 
 
 def marked(number: int) -> Step:
     """Return a step that is recognised by its number of targets."""
     nothing = torch.zeros(1, dtype=torch.int64)
-    return Step([MicroBatch(nothing, torch.zeros(2, dtype=torch.int32), 1, nothing, nothing, 0)], number, 0, {})
+    return Step([MicroBatch(nothing, torch.zeros(2, dtype=torch.int32), 1, nothing, nothing, 1, 0)], number, 0, {})
 
 
 class Ends:

@@ -17,8 +17,8 @@ from modernenc.data.choices import read as read_items
 from modernenc.data.loader import Steps
 from modernenc.data.state import DataState, merge_rank_states
 from modernenc.evaluation.comparison import compare
-from modernenc.export import export
 from modernenc.model.build import build_objectives, weights_of
+from modernenc.model.export import export
 from modernenc.planning.measure import tokens_per_second
 from modernenc.planning.summary import summarize
 from modernenc.planning.tables import plan_text
@@ -136,7 +136,7 @@ def test_a_choice_is_a_document_and_its_beginning_is_cut(mixed_run, items):
     assert len(source.items) == 20
     item = source.items[0]
     choices = source.encoded(item)
-    batch = source.collate([choices], [item.label], 0)
+    batch = source.collate([choices], [item.label], 0).unpadded()
     starts = batch.cu_seqlens[:-1].tolist()
     assert batch.target_positions.tolist() == starts and len(starts) == 4
     assert (batch.input_ids[starts] == corpus.roles.cls).all()

@@ -192,10 +192,10 @@ def test_muon_takes_the_matrices_and_adamw_the_rest(small_run):
     run.optim["ns_steps"] = 3
     objective = build_objectives(run).masked_lm
     arguments = {key: value for key, value in run.optim.items() if key != "_target_"}
-    muon, adamw = optim.muon(list(objective.parameters()), objective.backbone.matrices(), **arguments)
+    muon, adamw = optim.muon(list(objective.parameters()), objective.backbone.describe().linear_weights(), **arguments)
     chosen = {id(parameter) for group in muon.param_groups for parameter in group["params"]}
     rest = {id(parameter) for group in adamw.param_groups for parameter in group["params"]}
-    assert chosen == {id(parameter) for parameter in objective.backbone.matrices()}
+    assert chosen == {id(parameter) for parameter in objective.backbone.describe().linear_weights()}
     assert chosen | rest == {id(parameter) for parameter in objective.parameters()}
     assert not chosen & rest
     assert {group["ns_steps"] for group in muon.param_groups} == {3}

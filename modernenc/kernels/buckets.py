@@ -1,4 +1,9 @@
-"""Documents of similar length side by side, so that what is quadratic in length is a few batched matrix products."""
+"""Documents of similar length side by side, so that what is quadratic in length becomes a few batched matrix products.
+
+Attention over a whole document needs a product of its own per document. Thousands of small products would each be too little
+work for a processor, and one product padded to the longest document would waste most of it. Buckets are the compromise:
+documents are padded to the next of a few lengths, and each bucket is one batch.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -7,16 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .shapes import Bool, Float, Int
-from .transfer import sent
+from modernenc.kernels.device import to_device
+from modernenc.shapes import Bool, Float, Int
 
 FEW_LENGTHS_UP_TO = 512
+"""Documents up to this length are padded to one of few lengths, longer ones to a multiple of `MULTIPLE`."""
 MULTIPLE = 64
-"""What longer documents are padded to a multiple of: a matrix product of a new shape has to be compiled on a CPU."""
+"""Longer documents are padded to a multiple of this: oneDNN compiles a matrix product for each new shape."""
 
 
 class Buckets:
-    """Documents grouped by length, padded to the longest of their group."""
+    """Documents grouped by length and padded to the length of their group."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         counts = np.array(lengths)
@@ -26,7 +32,7 @@ class Buckets:
             members.setdefault(_bucket_length(length), []).append(document)
         index, valid, self.shapes = [], [], []
         self.shortest: list[int] = []
-        """Tokens of the shortest document of each, before which there is no padding."""
+        """Length of the shortest document of each bucket; no document has padding before that position."""
         for length in sorted(members):
             first, count = starts[members[length], None], counts[members[length], None]
             offset = np.arange(length)
@@ -34,26 +40,28 @@ class Buckets:
             valid.append(offset < count)
             self.shapes.append((len(members[length]), length))
             self.shortest.append(int(count.min()))
-        self.valid: list[Bool[Tensor, "docs length"]] = [sent(part, device) for part in valid]
+        self.valid: list[Bool[Tensor, "docs length"]] = [to_device(part, device) for part in valid]
+        """Which slots of each bucket hold a token; the others are padding."""
         self.in_place = len(members) == 1 and self.shortest[0] == self.shapes[0][1]
-        """Whether all documents are of one length, so that nothing needs to move."""
+        """Whether all documents have the bucket's length, so that tokens need not move."""
         tokens = np.concatenate(index)
-        self.index: Int[Tensor, " padded"] = sent(tokens, device)
-        """Token at each place of all buckets; a document's last token again where it is over."""
-        places = np.concatenate([part.ravel() for part in valid]).nonzero()[0]
-        inverse = np.empty_like(places)
-        inverse[tokens[places]] = places
-        self.inverse: Int[Tensor, " tokens"] = sent(inverse, device)
+        self.index: Int[Tensor, " padded"] = to_device(tokens, device)
+        """The token in each slot of all buckets; padding repeats its document's last token."""
+        slots = np.concatenate([part.ravel() for part in valid]).nonzero()[0]
+        inverse = np.empty_like(slots)
+        inverse[tokens[slots]] = slots
+        self.inverse: Int[Tensor, " tokens"] = to_device(inverse, device)
+        """The slot of each token."""
 
     def gather(self, x: Float[Tensor, "_ ..."]) -> list[Float[Tensor, "_ _ ..."]]:
-        """A tensor of all tokens, by bucket."""
+        """Sort a tensor of all tokens into buckets, each `(documents, length, ...)`."""
         padded = x if self.in_place else _Gather.apply(x, self.index, self.inverse)
         assert isinstance(padded, Tensor)
         parts = padded.split([docs * length for docs, length in self.shapes])
         return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def scatter(self, parts: Iterable[Float[Tensor, "_ _ ..."]]) -> Float[Tensor, "_ ..."]:
-        """All tokens again, from their buckets."""
+        """Undo `gather`: bring the buckets back into the order of the tokens."""
         flat = [part.flatten(0, 1) for part in parts]
         if self.in_place:
             return flat[0]
@@ -63,7 +71,7 @@ class Buckets:
 
 
 class _Gather(torch.autograd.Function):
-    """`x[index]`, when each row of x is meant to come from one place only: `inverse` says which."""
+    """`x[index]`, with a backward pass that reads each token's gradient from the one slot that `inverse` names."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
@@ -72,14 +80,14 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        # Places that repeat a token only pad: attention hides them as keys and drops them as queries, so their gradient
-        # is zero and a gather replaces the scatter-add, which is slow and in bf16 inexact.
+        # A token that is repeated as padding gets no gradient from there: attention masks padding as a key and drops it as a
+        # query. So a gather can replace the scatter-add of autograd, which is slow, and inexact in bf16.
         _, inverse = ctx.saved_tensors
         return grads[0].index_select(0, inverse), None, None
 
 
 class _Scatter(torch.autograd.Function):
-    """`x[inverse]`: from places back to tokens; gradients of padding places are zero."""
+    """`x[inverse]`, from slots back to tokens; the gradients of padding are zero."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
@@ -94,7 +102,10 @@ class _Scatter(torch.autograd.Function):
 
 
 def _bucket_length(length: int) -> int:
-    """The next of 16, 24, 32, 48, 64, ..., 512; then of multiples of 64, since padding a long document costs the most."""
+    """Return the padded length: the next of 16, 24, 32, 48, 64, ..., 512, then the next multiple of 64.
+
+    Powers of two alone would waste up to half of a product; above 512 padding costs the most, so it is kept below 64.
+    """
     if length > FEW_LENGTHS_UP_TO:
         return length + -length % MULTIPLE
     power = max(16, 1 << (length - 1).bit_length())

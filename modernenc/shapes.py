@@ -1,4 +1,7 @@
-"""Shapes in signatures, as jaxtyping has them; without it, as where an exported model is loaded, they say nothing."""
+"""The shape annotations of jaxtyping, for code that also runs where jaxtyping is not installed.
+
+An exported MEGA carries its code along (`modernenc.hugging_face.remote_code`); without jaxtyping the shapes are ignored.
+"""
 
 from typing import Any
 

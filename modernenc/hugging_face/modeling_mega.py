@@ -1,9 +1,10 @@
-"""MEGA for transformers: what an exported model carries with it, over the very code that trained it.
+"""MEGA for transformers, on the very code that trained it. An exported model carries this file and what it imports.
 
-The model type and the names of weights are those of transformers 4's MEGA, which loads such a folder by itself; where it would
-compute something else, the type is `OWN_TYPE`, which nothing loads without `trust_remote_code=True`. transformers 5 has no MEGA
-at all: there the same, or the import of this module, brings it back. Any length works, any mask of ones and zeros does; chunks
-are counted from the first token that the mask keeps, so that padding on either side changes nothing.
+- transformers 4 has a MEGA of its own. Model type and weight names are the same, so it loads an export natively. Where its
+  MEGA would compute something else, the model type is `OWN_TYPE`, which only loads with `trust_remote_code=True`.
+- transformers 5 has none. `trust_remote_code=True`, or importing this module, brings it back.
+- Any length works, and any mask of ones and zeros. Chunks are counted from the first token that the mask keeps, so padding on
+  either side changes nothing.
 """
 
 from typing import Any
@@ -28,14 +29,14 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
-from .buckets import Buckets
-from .dropout import Dropout
-from .ema import Documents
-from .gated_attention import chunks_of
-from .initial import INIT_STD
-from .mega import Mega
-from .shapes import Float, Int
-from .transfer import lengths_of
+from modernenc.backbones.gated_attention import chunks_of
+from modernenc.backbones.initial import INIT_STD
+from modernenc.backbones.mega import Mega
+from modernenc.kernels.buckets import Buckets
+from modernenc.kernels.device import lengths_of
+from modernenc.kernels.documents import Documents
+from modernenc.kernels.dropout import Dropout
+from modernenc.shapes import Float, Int
 
 _DEFAULTS: dict[str, Any] = {
     "vocab_size": 50_265,
@@ -59,11 +60,11 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 OWN_TYPE = "modernenc-mega"
-"""Model type of a MEGA that transformers 4's own would misread."""
+"""Model type of a MEGA that transformers 4 would misread as its own."""
 
 
 class MegaConfig(PretrainedConfig):
-    """The settings of the backbone, under transformers' names, and its two own, which transformers' MEGA does not know."""
+    """The backbone's settings under transformers' names, and those that transformers' MEGA does not know."""
 
     model_type = "mega"
 
@@ -79,7 +80,7 @@ class MegaConfig(PretrainedConfig):
         tie_word_embeddings: bool = True,
         **settings: Any,
     ) -> None:
-        # transformers 5 leaves these to each configuration.
+        # transformers 5 leaves these to each configuration; without the last it would untie the decoder silently.
         own = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
         own["tie_word_embeddings"] = tie_word_embeddings
         for name, value in own.items():
@@ -91,18 +92,18 @@ class MegaConfig(PretrainedConfig):
         super().__init__(**{**own, **_DEFAULTS, **settings})
 
     def to_dict(self) -> dict[str, Any]:
-        """With the type that tells transformers 4 whether its own MEGA will do: there an RMS norm does nothing."""
+        """Choose the model type: transformers 4 ignores the options of Megalodon, and its RMSNorm does nothing."""
         misread = self.normalization_type == "rmsnorm" or self.normalize_attention or self.two_hop_residual
         return {**super().to_dict(), "model_type": OWN_TYPE if misread else self.model_type}
 
     @classmethod
     def get_config_dict(cls, *names: Any, **settings: Any) -> Any:
-        """Either type is read as this one."""
+        """Read either model type as this class."""
         content, unused = super().get_config_dict(*names, **settings)
         return {**content, "model_type": cls.model_type}, unused
 
     def backbone(self) -> Mega:
-        """The backbone that this describes."""
+        """Build the backbone that this describes."""
         settings = {key: getattr(self, key) for key in _DEFAULTS}
         if not self.use_chunking:
             settings["chunk_size"] = self.max_positions
@@ -110,15 +111,15 @@ class MegaConfig(PretrainedConfig):
 
 
 class MegaPreTrainedModel(PreTrainedModel):
-    """What the models have in common."""
+    """What all models with a MEGA backbone share."""
 
     config_class = MegaConfig
     base_model_prefix = "mega"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]  # noqa: RUF012
+    _no_split_modules = ["Layer"]  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
-        """New heads; the backbone initialises itself."""
+        """Initialise new heads; the backbone initialises itself."""
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=INIT_STD)
             if module.bias is not None:
@@ -126,7 +127,7 @@ class MegaPreTrainedModel(PreTrainedModel):
 
 
 class MegaModel(MegaPreTrainedModel):
-    """Hidden states, and, where wanted, a pooled first token."""
+    """Hidden states and, if built with a pooler, a pooled first token."""
 
     def __init__(self, config: MegaConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
@@ -139,7 +140,7 @@ class MegaModel(MegaPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The token embedding."""
+        """Return the token embedding."""
         return self.embedding_layer.word_embeddings
 
     def set_input_embeddings(self, value: Any) -> None:
@@ -155,9 +156,10 @@ class MegaModel(MegaPreTrainedModel):
         return_dict: bool | None = None,
         **ignored: Any,
     ) -> Any:
-        """Hidden states are zero where `attention_mask` is; attention weights are never returned."""
+        """Return hidden states, which are zero where `attention_mask` is. Attention probabilities are never returned."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        # Pack the rows: only kept tokens, documents end to end, as the backbone was trained.
         embeds = self.embedding_layer.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         kept = torch.ones(embeds.shape[:2], device=embeds.device) if attention_mask is None else attention_mask
         kept = kept.bool()
@@ -185,9 +187,9 @@ class MegaModel(MegaPreTrainedModel):
 
 
 class MegaForMaskedLM(MegaPreTrainedModel):
-    """Scores of every id at every token."""
+    """Logits of every id at every token."""
 
-    # A list would do for transformers 4; 5 wants to know which follows which.
+    # transformers 4 would accept a list; 5 needs to know which weight is tied to which.
     _tied_weights_keys = {"mlm_head.weight": "mega.embedding_layer.word_embeddings.weight"}  # noqa: RUF012
 
     def __init__(self, config: MegaConfig) -> None:
@@ -198,7 +200,7 @@ class MegaForMaskedLM(MegaPreTrainedModel):
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
-        """The decoder, whose weight is the token embedding's."""
+        """Return the decoder, whose weight is the token embedding."""
         return self.mlm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
@@ -208,14 +210,14 @@ class MegaForMaskedLM(MegaPreTrainedModel):
     def forward(
         self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, return_dict: Any = None, **others: Any
     ) -> Any:
-        """`labels` of -100 do not count in the loss, which is a mean."""
+        """Return logits and, given `labels`, the mean cross-entropy over those that are not -100."""
         out = self.mega(input_ids, attention_mask, **others)
         logits = self.mlm_head(self.dense(out.last_hidden_state).tanh())
         return _result(MaskedLMOutput, return_dict, loss=_loss(logits, labels), logits=logits, hidden_states=out.hidden_states)
 
 
 class MegaForSequenceClassification(MegaPreTrainedModel):
-    """A label, or a number, per sequence, from its first token."""
+    """One label or number per sequence, from its first token."""
 
     def __init__(self, config: MegaConfig) -> None:
         super().__init__(config)
@@ -226,7 +228,7 @@ class MegaForSequenceClassification(MegaPreTrainedModel):
     def forward(
         self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, return_dict: Any = None, **others: Any
     ) -> Any:
-        """A single label is a regression; float labels of several are each yes or no."""
+        """Return logits and a loss: squared error for one label, cross-entropy, or one yes-or-no per label for floats."""
         out = self.mega(input_ids, attention_mask, **others)
         logits = self.classifier(out.last_hidden_state)
         loss = None
@@ -240,7 +242,7 @@ class MegaForSequenceClassification(MegaPreTrainedModel):
 
 
 class MegaForTokenClassification(MegaPreTrainedModel):
-    """A label per token."""
+    """One label per token."""
 
     def __init__(self, config: MegaConfig) -> None:
         super().__init__(config)
@@ -252,7 +254,7 @@ class MegaForTokenClassification(MegaPreTrainedModel):
     def forward(
         self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, return_dict: Any = None, **others: Any
     ) -> Any:
-        """`labels` of -100 do not count in the loss."""
+        """Return logits and, given `labels`, the mean cross-entropy over those that are not -100."""
         out = self.mega(input_ids, attention_mask, **others)
         logits = self.classifier(self.dropout(out.last_hidden_state))
         return _result(
@@ -261,7 +263,7 @@ class MegaForTokenClassification(MegaPreTrainedModel):
 
 
 class MegaForMultipleChoice(MegaPreTrainedModel):
-    """Which of some sequences, `(batch, choices, length)`, from their pooled first tokens."""
+    """A choice among sequences, `(batch, choices, length)`, by their pooled first tokens."""
 
     def __init__(self, config: MegaConfig) -> None:
         super().__init__(config)
@@ -279,7 +281,7 @@ class MegaForMultipleChoice(MegaPreTrainedModel):
         return_dict: Any = None,
         **others: Any,
     ) -> Any:
-        """Scores are `(batch, choices)`."""
+        """Return scores, `(batch, choices)`, and, given `labels`, their cross-entropy."""
         given = input_ids if input_ids is not None else inputs_embeds
         flat = [None if part is None else part.flatten(0, 1) for part in (input_ids, attention_mask, inputs_embeds)]
         out = self.mega(*flat, **others)
@@ -290,7 +292,7 @@ class MegaForMultipleChoice(MegaPreTrainedModel):
 
 
 class Pooler(nn.Module):
-    """The first token, through a dense layer and tanh."""
+    """First token, dense layer, tanh."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -301,7 +303,7 @@ class Pooler(nn.Module):
 
 
 class ClassificationHead(nn.Module):
-    """The first token, through a dense layer and tanh, then to labels."""
+    """First token, dense layer, tanh, and a linear map to labels."""
 
     def __init__(self, config: MegaConfig) -> None:
         super().__init__()
@@ -329,7 +331,7 @@ def _result(kind: Any, return_dict: bool | None, **fields: Any) -> Any:
 
 
 def _padded(hidden: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Tokens in their rows again."""
+    """Put packed tokens back into their rows; padding is zero."""
     out = hidden.new_zeros(*kept.shape, hidden.shape[-1])
     out[kept] = hidden
     return out
@@ -345,11 +347,11 @@ _MODELS = {
 AUTO_MAP = {
     auto.__name__: f"{__name__.rpartition('.')[2]}.{own.__name__}" for auto, own in {AutoConfig: MegaConfig, **_MODELS}.items()
 }
-"""Which class stands for which of transformers' automatic ones."""
+"""Class in this file for each of transformers' automatic ones, as config.json names them."""
 
 try:
     AutoConfig.register("mega", MegaConfig)
-except ValueError:  # transformers 4 has its own
+except ValueError:  # the name is taken by transformers 4
     pass
 else:
     for auto, model in _MODELS.items():

@@ -1,0 +1,89 @@
+"""A micro-batch: packed documents without row padding, with sizes that are multiples of 64.
+
+Unpadded batches have another number of tokens each time. On a CPU, oneDNN compiles and keeps a matrix product for each shape
+that it has not seen; on a GPU kernels are chosen by shape. So tokens and target positions are padded here, once, where batches
+are made: shapes repeat from step to step, and models and objectives need not know.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Int, Integer
+from torch import Tensor
+
+from modernenc.curriculum import MASKED_LM
+
+MULTIPLE = 64
+"""The numbers of tokens and of target positions are padded to a multiple of this."""
+
+
+@dataclass
+class MicroBatch:
+    """Documents laid end to end, and what is to be predicted."""
+
+    input_ids: Int[Tensor, " padded_tokens"]
+    cu_seqlens: Int[Tensor, " docs_plus_1"]
+    """Start of each document, then the total; int32. Padding is one more document at the end."""
+    max_seqlen: int
+    target_positions: Int[Tensor, " padded_positions"]
+    """Where hidden states are needed: at each predicted token; for a task, at the first token of each choice. Padding specs at
+    token 0, and its hidden states are to be ignored."""
+    targets: Int[Tensor, " targets"]
+    """Labels, without padding: the original token at each position, or the index of each item's correct choice."""
+    num_tokens: int
+    """Tokens of the documents, without padding."""
+    first_row: int
+    """Number of the first row in its phase. Dropout is seeded by it and the step."""
+    objective: str = MASKED_LM
+
+    @classmethod
+    def of(
+        cls,
+        input_ids: Integer[np.ndarray, " tokens"],
+        ends: Integer[np.ndarray, " docs_plus_1"],
+        target_positions: Integer[np.ndarray, " positions"],
+        targets: Integer[np.ndarray, " targets"],
+        first_row: int = 0,
+        objective: str = MASKED_LM,
+    ) -> "MicroBatch":
+        """Pad and wrap arrays; `ends` are 0 and the end of each document."""
+        tokens = len(input_ids)
+        more, positions = -tokens % MULTIPLE, -len(target_positions) % MULTIPLE
+        ends = np.append(ends, tokens + more) if more else ends
+        return cls(
+            input_ids=torch.from_numpy(np.append(input_ids, np.zeros(more, np.int64))),
+            cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
+            max_seqlen=int(np.diff(ends).max()),
+            target_positions=torch.from_numpy(np.append(target_positions, np.zeros(positions, np.int64))),
+            targets=torch.from_numpy(targets),
+            num_tokens=tokens,
+            first_row=first_row,
+            objective=objective,
+        )
+
+    def unpadded(self) -> "MicroBatch":
+        """Return the same documents and positions without padding, as statistics and comparisons need them.
+
+        For a task, the positions are those of the first token of every document.
+        """
+        ends = self.cu_seqlens[:-1] if len(self.input_ids) > self.num_tokens else self.cu_seqlens
+        positions = len(self.targets) if self.objective == MASKED_LM else (len(ends) - 1 if len(self.targets) else 0)
+        return replace(
+            self,
+            input_ids=self.input_ids[: self.num_tokens],
+            cu_seqlens=ends,
+            max_seqlen=int(ends.diff().max()),
+            target_positions=self.target_positions[:positions],
+        )
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """Copy to a device, except `cu_seqlens`: layouts derived from it are computed on the CPU."""
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in self._moving()})
+
+    def pin_memory(self) -> "MicroBatch":
+        """Copy into memory from which a GPU can copy while it computes."""
+        return replace(self, **{name: value.pin_memory() for name, value in self._moving()})
+
+    def _moving(self) -> list[tuple[str, Tensor]]:
+        return [(name, value) for name, value in vars(self).items() if isinstance(value, Tensor) and name != "cu_seqlens"]

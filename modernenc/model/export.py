@@ -1,0 +1,59 @@
+"""Write a trained model as a Hugging Face folder, and compare its logits before the folder gets its name."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoModelForMaskedLM
+
+from modernenc.data.blocks import Corpus
+from modernenc.hugging_face import converter_of, model_of
+from modernenc.hugging_face.parity import TOLERANCE, logit_difference
+from modernenc.hugging_face.tokenizer import pretrained_tokenizer
+from modernenc.model.load import masked_lm_of
+from modernenc.run_folder import checkpoints
+from modernenc.run_folder.averaging import KINDS, average
+from modernenc.run_folder.load import locate
+
+
+def export(paths: Sequence[Path], out: Path, average_by: str | None = None) -> float:
+    """Write `out` and return the largest difference of logits, relative to the largest logit or to 1.
+
+    Raises ValueError if `out` exists, if a checkpoint is not whole, if there are several without a known `average_by`, or if
+    the logits differ by more than `TOLERANCE`.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists; choose another folder or delete it")
+    if average_by and average_by not in KINDS:
+        raise ValueError(f"--average {average_by}: expected one of {', '.join(sorted(KINDS))}")
+    if (len(paths) > 1) != bool(average_by):
+        named = ", ".join(map(str, paths))
+        raise ValueError(f"{named}: one checkpoint, or several and --average {'|'.join(sorted(KINDS))}, make a model")
+    found = []
+    for path in paths:
+        run, checkpoint = locate(path)
+        if checkpoint is None:
+            raise FileNotFoundError(f"{path} holds no checkpoint yet: nothing to export")
+        found.append((run, checkpoint))
+    run, checkpoint = found[0]
+    corpus = Corpus.of(run.data)
+    trained = average([path for _, path in found], average_by) if average_by else checkpoints.read(checkpoint)
+    objective = masked_lm_of(run, trained)
+    roles = corpus.roles
+    special_ids = {
+        "pad_token_id": roles.pad, "cls_token_id": roles.cls, "sep_token_id": roles.sep, "bos_token_id": roles.cls,
+        "eos_token_id": roles.sep,
+    }  # fmt: skip
+    model = model_of(objective, **special_ids)
+    partial = out.with_name(out.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    converter_of(objective.backbone).save(model, partial)
+    pretrained_tokenizer(corpus, run.backbone["max_position"]).save_pretrained(partial)
+    loaded = AutoModelForMaskedLM.from_pretrained(partial, trust_remote_code=True)  # any code in this folder is ours
+    difference = logit_difference(objective, loaded, corpus.vocab_size)
+    if difference > TOLERANCE:
+        raise ValueError(f"{partial}: its logits differ from the checkpoint's by {difference:.1e}; not exported")
+    os.replace(partial, out)
+    return difference
