@@ -23,7 +23,7 @@ from modernenc.backbones.description import Description
 from modernenc.backbones.ema import BACKENDS, MultiDimensionDampedEMA
 from modernenc.backbones.gated_attention import BIASES, GatedAttention, chunks_of, select_positions
 from modernenc.backbones.initial import normal_
-from modernenc.kernels.buckets import Buckets
+from modernenc.kernels.buckets import SHORTEST, Buckets
 from modernenc.kernels.device import lengths_of
 from modernenc.kernels.documents import SEGMENT, Documents
 from modernenc.kernels.dropout import Dropout
@@ -77,8 +77,8 @@ class Mega(nn.Module):
         ):
             if value not in known:
                 raise ValueError(f"backbone.{key}={value}: expected one of {', '.join(known)}")
-        if not 0 < chunk_size <= max_position:
-            raise ValueError(f"backbone.chunk_size={chunk_size}: expected 1 to backbone.max_position={max_position}")
+        if not SHORTEST <= chunk_size <= max_position:
+            raise ValueError(f"backbone.chunk_size={chunk_size}: expected {SHORTEST} to backbone.max_position={max_position}")
         if shared_representation_size % 2:  # the rotary bias turns its numbers in pairs
             raise ValueError(f"backbone.shared_representation_size={shared_representation_size}: expected an even number")
         self.settings = settings

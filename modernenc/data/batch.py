@@ -24,7 +24,7 @@ class MicroBatch:
 
     input_ids: Int[Tensor, " padded_tokens"]
     cu_seqlens: Int[Tensor, " docs_plus_1"]
-    """Start of each document, then the total; int32. Padding is one more document at the end."""
+    """Start of each document, then the total; int32. Padding is further documents at the end, none longer than a real one."""
     max_seqlen: int
     target_positions: Int[Tensor, " padded_positions"]
     """Where hidden states are needed: at each predicted token; for a task, at the first token of each choice. Padding specs at
@@ -50,11 +50,13 @@ class MicroBatch:
         """Pad and wrap arrays; `ends` are 0 and the end of each document."""
         tokens = len(input_ids)
         more, positions = -tokens % MULTIPLE, -len(target_positions) % MULTIPLE
-        ends = np.append(ends, tokens + more) if more else ends
+        # A document of padding that is longer than the others could exceed the positions that a small backbone has.
+        longest = int(np.diff(ends).max())
+        ends = np.concatenate([ends, np.arange(tokens + longest, tokens + more, longest), [tokens + more] if more else []])
         return cls(
             input_ids=torch.from_numpy(np.append(input_ids, np.zeros(more, np.int64))),
             cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
-            max_seqlen=int(np.diff(ends).max()),
+            max_seqlen=longest,
             target_positions=torch.from_numpy(np.append(target_positions, np.zeros(positions, np.int64))),
             targets=torch.from_numpy(targets),
             num_tokens=tokens,
@@ -67,7 +69,7 @@ class MicroBatch:
 
         For a task, the positions are those of the first token of every document.
         """
-        ends = self.cu_seqlens[:-1] if len(self.input_ids) > self.num_tokens else self.cu_seqlens
+        ends = self.cu_seqlens[self.cu_seqlens <= self.num_tokens]
         positions = len(self.targets) if self.objective == MASKED_LM else (len(ends) - 1 if len(self.targets) else 0)
         return replace(
             self,

@@ -48,15 +48,17 @@ class Step:
         tensors = [[getattr(batch, name) for batch in self.micro_batches] for name in _TENSORS]
         arrays = [np.concatenate([tensor.numpy() for tensor in same], dtype=np.int32) for same in tensors]
         sizes = [[len(tensor) for tensor in same] for same in tensors]
-        others = [(batch.max_seqlen, batch.first_row, batch.objective) for batch in self.micro_batches]
+        others = [{name: getattr(batch, name) for name in _NUMBERS} for batch in self.micro_batches]
         return _unpickled_step, (arrays, sizes, others, self.targets, self.tokens, self.state)
 
 
 _TENSORS = {"input_ids": torch.int64, "cu_seqlens": torch.int32, "target_positions": torch.int64, "targets": torch.int64}
 """The tensors of a micro-batch and their types. All values fit into 32 bits: they are token ids, or positions in it."""
+_NUMBERS = ("max_seqlen", "num_tokens", "first_row", "objective")
+"""The other fields of a micro-batch."""
 
 
-def _unpickled_step(arrays: list[np.ndarray], sizes: list[list[int]], others: list[tuple[Any, ...]], *rest: Any) -> Step:
+def _unpickled_step(arrays: list[np.ndarray], sizes: list[list[int]], others: list[dict[str, Any]], *rest: Any) -> Step:
     """Undo `Step.__reduce__`; the tensors of the micro-batches are views of the arrays."""
     whole = [torch.from_numpy(array).to(dtype) for array, dtype in zip(arrays, _TENSORS.values(), strict=True)]
     parts = [tensor.split(own) for tensor, own in zip(whole, sizes, strict=True)]
@@ -99,7 +101,7 @@ class Steps:
                 micro_batches=micro_batches,
                 targets=sum(len(batch.targets) for batch in micro_batches),
                 # A micro-batch without targets is there to keep the ranks in step; its tokens are no text.
-                tokens=sum(len(batch.input_ids) for batch in micro_batches if len(batch.targets)),
+                tokens=sum(batch.num_tokens for batch in micro_batches if len(batch.targets)),
                 state=state.to_dict(),
             )
 

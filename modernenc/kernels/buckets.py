@@ -17,6 +17,8 @@ from modernenc.shapes import Bool, Float, Int
 
 FEW_LENGTHS_UP_TO = 512
 """Documents up to this length are padded to one of few lengths, longer ones to a multiple of `MULTIPLE`."""
+SHORTEST = 16
+"""Shortest padded length of a document."""
 MULTIPLE = 64
 """Longer documents are padded to a multiple of this: oneDNN compiles a matrix product for each new shape."""
 
@@ -108,5 +110,5 @@ def _bucket_length(length: int) -> int:
     """
     if length > FEW_LENGTHS_UP_TO:
         return length + -length % MULTIPLE
-    power = max(16, 1 << (length - 1).bit_length())
-    return power * 3 // 4 if length <= power * 3 // 4 and power > 16 else power
+    power = max(SHORTEST, 1 << (length - 1).bit_length())
+    return power * 3 // 4 if length <= power * 3 // 4 and power > SHORTEST else power

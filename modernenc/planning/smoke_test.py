@@ -16,6 +16,7 @@ from modernenc.curriculum import CHOICES, cycle_tokens, objective_cycle, reads_t
 from modernenc.data.blocks import VALIDATION, Corpus
 from modernenc.data.choices import COLUMNS
 from modernenc.data.tokenizer import load_tokenizer
+from modernenc.kernels.buckets import SHORTEST
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ ITEMS, _STRETCH = 32, 12
 """Items of a task, and tokens of each of their parts."""
 _HEAD = 32
 _WIDTHS = ("hidden_size", "intermediate_size", "nffn_hidden_size", "shared_representation_size")
-_LENGTHS = ("max_position", "chunk_size", "local_attention")
+_LENGTHS = {"max_position": 8, "chunk_size": SHORTEST, "local_attention": 8}
+"""Settings of a backbone that are lengths, with the smallest value of each."""
 
 
 def scale_down(run: Run) -> Run:
@@ -133,9 +135,9 @@ def _shrink_backbone(backbone: dict[str, Any]) -> None:
     for key in _WIDTHS:
         if key in backbone:
             backbone[key] = max(_HEAD, round(backbone[key] / WIDTH / _HEAD) * _HEAD)
-    for key in _LENGTHS:
+    for key, smallest in _LENGTHS.items():
         if key in backbone:
-            backbone[key] = max(8, backbone[key] // LENGTH)
+            backbone[key] = max(smallest, backbone[key] // LENGTH)
     backbone["num_hidden_layers"] = max(3, round(backbone["num_hidden_layers"] / DEPTH))
     if "num_attention_heads" in backbone:
         backbone["num_attention_heads"] = backbone["hidden_size"] // _HEAD

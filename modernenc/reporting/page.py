@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from modernenc.config import CONFIG, Run
 from modernenc.curriculum import CHOICES, MASKED_LM, Curriculum
 from modernenc.data.blocks import VALIDATION, Corpus
+from modernenc.data.packing import SPECIALS
 from modernenc.evaluation.standard_error import FIXED_RATIO
 from modernenc.model.load import load_masked_lm
 from modernenc.reporting.plots import (
@@ -187,9 +188,10 @@ def _samples(run: Run, run_dir: Path) -> str:
     corpus = Corpus.of(run.data)
     tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))
     objective = load_masked_lm(run, checkpoint)
+    longest = objective.backbone.max_position - SPECIALS
     parts = []
     for source in corpus.sources:
-        text = corpus.open(f"{source}/{VALIDATION}").read(0, 0).tokens[:80].astype("int64")
+        text = corpus.open(f"{source}/{VALIDATION}").read(0, 0).tokens[: min(80, longest)].astype("int64")
         ids = torch.cat([torch.tensor([corpus.roles.cls]), torch.from_numpy(text), torch.tensor([corpus.roles.sep])])
         places = torch.arange(8, len(ids) - 1, 12)
         truth = ids[places].clone()

@@ -3,7 +3,10 @@
 from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
-MODULES = ["modernenc.backbones", "modernenc.objectives", "modernenc.data.packing", "modernenc.data.masking"]
+MODULES = [
+    "modernenc.backbones", "modernenc.kernels", "modernenc.objectives", "modernenc.data.batch", "modernenc.data.packing",
+    "modernenc.data.masking",
+]  # fmt: skip
 """Modules and packages whose signatures are checked."""
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 """The checker of types; it takes an int for a float, as PEP 484 does."""
