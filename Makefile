@@ -37,10 +37,11 @@ demo: $(READY) ## Prepare text that is already on this machine, and train the de
 	$(BIN)/python -m modernenc.plan +recipe=demo
 	$(BIN)/python -m modernenc.train +recipe=demo
 
-check: $(READY) docs ## Lint and type-check, and build the manual
+check: $(READY) docs ## Lint, type-check, check the direction of imports, and build the manual
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 docs: $(READY) ## Build the manual into docs/.site; a link that leads nowhere is an error
 	$(BIN)/python docs/reference.py
