@@ -218,14 +218,13 @@ FOUR = {"global_attn_every_n_layers": 3, "global_rope_theta": 160_000.0, "local_
 
 def modernbert_source(folder: Path, **settings: Any) -> tuple[Any, dict[str, Any]]:
     """A small ModernBERT of transformers', as saved, with weights that make every setting matter; and its config.json."""
-    from transformers import ModernBertConfig, ModernBertForMaskedLM
+    from transformers import AutoModelForMaskedLM, ModernBertConfig
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
     ids = {"pad_token_id": 2, "cls_token_id": 0, "sep_token_id": 1, "bos_token_id": 0, "eos_token_id": 1}
-    settings |= {"max_position_embeddings": 512, "attn_implementation": "sdpa"}
-    config = ModernBertConfig(**sizes, **ids, **settings)
-    model = ModernBertForMaskedLM(config).eval()
+    config = ModernBertConfig(**sizes, **ids, max_position_embeddings=512, **settings)
+    model = AutoModelForMaskedLM.from_config(config, attn_implementation="sdpa").eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(torch.randn_like(weight) * 0.3 if weight.ndim > 1 else 1 + 0.1 * torch.randn_like(weight))
@@ -247,7 +246,7 @@ def begun(folder: Path, config: dict[str, Any]) -> Any:
 @torch.no_grad()
 def test_whatever_a_config_json_says_logits_are_equal_or_it_is_refused_by_name(tmp_path):
     """Each key that transformers' configuration has, changed, and some that it has not."""
-    from transformers import ModernBertConfig, ModernBertForMaskedLM
+    from transformers import AutoModelForMaskedLM, ModernBertConfig
 
     tokens = torch.randint(3, 200, (150,))
     theirs, plain = modernbert_source(tmp_path / "source")
@@ -271,8 +270,8 @@ def test_whatever_a_config_json_says_logits_are_equal_or_it_is_refused_by_name(t
             assert key in str(refused)
             continue
         outcomes["equal"] += 1
-        read = ModernBertConfig.from_dict(config, attn_implementation="sdpa")
-        model = ModernBertForMaskedLM(read).eval()
+        read = ModernBertConfig.from_dict(config)
+        model = AutoModelForMaskedLM.from_config(read, attn_implementation="sdpa").float().eval()
         assert not model.load_state_dict(theirs.state_dict(), strict=False).missing_keys
         expected = model(input_ids=tokens[None], return_dict=True).logits[0]
         assert torch.allclose(ours.logits(tokens, ends, 150, torch.arange(150)), expected, atol=1e-4), key

@@ -2,12 +2,33 @@
 
 import json
 import logging
+import math
+import resource
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from modernenc.checkpoints import Share, check, manifest_of, newest, prune, read, sweep, write
+from modernenc.checkpoints import (
+    WHOLE,
+    Share,
+    Writer,
+    check,
+    files_of,
+    manifest_of,
+    newest,
+    order,
+    prune,
+    read,
+    remove,
+    sweep,
+    tokens_seen,
+    write,
+    write_json,
+)
+from modernenc.config import unfinished
 from support.damage import flip, truncate
 
 
@@ -150,3 +171,122 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     check(path)
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
         read(path)
+
+
+def content_at(tokens: int, **more: Any) -> dict[str, Any]:
+    """What a checkpoint must hold."""
+    state = {"tokens_seen": tokens, "step": tokens // 10, "phase": "stable", "boundary": False}
+    return {"weights": torch.full((1000,), float(tokens)), "state": state, **more}
+
+
+def names_of(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def test_a_writer_saves_in_the_background_and_keeps_the_last(tmp_path):
+    writer = Writer(tmp_path, keep_last=2)
+    writer.check()
+    for tokens in (10, 20, 30):
+        writer.save(content_at(tokens), f"step-{tokens}", WHOLE)
+    writer.close()
+    assert names_of(tmp_path) == ["step-20.ckpt", "step-20.json", "step-30.ckpt", "step-30.json"]
+    assert read(tmp_path / "checkpoints" / "step-30.ckpt")["weights"][0] == 30
+
+
+def test_only_the_first_rank_prunes(tmp_path):
+    for tokens in (10, 20):
+        save(tmp_path, f"step-{tokens}", tokens)
+    writer = Writer(tmp_path, keep_last=1)
+    writer.save({"weights": {}}, "step-30", Share(rank=1, ranks=2, save=1))
+    writer.close()
+    before = ["step-10.ckpt", "step-10.json", "step-20.ckpt", "step-20.json"]
+    assert names_of(tmp_path) == [*before, "step-30.1.json", "step-30.1.part"]
+
+
+@pytest.mark.parametrize("ask", [Writer.check, Writer.wait, Writer.close, lambda writer: writer.save({}, "step-2", WHOLE)])
+def test_what_goes_wrong_while_writing_is_raised_by_whatever_comes_next(tmp_path, ask):
+    (tmp_path / "checkpoints" / "step-1.ckpt").mkdir(parents=True)  # where a file should be
+    writer = Writer(tmp_path, keep_last=2)
+    writer.save(content_at(10), "step-1", WHOLE)
+    deadline = time.monotonic() + 60
+    raised = None
+    while raised is None and time.monotonic() < deadline:
+        try:
+            ask(writer)
+        except OSError as error:
+            raised = error
+    assert "checkpoint.step-1.ckpt could not be written: " in str(raised)
+    assert f"python -m modernenc.resume {tmp_path}" in str(raised)
+
+
+def test_a_file_that_grows_too_large_is_named_and_leaves_nothing(tmp_path):
+    save(tmp_path, "step-1", 10)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"checkpoint.step-2.ckpt could not be written: File too large; those before it are"):
+            save(tmp_path, "step-2", 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names_of(tmp_path) == ["step-1.ckpt", "step-1.json"]
+    assert newest(tmp_path) == tmp_path / "checkpoints" / "step-1.ckpt"
+
+
+def test_the_furthest_is_the_one_after_more_rollbacks_and_then_the_one_with_more_tokens(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for name, tokens, rollbacks in (("step-9", 90, 0), ("step-4", 40, 1), ("step-3", 30, 1)):
+        write(content_at(tokens, run={"rollbacks": rollbacks}), folder / f"{name}.ckpt")
+    assert newest(tmp_path) == folder / "step-4.ckpt"
+    assert [order(folder / f"step-{step}.ckpt") for step in (9, 4, 3)] == [(0, 90), (1, 40), (1, 30)]
+    prune(tmp_path, keep_last=1)
+    assert names_of(tmp_path) == ["step-4.ckpt", "step-4.json"]
+    manifest_of(folder / "step-4.ckpt").unlink()
+    assert tokens_seen(folder / "step-4.ckpt") == math.inf  # so that it is named in a warning
+
+
+def test_a_folder_without_checkpoints_has_no_newest_one(tmp_path):
+    assert newest(tmp_path) is None
+
+
+def test_a_checkpoint_whose_parts_say_otherwise_is_refused_for_what_is_wrong(tmp_path):
+    path = save(tmp_path, "step-1", 10)
+    size = path.stat().st_size
+    with path.open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(ValueError, match=rf"step-1.ckpt is not whole: {size + 1} bytes, expected {size}; take another"):
+        read(path)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"step-1.ckpt is not whole: step-1.ckpt is missing beside it"):
+        read(path)
+    manifest_of(path).unlink()
+    with pytest.raises(ValueError, match=r"step-1.ckpt is not whole: step-1.json is missing beside it"):
+        read(path)
+
+
+def test_a_checkpoint_is_its_files_and_removed_with_them(tmp_path):
+    path = save_shares(tmp_path, "step-1", 10)
+    other = save_shares(tmp_path, "step-10", 100)
+    assert [file.suffix for file in files_of(path)][:3] == [".json"] * 3  # without its manifest it is no checkpoint
+    assert {file.name for file in files_of(path)} == {
+        "step-1.ckpt", "step-1.json", "step-1.1.part", "step-1.1.json", "step-1.2.part", "step-1.2.json",
+    }  # fmt: skip
+    remove(path)
+    assert not files_of(path) and len(files_of(other)) == 6
+    check(other)
+
+
+def test_what_a_killed_run_left_half_written_is_swept(tmp_path):
+    path = save(tmp_path, "step-1", 10)
+    (tmp_path / "below").mkdir()
+    for left in (unfinished(path), unfinished(tmp_path / "below" / "lineage.json")):
+        left.write_text("half")
+    sweep(tmp_path)
+    assert sorted(file.name for file in tmp_path.rglob("*") if file.is_file()) == ["step-1.ckpt", "step-1.json"]
+
+
+def test_a_small_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": [1]})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": [1]}
