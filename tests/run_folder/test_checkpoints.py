@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import resource
 import time
 from pathlib import Path
@@ -219,13 +220,14 @@ def test_what_goes_wrong_while_writing_is_raised_by_whatever_comes_next(tmp_path
     assert f"python -m modernenc.resume {tmp_path}" in str(raised)
 
 
-def test_a_file_that_grows_too_large_is_named_and_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("values", [1_000, 1_000_000], ids=["as the file is closed", "midway"])
+def test_a_file_that_grows_too_large_is_named_and_leaves_nothing(tmp_path, values):
     save(tmp_path, "step-1", 10)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))
     try:
         with pytest.raises(OSError, match=r"checkpoint.step-2.ckpt could not be written: File too large; those before it are"):
-            save(tmp_path, "step-2", 20)
+            write({**content_at(20), "weights": torch.zeros(values)}, tmp_path / "checkpoints" / "step-2.ckpt")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert names_of(tmp_path) == ["step-1.ckpt", "step-1.json"]
@@ -290,3 +292,21 @@ def test_a_small_file_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": [1]}
+
+
+def test_a_file_is_on_disk_before_it_has_its_name_and_a_manifest_after_what_it_describes(tmp_path, monkeypatch):
+    done: list[str] = []
+
+    def synced(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        done.append(f"sync {path.name.partition(f'.{os.getpid()}')[0]}")
+
+    def replaced(source: Path, target: Path) -> None:
+        done.append(f"name {target.name}")
+        rename(source, target)
+
+    rename = os.replace
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    save(tmp_path, "step-1", 10)
+    assert done == ["sync step-1.ckpt", "name step-1.ckpt", "sync step-1.json", "name step-1.json", "sync checkpoints"]
