@@ -65,7 +65,13 @@ def loss_of_the_first_step(run: Run, begins: bool) -> float:
 def test_a_run_begins_with_the_weights_of_another_ones_checkpoint(trained, small_run):
     recipe, folder = trained
     objective = load_masked_lm(small_run(recipe=recipe), folder / FINAL)
-    run = small_run(f"init.source={folder / FINAL}", "trainer.precision=32-true", recipe=recipe)
+    shorter = [
+        "phases.stable.tokens=1500",
+        "phases.stable.ramp.tokens=0",
+        "phases.extend.tokens=500",
+        "phases.decay.tokens=500",
+    ]
+    run = small_run(f"init.source={folder / FINAL}", "trainer.precision=32-true", *shorter, recipe=recipe)
     assert all(torch.equal(value, weights_of(objective)[name]) for name, value in filled(run).items())
     (expected, random), first = (loss_of_the_first_step(run, begins) for begins in (True, False)), losses(train(run))[1]
     assert first == pytest.approx(expected, rel=1e-5) and first != pytest.approx(random, rel=1e-4)

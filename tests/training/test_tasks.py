@@ -85,6 +85,10 @@ def test_the_closed_form_is_what_a_walk_over_all_steps_counts():
             got = curriculum.steps_by_objective(phase)[objective]
             assert abs(got - share / sum(wanted.values()) * sum(curriculum.steps_by_objective(phase).values())) <= 1
     assert (seen, step) == (curriculum.total_tokens, curriculum.total_steps)
+    points = list(curriculum.steps())
+    for level in curriculum.levels:
+        last = points[level.first_step + level.steps - 1]
+        assert (last.step_tokens, last.tokens_seen + last.step_tokens) == (level.last_step_tokens, level.end_tokens)
     for name, settings in curriculum.phases.items():
         level = curriculum.levels_of(name)[-1]
         assert level.end_tokens - curriculum.start_of(name) - level.last_step_tokens < settings.tokens
