@@ -102,10 +102,11 @@ def test_a_lane_goes_on_from_its_state(corpus_root, served):
 
 
 def test_a_row_holds_what_fits_and_a_lane_counts_what_it_drew(corpus_root):
-    lanes, mix = lanes_of(corpus_root)
+    lanes, mix = lanes_of(corpus_root, seq_len=1000)
     for lane in lanes:
-        for _ in range(30):
-            assert sum(len(chunk.tokens) + 2 for chunk in lane.next_row()) <= 64
+        rows = [lane.next_row() for _ in range(30)]
+        assert max(sum(len(chunk.tokens) + 2 for chunk in row) for row in rows) <= 1000
+        assert max(len(row) for row in rows) > 2
         for name, blocks in lane.blocks_drawn().items():
             source = mix.sources[name]
             read = [source.shards.read(*source.order.block_at(lane.lane, number)) for number in range(blocks)]
