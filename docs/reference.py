@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = Path(__file__).with_name("configuration.md")
 SCHEMAS = (
     ("modernenc", "modernenc/config.py", "Run", "A run: `python -m modernenc.train`, `plan` and `launch`."),
-    ("data_prep", "data_prep/config.py", "Corpus", "A corpus: `python -m data_prep`."),
+    ("data_prep", "data_prep/config.py", "CorpusConfig", "A corpus: `python -m data_prep`."),
     ("bench", "modernenc/bench/settings.py", "Bench", "Benchmarks: `python -m modernenc.bench`."),
 )
 """Heading, file, class of the outermost keys, and what they configure."""

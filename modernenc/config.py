@@ -179,7 +179,7 @@ class Trainer:
 
 
 @dataclass
-class Checkpoint:
+class CheckpointSettings:
     """When to save. Checkpoints at phase boundaries are always written and never deleted."""
 
     every_tokens: float = MISSING
@@ -309,7 +309,7 @@ class Run:
     """The curriculum, in order."""
     data: Data = field(default_factory=Data)
     trainer: Trainer = field(default_factory=Trainer, metadata=_RESUMABLE)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint, metadata=_RESUMABLE)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings, metadata=_RESUMABLE)
     validation: Validation = field(default_factory=Validation, metadata=_RESUMABLE)
     watch: Watch = field(default_factory=Watch, metadata=_RESUMABLE)
     logger: Logger = field(default_factory=Logger, metadata=_RESUMABLE)

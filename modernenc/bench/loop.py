@@ -74,7 +74,7 @@ def _prepare(run: Run, steps: int, validation_tokens: int) -> None:
     run.checkpoint.every_minutes = 0
 
 
-class Clock(L.Callback):
+class StepClock(L.Callback):
     """Note when each step starts and ends, and its tokens."""
 
     def __init__(self) -> None:
@@ -97,9 +97,9 @@ class Clock(L.Callback):
         return [after - before for before, after in pairwise(self.starts)]
 
 
-def full_run(run: Run) -> Clock:
+def full_run(run: Run) -> StepClock:
     """Train a whole run, and return the times of its steps."""
-    clock = Clock()
+    clock = StepClock()
     curriculum, corpus = check_run(run)
     create(run, "")
     fit(run, curriculum, corpus, "", None, Event("start"), [clock])

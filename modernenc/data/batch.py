@@ -27,7 +27,7 @@ class MicroBatch:
     """Start of each document, then the total; int32. Padding is further documents at the end, none longer than a real one."""
     max_seqlen: int
     target_positions: Int[Tensor, " padded_positions"]
-    """Where hidden states are needed: at each predicted token; for a task, at the first token of each choice. Padding specs at
+    """Where hidden states are needed: at each predicted token; for a task, at the first token of each choice. Padding points at
     token 0, and its hidden states are to be ignored."""
     targets: Int[Tensor, " targets"]
     """Labels, without padding: the original token at each position, or the index of each item's correct choice."""

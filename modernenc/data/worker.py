@@ -122,7 +122,8 @@ def _death_message(code: int | None) -> str:
     how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with status {code}"
     why = ", as when there is not enough memory" if code == -signal.SIGKILL else ", as its own output says"
     return (
-        f"data.workers=1: the loader process {how}{why}; saved checkpoints are whole: continue by python -m modernenc.resume, "
+        f"data.workers=1: the loader process {how}{why}; saved checkpoints are whole: go on with python -m modernenc.resume "
+        f"RUN_DIR, "
         "with data.workers=0 if this happens again"
     )
 

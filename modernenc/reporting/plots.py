@@ -133,7 +133,7 @@ def draw_lineage(
     axis.plot([begin / scale, reached / scale], [0, 0], color="#1f4e79", linewidth=2)
     for depth, (start, end, name, colour) in enumerate(sides, 1):
         axis.plot([start / scale, start / scale, end / scale], [0, -depth, -depth], color=colour, linewidth=1.5)
-        axis.annotate(name, (end / scale, -depth), xytext=(4, -3), textcoords="offset specs", fontsize=8, color=colour)
+        axis.annotate(name, (end / scale, -depth), xytext=(4, -3), textcoords="offset points", fontsize=8, color=colour)
     axis.set_ylim(-len(sides) - 0.6, 0.6)
     axis.set_yticks([])
     axis.set_xlabel(f"tokens seen ({unit})")

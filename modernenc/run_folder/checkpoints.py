@@ -18,6 +18,7 @@ import math
 import os
 import shlex
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Shard:
+class RankShard:
     """Which part of a checkpoint a rank writes."""
 
     rank: int
@@ -115,14 +116,14 @@ class Shard:
     """Number that the shards of one save have in common, and no other save's."""
 
 
-UNSHARDED = Shard(rank=0, ranks=1, save=0)
+UNSHARDED = RankShard(rank=0, ranks=1, save=0)
 """The whole checkpoint in one file."""
 
 Content = Checkpoint | dict[str, Any]
 """What a rank writes: the first one a checkpoint, the others the tensors of their shard."""
 
 
-class Writer:
+class CheckpointWriter:
     """Saves the checkpoints of one run, one at a time, on a thread, so that training only waits for the copy.
 
     A failure is raised by the next `save`, `check` or `close`, as OSError naming the file.
@@ -134,7 +135,7 @@ class Writer:
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._writing: Future[None] | None = None
 
-    def save(self, content: Content, name: str, shard: Shard) -> None:
+    def save(self, content: Content, name: str, shard: RankShard) -> None:
         """Write a rank's shard of a checkpoint, whose content nobody changes afterwards; waits for the save before."""
         self.wait()
         self._writing = self._thread.submit(self._write, content, self.run_dir / FOLDER / f"{name}.ckpt", shard)
@@ -154,13 +155,13 @@ class Writer:
         self._thread.shutdown()
         self.wait()
 
-    def _write(self, content: Content, target: Path, shard: Shard) -> None:
+    def _write(self, content: Content, target: Path, shard: RankShard) -> None:
         write(content, target, shard)
         if shard.rank == 0:
             prune(self.run_dir, self.keep_last)
 
 
-def write(content: Content, target: Path, shard: Shard = UNSHARDED) -> None:
+def write(content: Content, target: Path, shard: RankShard = UNSHARDED) -> None:
     """Write a rank's shard of a checkpoint beside its target, sync it, rename it, then write its manifest.
 
     Raises OSError, naming the file, and leaves nothing of it behind.
@@ -181,7 +182,8 @@ def write(content: Content, target: Path, shard: Shard = UNSHARDED) -> None:
             manifest |= {**position, "rollbacks": content.run["rollbacks"]}
         write_json(manifest_of(path), {**manifest, "sum": _hash_of(manifest)})
     except (OSError, RuntimeError) as error:  # torch.save ends a file after a failed write, and raises RuntimeError
-        partial_path(path).unlink(missing_ok=True)
+        with suppress(OSError):
+            partial_path(path).unlink()
         failed = error if isinstance(error, OSError) else error.__context__ or error
         raise OSError(
             f"{target} could not be written: {getattr(failed, 'strerror', None) or failed}; the checkpoints before it are "

@@ -7,7 +7,7 @@ from typing import Any, cast
 import lightning.pytorch as L
 
 from modernenc.config import Run
-from modernenc.run_folder.checkpoints import UNSHARDED, Shard, Writer
+from modernenc.run_folder.checkpoints import UNSHARDED, CheckpointWriter, RankShard
 from modernenc.training.module import Pretraining
 from modernenc.training.snapshot import capture
 
@@ -21,7 +21,7 @@ class Checkpointing(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock, and the writer: all ranks know the run folder only since they synchronised."""
-        self._writer = Writer(Path(self.run.run_dir), self.run.checkpoint.keep_last)
+        self._writer = CheckpointWriter(Path(self.run.run_dir), self.run.checkpoint.keep_last)
         self._time_of_save = time.monotonic()
 
     def on_train_batch_end(
@@ -37,7 +37,7 @@ class Checkpointing(L.Callback):
         content = capture(module, sharded)
         shard = UNSHARDED
         if sharded:
-            shard = Shard(trainer.global_rank, trainer.world_size, save=trainer.strategy.broadcast(time.time_ns()))
+            shard = RankShard(trainer.global_rank, trainer.world_size, save=trainer.strategy.broadcast(time.time_ns()))
         if sharded or trainer.is_global_zero:
             self._writer.save(content, f"end-of-{phase}" if phase else f"step-{module.step:08d}", shard)
         self._time_of_save = time.monotonic()

@@ -58,7 +58,7 @@ def test_help_is_there_at_once(module):
 
 
 CASES = {
-    "an unknown key": (["data.lane=3"], "data.lane|Key 'lane'"),
+    "an unknown key": (["data.lane=3"], r"data\.lane.*Key 'lane' not in 'Data'"),
     "an unknown key that is added": (["+trainer.foo=3"], r"trainer.foo: unknown key; there are accelerator"),
     "an unknown key of a phase that is added": (["+phases.decay.ramp.foo=3"], r"phases.decay.ramp.foo: unknown key; there"),
     "no heads": (["backbone.num_attention_heads=0"], r"backbone: ModernBERT cannot be built with these settings: "),
@@ -71,7 +71,7 @@ CASES = {
     "no learning rate": (["optim.lr=0", "phases.stable.lr=1", "phases.extend.lr=1", "phases.decay.lr=1"], r"optim.lr=0: exp"),
     "a theta in words": (["phases.extend.backbone.global_rope_theta=abc"], r"global_rope_theta=abc: expected a number"),
     "a branch from nothing": (["+from=/nonexistent.ckpt"], r"\+from=/nonexistent.ckpt: no checkpoint"),
-    "a wrong type": (["data.lanes=many"], "many.*Integer|data.lanes"),
+    "a wrong type": (["data.lanes=many"], r"many.*Integer.*data\.lanes"),
     "an unknown key of the backbone": (["+backbone.depth=3"], r"backbone.depth: unknown key; ModernBERT takes vocab_size"),
     "no orthogonalisation": (["optim.ns_steps=0"], r"optim: muon cannot be built with these settings: ns_steps=0: expected"),
     "half a step of an optimizer": (["optim.ns_steps=1.5"], r"optim.ns_steps=1.5: expected int"),

@@ -2,12 +2,13 @@
 
 from collections import Counter
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
 
 from modernenc.curriculum import Curriculum
-from modernenc.data.blocks import Corpus
+from modernenc.data.blocks import Block, Corpus, Shards
 from modernenc.data.lanes import BlockOrder, Lane, LaneState, Mix
 from modernenc.data.loader import Steps
 from modernenc.data.state import DataState, merge_rank_states
@@ -99,6 +100,55 @@ def test_a_lane_goes_on_from_its_state(corpus_root, served):
         ours, theirs = lane.next_row(), again.next_row()
         assert len(ours) == len(theirs)
         assert all(np.array_equal(a.tokens, b.tokens) and a.slice == b.slice for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_row_holds_what_fits_and_a_lane_counts_what_it_drew(corpus_root):
+    lanes, mix = lanes_of(corpus_root, seq_len=1000)
+    for lane in lanes:
+        rows = [lane.next_row() for _ in range(30)]
+        assert max(sum(len(chunk.tokens) + 2 for chunk in row) for row in rows) <= 1000
+        assert max(len(row) for row in rows) > 2
+        for name, blocks in lane.blocks_drawn().items():
+            source = mix.slices[name]
+            read = [source.shards.read(*source.order.block_at(lane.lane, number)) for number in range(blocks)]
+            assert lane.drawn[name] == sum(len(block.tokens) for block in read)
+
+
+def test_the_next_phase_goes_on_after_the_blocks_of_the_open_window(corpus_root):
+    (lane, *_), mix = lanes_of(corpus_root)
+    lane.next_row()
+    assert lane.blocks_drawn() != lane.state()["blocks"]
+    drawn = lane.blocks_drawn()
+    following = Lane(0, 4, mix, 64, 8, (1, 1), LaneState(blocks=drawn))
+    assert following.blocks_drawn() == drawn
+    served = {tuple(chunk.tokens.tolist()) for _ in range(6) for chunk in following.next_row() if len(chunk.tokens) > 20}
+    again = Lane(0, 4, mix, 64, 8, (1, 1), LaneState())
+    assert served and not served & {tuple(chunk.tokens.tolist()) for _ in range(2) for chunk in again.next_row()}
+
+
+class Recorded:
+    """Shards that note which of them were fetched ahead, and refuse to read another."""
+
+    def __init__(self, shards: Shards) -> None:
+        self.shards = shards
+        self.ahead: set[int] = set()
+
+    def prefetch(self, shard: int) -> None:
+        self.ahead.add(shard)
+
+    def read(self, shard: int, index: int) -> Block:
+        assert shard in self.ahead, f"shard {shard} was not fetched ahead"
+        return self.shards.read(shard, index)
+
+
+def test_every_shard_is_fetched_ahead_of_its_first_block(corpus_root):
+    lanes, mix = lanes_of(corpus_root)
+    recorded: dict[str, Any] = {name: Recorded(source.shards) for name, source in mix.slices.items()}
+    mix.slices = {name: source._replace(shards=recorded[name]) for name, source in mix.slices.items()}
+    for lane in lanes:
+        for _ in range(60):
+            lane.next_row()
+    assert all(len(shards.ahead) > 1 for shards in recorded.values())
 
 
 def test_a_window_that_comes_out_otherwise_is_an_error(corpus_root):

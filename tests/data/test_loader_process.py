@@ -107,7 +107,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 from support.shapes import check_shapes
 check_shapes()
 from support.runs import composed
-from modernenc.checks import check_run
+from modernenc.planning.checks import check_run
 from modernenc.data.loader import Steps
 from modernenc.data.state import DataState
 from modernenc.data.worker import StepLoader

@@ -40,9 +40,24 @@ def test_packing_places_each_item_once_and_overfills_no_row(seed):
     assert max(sum(lengths[item] for item in row) for row in rows) <= seq_len
 
 
-def test_packing_is_deterministic():
-    lengths = np.random.default_rng(0).integers(3, 100, size=300).tolist()
-    assert pack(lengths, 128) == pack(lengths, 128)
+def best_fit_decreasing(lengths: list[int], seq_len: int) -> list[list[int]]:
+    """The definition: the longest item first, each into the row that it leaves the least room in; of equals, the first."""
+    rows: list[list[int]] = []
+    for item in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
+        left = [seq_len - sum(lengths[other] for other in row) - lengths[item] for row in rows]
+        fitting = [row for row in range(len(rows)) if left[row] >= 0]
+        if fitting:
+            rows[min(fitting, key=lambda row: left[row])].append(item)
+        else:
+            rows.append([item])
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_each_item_goes_where_it_leaves_the_least_room(seed):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(3, int(rng.integers(8, 130)), size=150).tolist()
+    assert pack(lengths, 128) == best_fit_decreasing(lengths, 128)
 
 
 @pytest.mark.slow

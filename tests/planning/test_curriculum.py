@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from modernenc.config import Phase, Ramp
-from modernenc.curriculum import Curriculum
+from modernenc.config import Phase, Ramp, Task
+from modernenc.curriculum import Curriculum, items_per_micro_batch
 from support.runs import composed
 
 
@@ -88,6 +88,27 @@ def test_a_ramp_has_levels_of_equal_steps_or_of_equal_tokens():
     assert [stage.steps for stage in by_tokens.stages] == [200, 100, 67, 100]
     for curriculum in (by_steps, by_tokens):
         assert [stage.batch_rows for stage in curriculum.stages] == [10, 20, 30, 40]
+
+
+def test_a_level_of_the_ramp_whose_tokens_have_passed_already_has_no_step():
+    curriculum = Curriculum({"a": phase(batch_rows=40, ramp=Ramp(300, 10, 10, "tokens"))})
+    assert [(stage.batch_rows, stage.steps) for stage in curriculum.stages] == [(10, 1), (40, 25)]
+
+
+def test_a_forward_pass_takes_as_many_items_as_its_tokens_hold_and_one_at_least():
+    task = Task("", "", seq_len=32, batch_items=8)
+    assert [items_per_micro_batch(task, tokens) for tokens in (1, 128, 383, 384)] == [1, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("key", "least"), [("seq_len", 16), ("batch_items", 1), ("validation_items", 1)])
+def test_a_task_that_is_too_small_is_named(key, least):
+    def curriculum(value: int) -> Curriculum:
+        settings = {"seq_len": 32, "batch_items": 8, "validation_items": 20, key: value}
+        return Curriculum({"a": phase(objectives={"masked_lm": 1, "next": 1})}, {"next": Task("", "", **settings)})
+
+    assert curriculum(least).total_steps
+    with pytest.raises(ValueError, match=rf"tasks.next.{key}={least - 1}: expected {least} or more"):
+        curriculum(least - 1)
 
 
 def test_steps_walk_the_curriculum_without_gap_or_overlap():

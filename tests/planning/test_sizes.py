@@ -88,9 +88,9 @@ def test_a_run_writes_down_its_sizes_and_what_is_resumed_or_branched_keeps_them(
     folder = train(run)
     written = load(folder)
     assert written.data == run.data and written.backbone == run.backbone
-    assert "16 lanes of 8 rows, a vocabulary of 512 (backbone.vocab_size, data.lanes, data.buffer_rows: from the corpus)" in (
-        " ".join((folder / "plan.txt").read_text().split())
-    )
+    planned = " ".join((folder / "plan.txt").read_text().split())
+    assert "16 lanes that pack 8 rows at a time, a vocabulary of 512" in planned
+    assert "(backbone.vocab_size, data.lanes, data.buffer_rows: from the corpus)" in planned
     longer = [*settings, *(f"phases.{name}.tokens=900_000_000" for name in run.phases)]
     assert composed(longer).data.buffer_rows > 8
     branch = composed([*longer, f"branch_from={folder / 'checkpoints/end-of-extend.ckpt'}"])
@@ -102,7 +102,7 @@ def test_a_plan_without_a_corpus_says_what_it_assumes(tmp_path):
     result = command("modernenc.plan", *text_only(f"data.root={tmp_path / 'nowhere'}"))
     assert result.returncode == 0, result.stderr
     said = " ".join(result.stdout.split())
-    assert "64 lanes of 512 rows, a vocabulary of 8,192" in said and "assumed, until" in said
+    assert "64 lanes that pack 512 rows at a time, a vocabulary of 8,192" in said and "assumed, until" in said
     assert "there is no corpus yet; prepare it with: python -m data_prep +corpus=demo out=" in said
     assert "no manifest.json there" in error("modernenc.train", *text_only(f"data.root={tmp_path / 'nowhere'}"))
 
@@ -111,7 +111,7 @@ def test_a_plan_tells_what_is_left_in_windows_and_what_to_change(corpus_root):
     settings = ["+recipe=demo", *SMALL, f"data.root={corpus_root}"]
     wasteful = command("modernenc.plan", *settings, "data.buffer_rows=512", "--json")
     notes = "\n".join(json.loads(wasteful.stdout)["warnings"])
-    assert "tokens of text are over, up to 132,096 more remain in buffers, drawn but not trained on" in notes
+    assert "tokens of text are over, up to 132,096 more remain in packing buffers, drawn but not trained on" in notes
     assert "lower data.buffer_rows or data.lanes (0 takes what suits the corpus)" in notes
     plain = command("modernenc.plan", *settings).stdout
     assert "drawn, not trained on" in plain and "%" not in plain.split("drawn, not trained on")[1].splitlines()[0]

@@ -79,7 +79,7 @@ def test_what_shrinks_keeps_the_form_of_the_curriculum(recipe, corpus_root):
 def test_a_rehearsal_begins_with_the_rehearsal_of_what_the_recipe_begins_with(corpus_root, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     run = composed(["+recipe=large", f"smoke_test={corpus_root}"])
-    assert not scale_down(run).init.source and "begins with random weights" in caplog.text
+    assert not scale_down(run).init.source and "starts from random weights" in caplog.text
     base = Path("runs/smoke_tests/base/latest/checkpoints/end-of-stable.ckpt")
     base.parent.mkdir(parents=True)
     base.touch()

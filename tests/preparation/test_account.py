@@ -15,6 +15,7 @@ import zstandard
 from pyarrow import parquet
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
+from data_prep import build as preparation
 from data_prep import encode
 from data_prep.build import block_size, build
 from data_prep.config import RolesConfig, SourceConfig, TokenizerConfig
@@ -290,7 +291,7 @@ def test_how_much_is_read_does_not_depend_on_the_workers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(SurveyBucket, "run"), (encode, "roles")], ids=["before the survey", "after the tokenizer"]
+    ("owner", "name"), [(SurveyBucket, "run"), (preparation, "role_ids")], ids=["before the survey", "after the tokenizer"]
 )
 def test_unfinished_work_on_other_settings_leaves_nothing_behind_and_no_shard_is_deleted(tmp_path, monkeypatch, owner, name):
     def die(*arguments, **settings):

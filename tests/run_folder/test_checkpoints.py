@@ -2,21 +2,33 @@
 
 import json
 import logging
+import math
+import os
+import resource
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from modernenc.atomic import partial_path, write_json
 from modernenc.run_folder.checkpoints import (
+    UNSHARDED,
     Checkpoint,
-    Shard,
+    CheckpointWriter,
+    RankShard,
     TrainState,
     check,
+    files_of,
     manifest_of,
     newest,
     prune,
     read,
+    remove,
     remove_partial,
+    sort_key,
+    tokens_seen,
     write,
 )
 from support.damage import flip, truncate
@@ -45,7 +57,7 @@ def save_shards(run_dir: Path, name: str, tokens: int, ranks: int = 3, save: int
         content = {"weights": weights, "optimizers": [optimizer]}
         if rank == 0:
             content = checkpoint(tokens, {**weights, "not split": torch.ones(3)}, [{**optimizer, "groups": [{"step": 7}]}])
-        write(content, path, Shard(rank, ranks, save))
+        write(content, path, RankShard(rank, ranks, save))
     return path
 
 
@@ -167,3 +179,148 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     check(path)
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
         read(path)
+
+
+def content_at(tokens: int, rollbacks: int = 0) -> Checkpoint:
+    """A checkpoint with one tensor, at a position."""
+    return replace(checkpoint(tokens, {"all": torch.full((1000,), float(tokens))}), run={"rollbacks": rollbacks})
+
+
+def names_of(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def test_a_writer_saves_in_the_background_and_keeps_the_last(tmp_path):
+    writer = CheckpointWriter(tmp_path, keep_last=2)
+    writer.check()
+    for tokens in (10, 20, 30):
+        writer.save(content_at(tokens), f"step-{tokens}", UNSHARDED)
+    writer.close()
+    assert names_of(tmp_path) == ["step-20.ckpt", "step-20.json", "step-30.ckpt", "step-30.json"]
+    assert read(tmp_path / "checkpoints" / "step-30.ckpt").weights["all"][0] == 30
+
+
+def test_only_the_first_rank_prunes(tmp_path):
+    for tokens in (10, 20):
+        save(tmp_path, f"step-{tokens}", tokens)
+    writer = CheckpointWriter(tmp_path, keep_last=1)
+    writer.save({"weights": {}}, "step-30", RankShard(rank=1, ranks=2, save=1))
+    writer.close()
+    before = ["step-10.ckpt", "step-10.json", "step-20.ckpt", "step-20.json"]
+    assert names_of(tmp_path) == [*before, "step-30.1.json", "step-30.1.part"]
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        CheckpointWriter.check,
+        CheckpointWriter.wait,
+        CheckpointWriter.close,
+        lambda writer: writer.save({}, "step-2", UNSHARDED),
+    ],
+)
+def test_what_goes_wrong_while_writing_is_raised_by_whatever_comes_next(tmp_path, ask):
+    (tmp_path / "checkpoints" / "step-1.ckpt").mkdir(parents=True)  # where a file should be
+    writer = CheckpointWriter(tmp_path, keep_last=2)
+    writer.save(content_at(10), "step-1", UNSHARDED)
+    deadline = time.monotonic() + 60
+    raised = None
+    while raised is None and time.monotonic() < deadline:
+        try:
+            ask(writer)
+        except OSError as error:
+            raised = error
+    assert "checkpoint.step-1.ckpt could not be written: " in str(raised)
+    assert f"python -m modernenc.resume {tmp_path}" in str(raised)
+
+
+@pytest.mark.parametrize("values", [1_000, 1_000_000], ids=["as the file is closed", "midway"])
+def test_a_file_that_grows_too_large_is_named_and_leaves_nothing(tmp_path, values):
+    save(tmp_path, "step-1", 10)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"checkpoint.step-2.ckpt could not be written: File too large; those before it are"):
+            write(checkpoint(20, {"all": torch.zeros(values)}), tmp_path / "checkpoints" / "step-2.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names_of(tmp_path) == ["step-1.ckpt", "step-1.json"]
+    assert newest(tmp_path) == tmp_path / "checkpoints" / "step-1.ckpt"
+
+
+def test_the_furthest_is_the_one_after_more_rollbacks_and_then_the_one_with_more_tokens(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for name, tokens, rollbacks in (("step-9", 90, 0), ("step-4", 40, 1), ("step-3", 30, 1)):
+        write(content_at(tokens, rollbacks), folder / f"{name}.ckpt")
+    assert newest(tmp_path) == folder / "step-4.ckpt"
+    assert [sort_key(folder / f"step-{step}.ckpt") for step in (9, 4, 3)] == [(0, 90), (1, 40), (1, 30)]
+    prune(tmp_path, keep_last=1)
+    assert names_of(tmp_path) == ["step-4.ckpt", "step-4.json"]
+    manifest_of(folder / "step-4.ckpt").unlink()
+    assert tokens_seen(folder / "step-4.ckpt") == math.inf  # so that it is named in a warning
+
+
+def test_a_folder_without_checkpoints_has_no_newest_one(tmp_path):
+    assert newest(tmp_path) is None
+
+
+def test_a_checkpoint_whose_parts_say_otherwise_is_refused_for_what_is_wrong(tmp_path):
+    path = save(tmp_path, "step-1", 10)
+    size = path.stat().st_size
+    with path.open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(ValueError, match=rf"step-1.ckpt is not whole: {size + 1} bytes, expected {size}; take another"):
+        read(path)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"step-1.ckpt is not whole: step-1.ckpt is missing beside it"):
+        read(path)
+    manifest_of(path).unlink()
+    with pytest.raises(ValueError, match=r"step-1.ckpt is not whole: step-1.json is missing beside it"):
+        read(path)
+
+
+def test_a_checkpoint_is_its_files_and_removed_with_them(tmp_path):
+    path = save_shards(tmp_path, "step-1", 10)
+    other = save_shards(tmp_path, "step-10", 100)
+    assert [file.suffix for file in files_of(path)][:3] == [".json"] * 3  # without its manifest it is no checkpoint
+    assert {file.name for file in files_of(path)} == {
+        "step-1.ckpt", "step-1.json", "step-1.1.part", "step-1.1.json", "step-1.2.part", "step-1.2.json",
+    }  # fmt: skip
+    remove(path)
+    assert not files_of(path) and len(files_of(other)) == 6
+    check(other)
+
+
+def test_what_a_killed_run_left_half_written_is_swept(tmp_path):
+    path = save(tmp_path, "step-1", 10)
+    (tmp_path / "below").mkdir()
+    for left in (partial_path(path), partial_path(tmp_path / "below" / "lineage.json")):
+        left.write_text("half")
+    remove_partial(tmp_path)
+    assert sorted(file.name for file in tmp_path.rglob("*") if file.is_file()) == ["step-1.ckpt", "step-1.json"]
+
+
+def test_a_small_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": [1]})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": [1]}
+
+
+def test_a_file_is_on_disk_before_it_has_its_name_and_a_manifest_after_what_it_describes(tmp_path, monkeypatch):
+    done: list[str] = []
+
+    def synced(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        done.append(f"sync {path.name.partition(f'.{os.getpid()}')[0]}")
+
+    def replaced(source: Path, target: Path) -> None:
+        done.append(f"name {target.name}")
+        rename(source, target)
+
+    rename = os.replace
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    save(tmp_path, "step-1", 10)
+    assert done == ["sync step-1.ckpt", "name step-1.ckpt", "sync step-1.json", "name step-1.json", "sync checkpoints"]

@@ -110,7 +110,7 @@ def test_a_broken_checkpoint_is_passed_over_or_named(stopped, damage, caplog):
     with pytest.raises(ValueError, match=rf"{broken.name} is (not whole|corrupt).*take another"):
         resume(broken, [])
     resume(folder, [])
-    assert f"passed over: {broken}" in caplog.text
+    assert f"skipped: {broken}" in caplog.text
     assert same(folder / FINAL, final)
 
 
@@ -124,7 +124,9 @@ def test_a_full_disk_ends_the_run_with_its_last_checkpoint_whole(stopped, small_
     moved = Path(shutil.copytree(folder, disk / "run"))
     used = sum(path.stat().st_blocks * 512 for path in disk.rglob("*"))
     resized(disk, f"size={used + (900 << 10)}")  # room for one more checkpoint, not for two
-    with pytest.raises(OSError, match=r"could not be written: .*No space left.*those before it are whole.*modernenc.resume"):
+    with pytest.raises(
+        OSError, match=r"could not be written: .*No space left.*the checkpoints before it are whole.*modernenc.resume"
+    ):
         resume(moved, [])
     last = newest(moved)
     assert last is not None

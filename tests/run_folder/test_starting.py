@@ -24,15 +24,15 @@ from pathlib import Path
 from support.shapes import check_shapes
 check_shapes()
 from support.runs import composed
-from modernenc import fit
-from modernenc.checks import check_run
+from modernenc.run_folder.create import create
+from modernenc.planning.checks import check_run
 run = composed(sys.argv[4:])
 curriculum, corpus = check_run(run)
 run.run_dir, go, numbered = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "numbered"
 Path(go.parent, f"ready-{run.seed}").touch()
 while not go.exists():
     time.sleep(0.001)
-fit.start(run, curriculum, None, numbered)
+create(run, "", None, numbered)
 print(run.run_dir)
 """
 
@@ -100,7 +100,7 @@ def test_a_start_that_was_cut_short_can_be_made_again(small_run):
 def test_processes_write_files_beside_each_other():
     name = Path("runs/demo/latest")
     other = subprocess.run(
-        [sys.executable, "-c", f"from modernenc.config import *\nprint(partial_path(Path({str(name)!r})))"],
+        [sys.executable, "-c", f"from modernenc.atomic import *\nprint(partial_path(Path({str(name)!r})))"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout.strip()  # fmt: skip
     assert other != str(partial_path(name)) and other.endswith(".tmp") and Path(other).parent == name.parent
@@ -108,8 +108,8 @@ def test_processes_write_files_beside_each_other():
 
 def test_branches_of_one_run_at_once_are_all_in_its_lineage(small_run):
     folder = train(small_run())
-    act = "import sys\nfrom pathlib import Path\nfrom modernenc import lineage\nfor n in range(20):\n"
-    act += "    lineage.add(Path(sys.argv[1]), {'event': 'branched', 'into': f'{sys.argv[2]}-{n}'}, 1, 0)"
+    act = "import sys\nfrom pathlib import Path\nfrom modernenc.run_folder import lineage\nfor n in range(20):\n"
+    act += "    lineage.add(Path(sys.argv[1]), lineage.Event('branched', into=f'{sys.argv[2]}-{n}'), 1, 0)"
     processes = [subprocess.Popen([sys.executable, "-c", act, str(folder), str(n)], cwd=ROOT) for n in range(3)]
     assert [process.wait(timeout=120) for process in processes] == [0] * 3
     into = [entry["into"] for entry in read_lineage(folder) if entry["event"] == "branched"]

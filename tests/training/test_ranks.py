@@ -199,7 +199,7 @@ def test_another_number_of_processes_than_the_recipe_has_devices_is_an_error(set
 @pytest.mark.parametrize(("rank", "rest"), [("0", "went on, taken down"), ("1", "")])
 def test_a_rank_with_no_report_to_write_leaves_with_all_it_said(rank, rest):
     """What is registered to run when the interpreter goes stands for the threads of a process group."""
-    code = "import atexit; from modernenc import ranks; atexit.register(lambda: print(', taken down', end=''))"
+    code = "import atexit; from modernenc.training import ranks; atexit.register(lambda: print(', taken down', end=''))"
     code += "; print('done', end=' '); ranks.leave(); print('went on', end='')"
     process = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "RANK": rank}, capture_output=True, text=True, check=False

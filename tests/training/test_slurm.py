@@ -132,7 +132,7 @@ def test_a_job_needs_a_cluster_that_the_recipe_fits(settings, tmp_path, monkeypa
     crowded = command("modernenc.launch", *settings, place, "+cluster=gpu_node", "--dry-run")
     assert "8 ranks exceed data.lanes=4" in crowded.stderr
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "sbatch is not here" in command("modernenc.launch", *settings, place, "+cluster=cpu_node").stderr
+    assert "sbatch is not on this machine" in command("modernenc.launch", *settings, place, "+cluster=cpu_node").stderr
 
 
 @pytest.mark.slow

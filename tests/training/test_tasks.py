@@ -85,6 +85,10 @@ def test_the_closed_form_is_what_a_walk_over_all_steps_counts():
             got = curriculum.steps_by_objective(phase)[objective]
             assert abs(got - share / sum(wanted.values()) * sum(curriculum.steps_by_objective(phase).values())) <= 1
     assert (seen, step) == (curriculum.total_tokens, curriculum.total_steps)
+    specs = list(curriculum.steps())
+    for stage in curriculum.stages:
+        last = specs[stage.first_step + stage.steps - 1]
+        assert (last.step_tokens, last.tokens_seen + last.step_tokens) == (stage.last_step_tokens, stage.end_tokens)
     for name, settings in curriculum.phases.items():
         stage = curriculum.stages_of(name)[-1]
         assert stage.end_tokens - curriculum.start_of(name) - stage.last_step_tokens < settings.tokens
@@ -270,8 +274,8 @@ WRONG = {
          "phases.extend.batch_rows=2", "phases.extend.mix={code: 1}"],
         "tasks.next is in the objectives of no phase",
     ),
-    "rows without masked LM": (["phases.extend.batch_rows=4"], "phases.extend.batch_rows=4: expected 0, since no step trains"),
-    "text without masked LM": (["phases.extend.mix.code=1"], "phases.extend.mix=.*expected {}, since no step trains"),
+    "rows without masked LM": (["phases.extend.batch_rows=4"], "phases.extend.batch_rows=4: expected 0, because no step"),
+    "text without masked LM": (["phases.extend.mix.code=1"], "phases.extend.mix=.*expected {}, because no step trains"),
     "fewer items than ranks": (["trainer.devices=2", "tasks.next.batch_items=1"], "tasks.next.batch_items=1: 2 ranks"),
     "a learning rate of 0": (["tasks.next.lr_factor=0"], "tasks.next.lr_factor=0.0: expected more than 0"),
     "longer choices than the backbone": (["tasks.next.seq_len=90000"], "tasks.next.seq_len=90000 exceeds backbone"),

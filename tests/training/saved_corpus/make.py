@@ -1,4 +1,4 @@
-"""How the saved corpus was made: `python tests/saved_corpus/make.py OUT`. Its text is drawn from a grammar of our own.
+"""How the saved corpus was made: `python tests/training/saved_corpus/make.py OUT`. Its text is drawn from a grammar of our own.
 
 What is saved stays as it is, so that runs on it can be compared over years; this tells where it came from.
 """
