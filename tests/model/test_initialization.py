@@ -219,7 +219,7 @@ def test_what_cannot_be_begun_with_is_named(small_run, tmp_path):
         _, corpus = check_run(run)
         with pytest.raises((ValueError, FileNotFoundError), match=said):
             check_init(run, corpus)
-    with pytest.raises(ValueError, match=r"init\.layers=random: expected one of spread, by_type"):
+    with pytest.raises(ValueError, match=r"init\.layer_mapping=random: expected one of by_depth, by_type"):
         check_run(small_run(source, "init.layer_mapping=random"))
 
 

@@ -112,7 +112,7 @@ def test_a_plan_tells_what_is_left_in_windows_and_what_to_change(corpus_root):
     wasteful = command("modernenc.plan", *settings, "data.buffer_rows=512", "--json")
     notes = "\n".join(json.loads(wasteful.stdout)["warnings"])
     assert "tokens of text are over, up to 132,096 more remain in packing buffers, drawn but not trained on" in notes
-    assert "lower data.buffer_rows or data.lanes (0 takes what suits the corpus)" in notes
+    assert "lower data.buffer_rows or data.lanes (0 chooses what suits the corpus)" in notes
     plain = command("modernenc.plan", *settings).stdout
     assert "drawn, not trained on" in plain and "%" not in plain.split("drawn, not trained on")[1].splitlines()[0]
 

@@ -17,7 +17,7 @@ from modernenc.run_folder.history import ABANDONED
 from modernenc.run_folder.lineage import read as read_lineage
 from modernenc.run_folder.tables import Table
 from modernenc.train import main as train_main
-from support.commands import ROOT, command
+from support.commands import ROOT, command, importing
 from support.results import FINAL, losses, same
 from support.runs import SMALL, composed, resume, rollback, train
 
@@ -114,7 +114,7 @@ sys.addaudithook(count)
 def killed(folder: Path, operation: int, act: str) -> bool:
     """Whether kill -9 met a process that does something before so many file operations in the run folder."""
     line = [sys.executable, "-c", KILL + act, str(folder), str(operation)]
-    result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(line, cwd=ROOT, env=importing(), capture_output=True, text=True, check=False)
     assert result.returncode in (0, -signal.SIGKILL), result.stderr
     return result.returncode != 0
 

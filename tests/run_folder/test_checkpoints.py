@@ -230,7 +230,7 @@ def test_what_goes_wrong_while_writing_is_raised_by_whatever_comes_next(tmp_path
             ask(writer)
         except OSError as error:
             raised = error
-    assert "checkpoint.step-1.ckpt could not be written: " in str(raised)
+    assert "step-1.ckpt could not be written: " in str(raised)
     assert f"python -m modernenc.resume {tmp_path}" in str(raised)
 
 
@@ -240,7 +240,7 @@ def test_a_file_that_grows_too_large_is_named_and_leaves_nothing(tmp_path, value
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"checkpoint.step-2.ckpt could not be written: File too large; those before it are"):
+        with pytest.raises(OSError, match=r"step-2.ckpt could not be written: File too large; the checkpoints before it are"):
             write(checkpoint(20, {"all": torch.zeros(values)}), tmp_path / "checkpoints" / "step-2.ckpt")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

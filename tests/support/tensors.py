@@ -11,7 +11,7 @@ of_transformers_4 = pytest.mark.skipif(int(transformers.__version__.split(".")[0
 
 def relative(one: Tensor, other: Tensor) -> float:
     """Return the distance of two tensors, relative to the norm of the other."""
-    return float((one - other).norm() / other.norm())
+    return float((one - other).detach().norm() / other.detach().norm())
 
 
 def apart(one: list[Tensor], other: list[Tensor]) -> float:
