@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--average", choices=AVERAGES, action="append", default=[], help="also validate their average")
     arguments = parser.parse_args()
     with one_line_errors():
-        from modernenc.evaluation.comparison import compare, show  # torch takes seconds to import
+        from modernenc.reporting.comparison import compare, show  # torch takes seconds to import
 
         show(compare(arguments.paths, arguments.average))
 

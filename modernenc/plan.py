@@ -29,7 +29,11 @@ def main() -> None:
         check_settings(run)
         from modernenc.planning.show import show  # torch takes seconds to import
 
-        show(run, options.png, options.json, options.measure, options.against)
+        curriculum = show(run, options.json, options.measure, options.against)
+        if options.png:
+            from modernenc.reporting.plots import draw_curriculum
+
+            draw_curriculum(run, curriculum).savefig(options.png, dpi=110)
 
     register()
     run_cli(Run, ("recipe",), "train", job)

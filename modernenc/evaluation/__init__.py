@@ -1,1 +1,1 @@
-"""Validation on held-out text and tasks, and the comparison of checkpoints."""
+"""Validation on held-out text and on the held-out items of tasks."""

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from modernenc.config import Run
+from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.data.loader import open_mixes
 from modernenc.model.init_source import check_source, read_source
@@ -14,24 +15,25 @@ from modernenc.planning.model_checks import check_backbone, check_init, check_op
 from modernenc.planning.sizes import corpus_of
 from modernenc.planning.summary import summarize
 from modernenc.planning.tables import comparison_text, estimates_text, plan_text
-from modernenc.reporting.plots import draw_curriculum
 
 
-def show(run: Run, png: Path | None, as_json: bool, measured: bool, against: str) -> None:
-    """Print the plan of a run, or draw or compare it; errors are those that the run would raise."""
+def show(run: Run, as_json: bool, measured: bool, against: str) -> Curriculum:
+    """Print the plan of a run, or its comparison with another recipe, and return the curriculum.
+
+    Errors are those that the run would raise.
+    """
     check_backbone(run)
     check_optim(run)
     corpus = corpus_of(run.data)
     notes = _check_with(corpus, run) if corpus else _check_without_corpus(run)
     curriculum = check_settings(run)  # finished phases of a branch are now those of its checkpoint
-    if png:
-        draw_curriculum(run, curriculum).savefig(png, dpi=110)
     if against:
         print(comparison_text(run, against))
-        return
+        return curriculum
     summary = summarize(run, curriculum, corpus, tokens_per_second(run) if measured else None)
     summary["warnings"] = [*notes, *summary["warnings"]]
     print(json.dumps(summary, indent=1) if as_json else f"{plan_text(run, curriculum)}\n{estimates_text(run, summary)}")
+    return curriculum
 
 
 def _check_with(corpus: Corpus, run: Run) -> list[str]:

@@ -1,1 +1,1 @@
-"""The page and the plots that show a run."""
+"""The page and the plots that show a run, and the comparison of checkpoints."""

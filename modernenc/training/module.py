@@ -4,9 +4,7 @@ import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, cast
 
-import lightning.pytorch as L
 import numpy as np
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -15,56 +13,35 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from modernenc.config import Run
-from modernenc.curriculum import Curriculum, StepSpec
+from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
-from modernenc.data.loader import Step, Steps, fingerprint
+from modernenc.data.loader import Step, Steps
 from modernenc.data.state import DataState
 from modernenc.data.worker import StepLoader
 from modernenc.model import optim
-from modernenc.model.build import build_objectives, checkpoint_activations, compile_layers, set_attributes
+from modernenc.model.build import checkpoint_activations, compile_layers, set_attributes
 from modernenc.model.init_source import check_source, read_source
 from modernenc.model.initialization import fill
 from modernenc.model.unigrams import init_decoder_bias_from_unigrams
 from modernenc.run_folder.checkpoints import Checkpoint
 from modernenc.training.accumulator import Metrics
 from modernenc.training.snapshot import restore, restore_metrics, restore_optimizers
+from modernenc.training.state import LoopState
 
 log = logging.getLogger(__name__)
 
 
-class Pretraining(L.LightningModule):
-    """Objectives, optimizers and the position in the curriculum.
+class Pretraining(LoopState):
+    """The training loop: one item of the loader is one optimizer step.
 
     The loss of a step is the mean over the predicted tokens, or items, of the global batch, however that is split.
     `checkpoint` is what to go on from; ValueError if it does not fit the run or the data.
     """
 
     def __init__(self, run: Run, curriculum: Curriculum, corpus: Corpus, checkpoint: Checkpoint | None = None) -> None:
-        super().__init__()
+        super().__init__(run, curriculum, corpus)
         self.automatic_optimization = False
-        self.run = run
-        self.curriculum = curriculum
-        self.corpus = corpus
-        self.fingerprint = fingerprint(run, corpus)
-        self.objectives = build_objectives(run)
         checkpoint_activations(self.objectives.backbone, run.trainer.activation_checkpointing_every)
-        self.tokens_seen = 0
-        self.step = 0
-        self.seconds = 0.0
-        """Time spent training, over all resumes."""
-        self.data_state = DataState().to_dict()
-        self.stop_requested = False
-        """Whether this process was asked to save and stop after the step."""
-        self.stop_all_ranks = False
-        """Whether any rank was asked to stop before the last step began; the same on all ranks."""
-        self.abort_reason = ""
-        """Why the run should stop without saving; set on the first rank."""
-        self.abort_all_ranks = False
-        """Whether there was such a reason before the last step began; the same on all ranks."""
-        self.last_spec = curriculum.at(0)
-        """What the curriculum prescribed for the last step."""
-        self.metrics: dict[str, Metrics] = {}
-        """Metrics since the last call of `flush_metrics`, by objective."""
         self._checkpoint = checkpoint
         """The checkpoint, until all parts of it are restored."""
         if checkpoint is not None:
@@ -77,21 +54,6 @@ class Pretraining(L.LightningModule):
             log.info("starts with the weights of %s%s", run.init.source, f", but for {', '.join(left)}" if left else "")
         elif run.init.unigram:
             init_decoder_bias_from_unigrams(self.objectives.masked_lm, run, corpus)
-
-    @property
-    def spec(self) -> StepSpec:
-        """What the curriculum prescribes for the next step."""
-        return self.curriculum.at(self.tokens_seen)
-
-    @property
-    def finished_phase(self) -> str:
-        """The phase that ends exactly here; empty within a phase."""
-        ends = {self.curriculum.end_of(phase): phase for phase in self.run.phases}
-        return ends.get(self.tokens_seen, "")
-
-    def crossed(self, every_tokens: float) -> bool:
-        """Return whether the last step reached or passed a multiple of `every_tokens`; never for 0."""
-        return every_tokens > 0 and self.tokens_seen // every_tokens > self.last_spec.tokens_seen // every_tokens
 
     def configure_model(self) -> None:
         """Compile the layers if the recipe says so; under FSDP2, split the parameters over the ranks, layer by layer."""
@@ -138,7 +100,7 @@ class Pretraining(L.LightningModule):
         started = time.monotonic()
         spec = self.spec
         set_attributes(self.objectives.backbone, spec)
-        optimizers = self._optimizers()
+        optimizers = self.wrapped_optimizers()
         optim.apply((optimizer.optimizer for optimizer in optimizers), spec, self.run.optim["lr"])
         targets, stops, aborts = self.sum_over_ranks([batch.targets, self.stop_requested, bool(self.abort_reason)])
         loss = torch.zeros((), device=self.device)
@@ -161,32 +123,6 @@ class Pretraining(L.LightningModule):
         self.seconds += time.monotonic() - started
         if self.stop_all_ranks or self.abort_all_ranks or self.tokens_seen >= self.curriculum.total_tokens:
             self.trainer.should_stop = True
-
-    @property
-    def is_split(self) -> bool:
-        """Whether each rank holds only its shard of the weights."""
-        return isinstance(self.objectives, FSDPModule)
-
-    def plain_optimizers(self) -> list[Optimizer]:
-        """Return torch's optimizers without Lightning's wrappers."""
-        return [optimizer.optimizer for optimizer in self._optimizers()]
-
-    def flush_metrics(self) -> dict[str, Metrics]:
-        """Return the metrics accumulated since the last call, by objective, and reset them."""
-        metrics, self.metrics = self.metrics, {}
-        return metrics
-
-    def sum_over_ranks(self, numbers: list[float]) -> list[float]:
-        """Return each number summed over the ranks."""
-        if self.trainer.world_size == 1:
-            return numbers
-        tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(tensor)  # Lightning's own reduce waits at a barrier first
-        return tensor.tolist()
-
-    def _optimizers(self) -> list[Any]:
-        optimizers = cast(Any, self.optimizers(use_pl_optimizer=True))
-        return optimizers if isinstance(optimizers, list) else [optimizers]
 
     def _seed_dropout(self, first_row: int) -> None:
         """Make dropout a function of (seed, step, first row), whatever ran before."""

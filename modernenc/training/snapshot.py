@@ -1,7 +1,7 @@
 """What a checkpoint takes from the training loop, and how the loop goes on from it: `capture` and `restore`, side by side."""
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -14,9 +14,7 @@ from modernenc.run_folder import lineage
 from modernenc.run_folder.checkpoints import Checkpoint, Content, TrainState, UnloggedMetrics
 from modernenc.training import ranks
 from modernenc.training.accumulator import Metrics
-
-if TYPE_CHECKING:
-    from modernenc.training.module import Pretraining
+from modernenc.training.state import LoopState
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +22,7 @@ _NOT_ON_THIS_RANK = object()
 """Placeholder for a value that another rank saves."""
 
 
-def capture(module: "Pretraining", sharded: bool) -> Content:
+def capture(module: LoopState, sharded: bool) -> Content:
     """Return a copy of all that the run needs to go on after its last step; every rank must call this.
 
     The first rank gets the whole, or, with `sharded`, its own shard of what is split over ranks; the others get their
@@ -57,7 +55,7 @@ def capture(module: "Pretraining", sharded: bool) -> Content:
     return Checkpoint(run=plain(module.run), state=state, **tensors)
 
 
-def restore(module: "Pretraining", checkpoint: Checkpoint) -> None:
+def restore(module: LoopState, checkpoint: Checkpoint) -> None:
     """Take over weights and position from a checkpoint; ValueError if it does not fit the data or the run.
 
     Optimizer states and unlogged metrics follow once their parts exist: `restore_optimizers` and `restore_metrics`.
@@ -81,12 +79,12 @@ def restore(module: "Pretraining", checkpoint: Checkpoint) -> None:
     module.data_state = state.data
 
 
-def restore_optimizers(module: "Pretraining", optimizers: list[torch.optim.Optimizer], checkpoint: Checkpoint) -> None:
+def restore_optimizers(module: LoopState, optimizers: list[torch.optim.Optimizer], checkpoint: Checkpoint) -> None:
     """Give new optimizers the states of the checkpoint."""
     optim.restore(optimizers, optim.names_of(module.objectives), checkpoint.optimizers)
 
 
-def restore_metrics(module: "Pretraining", state: TrainState) -> None:
+def restore_metrics(module: LoopState, state: TrainState) -> None:
     """Restore the metrics that were not logged yet, and warn if results may differ in the last bits from here on.
 
     Each rank restores its own loss if the world size is unchanged; otherwise the first rank takes the sum.
@@ -114,7 +112,7 @@ def describe_bits(number: int, threads: int, versions: dict[str, str]) -> str:
     return f"{ranks.describe(number, threads)}, {lineage.describe_versions(versions)}"
 
 
-def _gather(module: "Pretraining", numbers: list[float]) -> list[list[float]]:
+def _gather(module: LoopState, numbers: list[float]) -> list[list[float]]:
     """Return each number as each rank has it."""
     world = module.trainer.world_size
     spread = [0.0] * (len(numbers) * world)
@@ -123,7 +121,7 @@ def _gather(module: "Pretraining", numbers: list[float]) -> list[list[float]]:
     return [summed[at : at + world] for at in range(0, len(summed), world)]
 
 
-def _data_state_of_all_ranks(module: "Pretraining") -> dict[str, Any]:
+def _data_state_of_all_ranks(module: LoopState) -> dict[str, Any]:
     if module.trainer.world_size == 1:
         return module.data_state
     states: list[Any] | None = [None] * module.trainer.world_size if module.global_rank == 0 else None

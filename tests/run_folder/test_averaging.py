@@ -7,9 +7,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from modernenc.evaluation.comparison import compare
 from modernenc.hugging_face.parity import TOLERANCE
 from modernenc.model.export import export
+from modernenc.reporting.comparison import compare
 from modernenc.run_folder.averaging import KINDS, average
 from modernenc.run_folder.checkpoints import read
 from modernenc.run_folder.tables import ALL, Table

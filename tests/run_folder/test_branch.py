@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from modernenc.config import load
-from modernenc.evaluation.comparison import compare
+from modernenc.reporting.comparison import compare
 from modernenc.run_folder import checkpoints
 from modernenc.run_folder.checkpoints import read
 from modernenc.run_folder.history import ABANDONED

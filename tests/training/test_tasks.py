@@ -16,12 +16,12 @@ from modernenc.data.choices import COLUMNS, Choices
 from modernenc.data.choices import read as read_items
 from modernenc.data.loader import Steps
 from modernenc.data.state import DataState, merge_rank_states
-from modernenc.evaluation.comparison import compare
 from modernenc.model.build import build_objectives, weights_of
 from modernenc.model.export import export
 from modernenc.planning.measure import tokens_per_second
 from modernenc.planning.summary import summarize
 from modernenc.planning.tables import plan_text
+from modernenc.reporting.comparison import compare
 from modernenc.run_folder.checkpoints import read, tokens_seen
 from modernenc.run_folder.tables import Table
 from support.commands import command
