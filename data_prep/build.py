@@ -258,9 +258,10 @@ def _trained_on(file: Path, survey: Survey) -> Iterator[Document]:
 
 
 def block_size(tokens: float) -> int:
-    """Return the block size for a source of `tokens` tokens: the largest power of two with which it has `_WANTED_BLOCKS`.
+    """Return the block size for a source of `tokens` tokens: the largest power of two that gives it at least
+    `_WANTED_BLOCKS` blocks.
 
-    Blocks have at least `_MIN_BLOCK_TOKENS`, so a small source has fewer of them.
+    Blocks have `_MIN_BLOCK_TOKENS` to `_MAX_BLOCK_TOKENS` tokens, so a small source has fewer of them.
     """
     size = _MAX_BLOCK_TOKENS
     while size > _MIN_BLOCK_TOKENS and tokens < _WANTED_BLOCKS * size:

@@ -37,7 +37,7 @@ _ENDINGS: dict[type, tuple[str, ...]] = {
 
 
 class File(NamedTuple):
-    """One file of a source."""
+    """A file of a source: its path, its size, and what shows that it has changed."""
 
     path: str
     size: int

@@ -74,7 +74,7 @@ class Read(PipelineStep):
         )
 
     def _limited(self, account: Account, rank: int, world_size: int) -> Iterator[Document]:
-        """Yield the documents of a part, up to an equal fraction of `limit_mb` million characters for each part."""
+        """Yield the documents of one part of a source, up to its equal share of `limit_mb` million characters."""
         files = self.files[rank::world_size]
         # Every part has the same limit, so that the result does not depend on which part is read first.
         left = self.settings.limit_mb * 1e6 / world_size if self.settings.limit_mb else float("inf")

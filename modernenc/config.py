@@ -76,7 +76,8 @@ class Phase:
     final_lr_factor: float = 0
     """Fraction of `lr` left at the end of a decaying curve, in [0, 1]."""
     weight_decay: float = MISSING
-    """Weight decay of the parameters that decay, as the optimizer defines it."""
+    """Weight decay of parameters with two or more dimensions; each optimizer's docstring says how it scales with the learning
+    rate."""
     mask_ratio: float = MISSING
     """Fraction of the text tokens that are predicted, in (0, 1)."""
     mix: dict[str, float] = MISSING
@@ -205,7 +206,7 @@ class Validation:
 
 @dataclass
 class Watch:
-    """When to report that training has become unstable."""
+    """Settings of the monitor that reports when training has become unstable."""
 
     action: str = MISSING
     """`off`, `warn`, or `stop`: end the run after `patience` spikes in a row, without saving, and name the checkpoint to
@@ -303,7 +304,7 @@ class Run:
     """Largest norm of a step's gradient; a larger gradient is scaled down to it. 0 means no limit."""
     init: Init = field(default_factory=Init)
     tasks: dict[str, Task] = field(default_factory=dict)
-    """Objectives besides masked LM, by name, such as `+task@tasks.swag=multiple_choice` adds one; each has its own head on the
+    """Objectives besides masked LM, by name; `+task@tasks.swag=multiple_choice` adds one. Each has its own head on the
     backbone."""
     phases: dict[str, Phase] = MISSING
     """The curriculum, in order."""

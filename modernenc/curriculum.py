@@ -187,7 +187,7 @@ class Curriculum:
         return sum(stage.steps_of(MASKED_LM, stage.steps) * stage.batch_rows * stage.seq_len for stage in stages)
 
     def _rows_before(self, stage: Stage) -> int:
-        """Return the rows of text in the phase before a stage."""
+        """Return the number of text rows that its phase has before a stage starts."""
         earlier = (other for other in self.stages_of(stage.phase) if other.first_step < stage.first_step)
         return sum(other.steps_of(MASKED_LM, other.steps) * other.batch_rows for other in earlier)
 
@@ -308,7 +308,7 @@ def _check(name: str, phase: Phase) -> None:
 
 
 def _check_tasks(phases: dict[str, Phase], tasks: dict[str, Task]) -> None:
-    """Raise ValueError for a task that cannot be trained, that is not, or that is not there."""
+    """Raise ValueError for a task with invalid settings, one that no phase trains, or an objective that is no task."""
     wanted = {objective: name for name, phase in phases.items() for objective in objectives_of(phase)}
     for name, phase in wanted.items():
         if name not in (MASKED_LM, *tasks):

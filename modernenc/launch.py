@@ -30,7 +30,7 @@ def main() -> None:
 
 def show(config: Run) -> None:
     """Print the script, after the checks that need no data."""
-    run = _placed(resolve(config))
+    run = _apply_cluster(resolve(config))
     check_settings(run)
     print(script(run), end="")
 
@@ -41,7 +41,7 @@ def submit(config: Run) -> None:
         raise FileNotFoundError(
             f"sbatch is not on this machine: run this where jobs are submitted, or see the script with {_DRY_RUN}"
         )
-    run = _placed(resolve(config))
+    run = _apply_cluster(resolve(config))
     curriculum, corpus = check_run(run)
     run.data.root = str(corpus.store)
     from modernenc.planning.tables import plan_text  # torch takes seconds to import
@@ -117,8 +117,8 @@ exit "$status"
 """
 
 
-def _placed(run: Run) -> Run:
-    """Give the run the cluster's processes, and a folder that a job finds from anywhere."""
+def _apply_cluster(run: Run) -> Run:
+    """Set, in place, the devices and nodes that `cluster` requests, and make `run_dir` absolute; return the run."""
     run.run_dir = str(Path(run.run_dir).resolve())
     run.trainer.devices, run.trainer.num_nodes = run.cluster.tasks_per_node, run.cluster.nodes
     return run

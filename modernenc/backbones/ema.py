@@ -82,11 +82,11 @@ class MultiDimensionDampedEMA(nn.Module):
 
 
 def scan(x: Float[Tensor, "tokens hidden"], ema: EMACoefficients, documents: Documents) -> Float[Tensor, "tokens hidden"]:
-    """Convolve by segments: matrix products inside each, and states that enter it from the segments before and after.
+    """Compute the moving averages of packed documents, segment by segment of 64 tokens.
 
     1. Inside a segment, the convolution of both directions is one Toeplitz matrix per channel.
-    2. All that a segment means to later ones are its states at its end, sum of q^(63-t) x[t]; for the other direction, at its
-       start. Both products share their right side, so they are one.
+    2. A segment affects later ones only through its states at its end, the sum over its tokens t of q^(63-t) x[t] with the
+       decay q; in the other direction, through its states at its start. One matrix product computes both.
     3. States pass from segment to segment, each decaying by q^64: `modernenc.kernels.state_passing`.
     4. The states that enter a segment are read out at each of its tokens.
     """

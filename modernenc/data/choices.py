@@ -1,6 +1,6 @@
 """Multiple choice in the file layout of SWAG (Zellers et al. 2018, arXiv:1808.05326): files -> items -> micro-batches.
 
-1. A file has N items. Item n of a run is item n mod N of a seeded permutation for epoch n div N: a pure function, so there is
+1. A file has N items. Item n of a run is item n mod N of a seeded permutation for pass n div N: a pure function, so there is
    no state to save.
 2. Each choice is a document of its own, [cls] context [sep] ending [sep]; an item is four consecutive documents.
 3. Rank r of W takes the items n with n mod W = r.
@@ -46,7 +46,7 @@ class Choice(NamedTuple):
 
 
 def read(path: Path, key: str) -> list[Item]:
-    """Read the items of a file.
+    """Return the multiple-choice questions of a CSV file.
 
     Raises FileNotFoundError or ValueError; the message begins with `key`, the setting that gave the path, and names the line
     that is not an item.
@@ -90,7 +90,7 @@ class Choices:
         self._tokenizer_file = corpus.tokenizer_file
         self._seed = (seed, seed_of(name))
         self._order: tuple[int, list[int]] = (-1, [])
-        """The epoch of the last item drawn, and its permutation: consecutive items need the same one."""
+        """The pass of the last item drawn, and its permutation: consecutive items need the same one."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the tokenizer: a pickled one loses the setting that special tokens in text are text."""
@@ -101,7 +101,7 @@ class Choices:
         return load_tokenizer(self._tokenizer_file)
 
     def drawn(self, number: int) -> Item:
-        """Return item `number` of a run; numbers continue from epoch to epoch."""
+        """Return item `number` of a run; numbers continue from pass to pass."""
         epoch, place = divmod(number, len(self.items))
         if self._order[0] != epoch:
             self._order = (epoch, np.random.default_rng([*self._seed, epoch]).permutation(len(self.items)).tolist())

@@ -40,11 +40,11 @@ def seed_of(name: str) -> int:
 
 
 class BlockOrder:
-    """The order in which the lanes walk the blocks of one slice, epoch after epoch.
+    """The order in which the lanes walk the blocks of one slice, pass after pass.
 
-    An epoch is a seeded permutation of the shards, then of the blocks within groups of `SHUFFLE_SHARDS` shards. It is cut
-    into one contiguous span per lane; spans differ by at most one block. In epoch e lane l walks span (l + e) mod lanes, so
-    each epoch contains each block once.
+    A pass is a seeded permutation of the shards, then of the blocks within groups of `SHUFFLE_SHARDS` shards. It is cut
+    into one contiguous span per lane; spans differ by at most one block. In pass p lane l walks span (l + p) mod lanes, so
+    each pass contains each block once.
     """
 
     def __init__(self, sizes: list[int], lanes: int, seed: int, name: str) -> None:
@@ -63,8 +63,8 @@ class BlockOrder:
 
     def block_at(self, lane: int, drawn: int) -> tuple[int, int]:
         """Return shard and index of the block that `lane` takes after it has drawn `drawn` blocks of this slice."""
-        # The spans of successive epochs, laid end to end, form one line. A lane starts at the beginning of its own span and
-        # walks on: at the end of the span it enters the next span of the next epoch.
+        # The spans of successive passes, laid end to end, form one line. A lane starts at the beginning of its own span and
+        # walks on: at the end of the span it enters the next span of the next pass.
         position = self._span_start(lane) + drawn
         span = (self.lanes * (position + 1) - 1) // self.blocks
         return self._permuted(span - lane, position % self.blocks)
@@ -74,7 +74,7 @@ class BlockOrder:
 
     def _permuted(self, epoch: int, position: int) -> tuple[int, int]:
         _, ends = self._shards(epoch)
-        # Only the group that holds the position is permuted: an epoch may have millions of blocks.
+        # Only the group that holds the position is permuted: a pass may have millions of blocks.
         group = int(np.searchsorted(ends[SHUFFLE_SHARDS - 1 :: SHUFFLE_SHARDS], position, side="right"))
         first = 0 if group == 0 else int(ends[group * SHUFFLE_SHARDS - 1])
         shard, index = self._group(epoch, group)[position - first].tolist()

@@ -138,10 +138,10 @@ class Steps:
         }
 
     def _lanes_in_phase(self, phase: str, state: DataState, lanes: dict[int, Lane]) -> dict[int, Lane]:
-        """The given lanes, or new ones where `phase` begins.
+        """Return the given lanes, or lanes for a new phase where `phase` begins.
 
-        A new lane continues its epoch of each slice after the last block it drew; the rows left in the buffer of the previous
-        phase, which have another length, are dropped.
+        A lane of a new phase continues its pass over each slice after the last block that the same lane drew; the rows left in
+        its old buffer, which have another length, are dropped.
         """
         if phase == state.phase:
             return lanes

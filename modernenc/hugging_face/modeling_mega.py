@@ -127,7 +127,7 @@ class MegaPreTrainedModel(PreTrainedModel):
 
 
 class MegaModel(MegaPreTrainedModel):
-    """Hidden states and, if built with a pooler, a pooled first token."""
+    """The MEGA encoder, which returns hidden states and, if built with a pooler, the pooled first token."""
 
     def __init__(self, config: MegaConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)

@@ -32,7 +32,7 @@ def _(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _to_gradients(logits, stride, vocab, targets, losses, best, COLUMNS: tl.constexpr):
-    """Each program owns a row: a first pass sums the exponentials online, a second one writes the gradients."""
+    """Cross-entropy of one row of logits per program instance: one pass sums exponentials online, another writes gradients."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     target = tl.load(targets + row)

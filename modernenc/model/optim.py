@@ -1,8 +1,9 @@
 """Optimizers: functions `(parameters, matrices, ...) -> optimizers`, chosen by `_target_` in `conf/optim/*.yaml`.
 
-Each parameter group carries `base_lr` and `decays`, and `apply` scales them by the curriculum. Embeddings decay, biases and
-norms do not. `lr` is the scale on which phases state their learning rates. `matrices` are the parameters that may be
-orthogonalised. The head of a task has its own optimizers, which pause while other objectives are trained.
+Each parameter group carries `base_lr` and `weight_decays`, and `apply` scales them by the curriculum. Weight decay applies to
+embeddings and matrices, not to biases and norms. `lr` is the scale on which phases state their learning rates. `matrices` are
+the parameters that may be orthogonalised. The head of a task has its own optimizers, which pause while other objectives are
+trained.
 """
 
 from collections.abc import Iterable, Sequence
@@ -95,7 +96,7 @@ def apply(optimizers: Iterable[Optimizer], spec: StepSpec, lr_scale: float) -> N
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * spec.lr / lr_scale
-            group["weight_decay"] = spec.weight_decay if group["decays"] else 0.0
+            group["weight_decay"] = spec.weight_decay if group["weight_decays"] else 0.0
             if "max_lr" in group:  # decoupled decay is relative to this peak
                 group["max_lr"] = group["base_lr"] * spec.peak_lr / lr_scale
 
@@ -157,5 +158,8 @@ def _like(parameter: nn.Parameter, value: Any) -> Any:
 def _groups(parameters: Parameters, lr: float) -> list[dict[str, Any]]:
     decays = [parameter for parameter in parameters if parameter.ndim > 1]
     others = [parameter for parameter in parameters if parameter.ndim <= 1]
-    groups = [{"params": decays, "base_lr": lr, "decays": True}, {"params": others, "base_lr": lr, "decays": False}]
+    groups = [
+        {"params": decays, "base_lr": lr, "weight_decays": True},
+        {"params": others, "base_lr": lr, "weight_decays": False},
+    ]
     return [group for group in groups if group["params"]]

@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, in the background, and verified before they are trusted.
 
-`checkpoints/end-of-<phase>.ckpt` is written at each phase boundary, `checkpoints/step-<step>.ckpt` between boundaries. A
-manifest of the same name (`.json`) with size, hash and position is written last: a checkpoint without a matching one is not
-whole.
+`checkpoints/end-of-<phase>.ckpt` is written at each phase boundary, `checkpoints/step-<step>.ckpt` between boundaries,
+`branch.ckpt` and `rollback-<number>.ckpt` where a branch or a rollback starts. A manifest of the same name (`.json`) with size,
+hash and position is written last: a checkpoint without a matching one is not whole.
 
 What is read is the same whatever strategy and number of ranks wrote it. If ranks wrote their own shards, the shards of ranks 1,
 2, ... lie beside the checkpoint as `<name>.1.part`, ..., each with a manifest, and the checkpoint is whole if all shards of one
@@ -33,9 +33,26 @@ from modernenc.run_folder.lineage import Event
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
+BRANCH = "branch"
+"""Name of the checkpoint that a branch starts from."""
 POSITION = ("tokens_seen", "step", "phase", "boundary")
 """What a manifest says about the position of a checkpoint."""
 _SHARD_SUFFIX = ".part"
+
+
+def end_of(phase: str) -> str:
+    """Return the name of the checkpoint at the end of a phase."""
+    return f"end-of-{phase}"
+
+
+def at_step(step: int | str) -> str:
+    """Return the name of the checkpoint after a step between boundaries; `*` gives the pattern of all such names."""
+    return f"step-{step:08d}" if isinstance(step, int) else f"step-{step}"
+
+
+def start_of_rollback(number: int) -> str:
+    """Return the name of the checkpoint that a rollback starts from."""
+    return f"rollback-{number}"
 
 
 @dataclass
@@ -273,7 +290,7 @@ def newest(run_dir: Path) -> Path | None:
 
 def prune(run_dir: Path, keep_last: int) -> None:
     """Delete all but the last `keep_last` checkpoints between boundaries; one that ranks still write does not count."""
-    between = sorted((run_dir / FOLDER).glob("step-*.ckpt"), key=sort_key)
+    between = sorted((run_dir / FOLDER).glob(f"{at_step('*')}.ckpt"), key=sort_key)
     finished = [checkpoint for checkpoint in between if _is_finished(checkpoint)]
     for checkpoint in between:
         if checkpoint not in finished[-keep_last:] and finished and sort_key(checkpoint) < sort_key(finished[-1]):

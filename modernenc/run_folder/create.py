@@ -29,7 +29,7 @@ def create(run: Run, plan: str, branch: checkpoints.Checkpoint | None = None, nu
         shutil.rmtree(folder / checkpoints.FOLDER, ignore_errors=True)  # left by a start that was interrupted
         if branch is not None:
             branch.run = plain(run)
-            checkpoints.write(branch, folder / checkpoints.FOLDER / "branch.ckpt")
+            checkpoints.write(branch, folder / checkpoints.FOLDER / f"{checkpoints.BRANCH}.ckpt")
         write_plan(folder, plan)
         lineage.write(folder, [])
         save(run)

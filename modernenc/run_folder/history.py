@@ -42,7 +42,7 @@ def record_start(run: Run, plan: str, checkpoint: Checkpoint | None, event: Even
         lineage.add(run_dir, event, ranks, position)
         return
     number = checkpoint.run["rollbacks"]
-    start = run_dir / checkpoints.FOLDER / f"rollback-{number}.ckpt"
+    start = run_dir / checkpoints.FOLDER / f"{checkpoints.start_of_rollback(number)}.ckpt"
     if checkpoints.sort_key(start) != (number, position):
         checkpoints.write(checkpoint, start)
     archive_after(run_dir, number, position)
@@ -53,7 +53,7 @@ def record_start(run: Run, plan: str, checkpoint: Checkpoint | None, event: Even
 
 
 def _point_latest(run_dir: Path) -> None:
-    """Let the link `latest`, beside the run, lead to it."""
+    """Point the link `latest`, beside the run, to it."""
     latest = run_dir.parent / "latest"
     partial_path(latest).unlink(missing_ok=True)
     partial_path(latest).symlink_to(run_dir.name)

@@ -57,7 +57,7 @@ def write(run_dir: Path, entries: list[dict[str, Any]]) -> None:
 
 
 def add(run_dir: Path, event: Event, ranks: int, tokens_seen: int) -> None:
-    """Append an entry for an event that happens now, on so many ranks, after `tokens_seen` tokens."""
+    """Append an entry for an event that happens now, on `ranks` ranks, after `tokens_seen` tokens."""
     entry = {
         **event.plain(),
         "tokens_seen": tokens_seen,

@@ -54,13 +54,13 @@ class Series:
         self._next_plateau = 0
 
     def update(self, point: Observation) -> str:
-        """Compare a row with those before and put it to them; what is wrong with it, or nothing."""
-        warning = self._judged(point) if len(self._points) >= _ENOUGH else ""
+        """Compare a row of metrics with the earlier ones, then append it; return a warning, or an empty string."""
+        warning = self._judge(point) if len(self._points) >= _ENOUGH else ""
         oldest = point.tokens_seen - self.run.watch.window_tokens
         self._points = [other for other in [*self._points, point] if other.tokens_seen >= oldest]
         return warning
 
-    def _judged(self, point: Observation) -> str:
+    def _judge(self, point: Observation) -> str:
         loss = z_score(point.loss, [other.loss for other in self._points])
         gradient = z_score(point.log_grad_norm, [other.log_grad_norm for other in self._points])
         if not all(math.isfinite(value) for value in point[1:]) or max(loss, gradient) > self.run.watch.z_threshold:
