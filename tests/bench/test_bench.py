@@ -163,7 +163,7 @@ CELLS = (
     "step",
     "sparse",
     "run",
-    "window blocks 64",
+    "window tiled 64",
     "window FA3 64",
     "other ettin",
     "optimizer muon",
