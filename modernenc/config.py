@@ -11,6 +11,7 @@ from typing import Any, cast, get_args, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import ConfigKeyError
 
 from modernenc.atomic import partial_path
 from modernenc.quoting import assigned
@@ -405,8 +406,17 @@ def save(run: Run) -> None:
 
 
 def load(run_dir: Path) -> Run:
-    """Return the configuration that a run was started with; FileNotFoundError if the folder holds none."""
+    """Return the configuration that a run was started with.
+
+    Raises FileNotFoundError if the folder holds none, ValueError if another version wrote it, with other keys.
+    """
     path = run_dir / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{run_dir} holds no run: {CONFIG} is missing; give a folder that modernenc.train made")
-    return from_plain(OmegaConf.load(path))
+    try:
+        return from_plain(OmegaConf.load(path))
+    except ConfigKeyError as error:
+        raise ValueError(
+            f"{path} was written by another version of modernenc: {error.key} is no key here; go on with the version that "
+            "wrote it"
+        ) from error

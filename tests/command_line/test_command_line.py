@@ -22,7 +22,7 @@ from omegaconf import OmegaConf, open_dict
 from data_prep.config import CorpusConfig
 from data_prep.config import register as register_corpora
 from modernenc.cli import typed
-from modernenc.config import CONF_DIR, RECIPES_DIR, Data, changed
+from modernenc.config import CONF_DIR, CONFIG, RECIPES_DIR, RENAMED, Data, changed, save
 from modernenc.quoting import quoted
 from support.commands import ROOT, error
 from support.runs import composed, small
@@ -204,3 +204,21 @@ def test_commands_in_messages_have_modules_flags_and_keys_that_exist(file, words
         if module.startswith("modernenc") and name not in ("recipe", "from", "rehearse", "cluster", "parts"):
             run = composed(["+recipe=large" if file == "large.yaml" else "+recipe=demo"])
             assert OmegaConf.select(OmegaConf.structured(run), name) is not None, (file, words)
+
+
+@pytest.mark.parametrize("former", RENAMED)
+def test_a_former_name_of_a_key_is_answered_with_the_present_one(former):
+    assert (
+        error("modernenc.plan", "+recipe=demo", f"{former}=1")
+        == f"error: {former} is now called {RENAMED[former]}: use that name"
+    )
+
+
+def test_a_run_of_another_version_is_named(tmp_path):
+    run = composed(["+recipe=demo", f"run_dir={tmp_path}"])
+    save(run)
+    file = tmp_path / CONFIG
+    file.write_text(file.read_text().replace("smoke_test:", "rehearse:"))
+    assert f"{file} was written by another version of modernenc: rehearse is no key here" in error(
+        "modernenc.resume", str(tmp_path)
+    )
