@@ -120,8 +120,9 @@ def fields(node: ast.ClassDef) -> Iterator[tuple[str, str, str, str]]:
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             value = ast.unparse(statement.value) if statement.value else ""
             default = "" if value == "MISSING" or value.startswith("field(") else value.replace("'", '"')
-            explained = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            meaning = " ".join(str(after.value.value).split()) if explained else ""  # type: ignore[union-attr]
+            meaning = ""
+            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                meaning = " ".join(str(after.value.value).split())
             yield statement.target.id, ast.unparse(statement.annotation), default, meaning
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from modernenc.cli import one_line_errors
 
-AVERAGES = ("exponential", "one_minus_sqrt", "uniform")
-
 
 def main() -> None:
     """Compare what the command line names."""
@@ -18,7 +16,9 @@ def main() -> None:
         prog="python -m modernenc.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("paths", type=Path, nargs="+", help="checkpoints, or run folders (their newest is taken)")
-    parser.add_argument("--average", choices=AVERAGES, action="append", default=[], help="also validate their average")
+    parser.add_argument(
+        "--average", action="append", default=[], help="also validate their average: exponential, one_minus_sqrt, uniform"
+    )
     arguments = parser.parse_args()
     with one_line_errors():
         from modernenc.reporting.comparison import compare, show  # torch takes seconds to import

@@ -19,19 +19,11 @@ from modernenc.backbones import Backbone
 from modernenc.config import Run
 from modernenc.data.tokenizer import ROLE_NAMES
 from modernenc.model.build import weights_of
-from modernenc.model.init_source import Source, read_source
+from modernenc.model.init_source import Source
 
 _LAYER = re.compile(r"^(backbone\.layers\.)(\d+)(\..+)$")
 _BY_TOKEN = ("decoder.weight", "decoder.bias")
 """Weights with a row per token, besides the embedding."""
-
-
-def initialise(model: Any, run: Run, tokenizer: Path) -> list[str]:
-    """Initialise a `MaskedLM` from `run.init.source`; return the names of weights that the source lacks, which stay random.
-
-    `tokenizer` is the file of the run's tokenizer. Raises ValueError as `fill` does.
-    """
-    return fill(model, read_source(Path(run.init.source), run), run, tokenizer)
 
 
 @torch.no_grad()

@@ -40,8 +40,10 @@ KINDS: dict[str, Callable[[int], list[float]]] = {"uniform": uniform, "exponenti
 def average(paths: list[Path], kind: str) -> Checkpoint:
     """Return the last checkpoint with the averaged weights of all, summed in fp64, without optimizer states.
 
-    Raises ValueError, naming the checkpoint, if one is not whole or belongs to another model.
+    Raises ValueError if `kind` is unknown, or, naming the checkpoint, if one is not whole or belongs to another model.
     """
+    if kind not in KINDS:
+        raise ValueError(f"--average {kind}: expected one of {', '.join(sorted(KINDS))}")
     paths = sorted(paths, key=sort_key)
     sums: dict[str, Any] = {}
     last = None

@@ -24,7 +24,8 @@ from modernenc.hugging_face import converter_of
 from modernenc.hugging_face.config_json import arguments_from
 from modernenc.model.build import build_objectives, masked_lm_with, weights_of
 from modernenc.model.export import export
-from modernenc.model.initialization import initialise, map_layers, spell_with, tile_weight, transfer_embeddings
+from modernenc.model.init_source import read_source
+from modernenc.model.initialization import fill, map_layers, spell_with, tile_weight, transfer_embeddings
 from modernenc.model.load import load_masked_lm
 from modernenc.model.unigrams import init_decoder_bias_from_unigrams
 from modernenc.planning.checks import check_run
@@ -52,7 +53,7 @@ def trained(request, small_run, tmp_path) -> tuple[str, Path]:
 def filled(run) -> dict[str, torch.Tensor]:
     """The weights that a run begins with."""
     objective = build_objectives(run).masked_lm
-    initialise(objective, run, Corpus.of(run.data).tokenizer_file)
+    fill(objective, read_source(Path(run.init.source), run), run, Corpus.of(run.data).tokenizer_file)
     return {name: value.detach().clone() for name, value in weights_of(objective).items()}
 
 
@@ -62,7 +63,7 @@ def loss_of_the_first_step(run: Run, begins: bool) -> float:
     objective = build_objectives(run).masked_lm
     curriculum, corpus = check_run(run)
     if begins:
-        initialise(objective, run, corpus.tokenizer_file)
+        fill(objective, read_source(Path(run.init.source), run), run, corpus.tokenizer_file)
     step = next(iter(Steps(run, curriculum, corpus, 0, 1, DataState())))
     return sum(float(objective(batch)[0]) for batch in step.micro_batches) / step.targets
 
@@ -261,7 +262,7 @@ def begun(folder: Path, config: dict[str, Any]) -> Any:
     model = masked_lm_with({"_target_": "modernenc.backbones.modernbert.ModernBERT", **settings}).eval()
     backbone = {"_target_": "modernenc.backbones.modernbert.ModernBERT", **settings}
     run: Any = SimpleNamespace(backbone=backbone, init=Init(source=str(folder)))
-    initialise(model, run, Path("none"))
+    fill(model, read_source(Path(run.init.source), run), run, Path("none"))
     return model
 
 

@@ -87,3 +87,9 @@ def test_what_cannot_be_averaged_is_named(checkpoints, small_run, tmp_path):
         export(found, tmp_path / "out")
     with pytest.raises(ValueError, match="one checkpoint, or several and --average"):
         export(found[:1], tmp_path / "out", "uniform")
+
+
+def test_an_unknown_average_is_named(checkpoints):
+    _, found = checkpoints
+    with pytest.raises(ValueError, match="--average median: expected one of exponential, one_minus_sqrt, uniform"):
+        average(found, "median")
