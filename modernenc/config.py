@@ -1,19 +1,22 @@
 """The typed schema of a run, and where its YAML files live.
 
 `conf/` holds the parts (one YAML file is one option of one group), `recipes/` the runs. Each field is explained here, gets its
-value in `conf/`, and is chosen in a recipe. Token budgets are floats so that `5e9` may be written; they must be whole numbers.
+value in `conf/`, and is chosen in a recipe. The range of a number and the choices of a word stand in its annotation, which
+`modernenc.ranges` checks. Token budgets are floats so that `5e9` may be written; they must be whole numbers.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast, get_args, get_type_hints
+from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
 
+from annotated_types import Ge, Gt, Interval, MultipleOf
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError
 
 from modernenc.atomic import partial_path
+from modernenc.frozen import frozen
 from modernenc.quoting import assigned
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -39,58 +42,58 @@ RENAMED = {
 """Former names of keys, each with the present one."""
 
 
-@dataclass
+@frozen
 class Ramp:
     """A batch-size ramp: stages of `start_rows`, `start_rows + step_rows`, ... below the phase's `batch_rows`."""
 
-    tokens: float = 0
+    tokens: Annotated[float, Ge(0), MultipleOf(1)] = 0
     """Tokens of all stages together; 0 means no ramp."""
-    start_rows: int = 0
+    start_rows: Annotated[int, Ge(0)] = 0
     """Rows of the global batch in the first stage."""
-    step_rows: int = 0
+    step_rows: Annotated[int, Ge(0)] = 0
     """Rows added from one stage to the next."""
-    equal: str = "steps"
+    equal: Annotated[str, Literal["steps", "tokens"]] = "steps"
     """Whether all stages last the same number of `steps`, so that a stage's tokens are proportional to its rows, or of
     `tokens`, so that the batch grows linearly in tokens."""
 
 
-@dataclass
+@frozen
 class Phase:
     """One row of the curriculum table."""
 
-    tokens: float = MISSING
+    tokens: Annotated[float, Gt(0), MultipleOf(1)] = MISSING
     """Budget in tokens of row capacity (rows x seq_len); the phase ends at the first step boundary at or past it."""
-    seq_len: int = MISSING
+    seq_len: Annotated[int, Ge(8)] = MISSING
     """Row length in tokens, special tokens included."""
-    batch_rows: int = MISSING
+    batch_rows: Annotated[int, Ge(0)] = MISSING
     """Rows of the global batch, over all ranks and accumulation."""
     ramp: Ramp = field(default_factory=Ramp)
     """Batch-size ramp at the start of the phase."""
-    lr: float = MISSING
+    lr: Annotated[float, Interval(gt=0, le=100)] = MISSING
     """Peak learning rate of the phase, on the scale of `optim.lr`."""
     lr_curve: str = MISSING
     """Shape of the learning rate from the end of the warmup to the end of the phase: a function of `modernenc.schedules`."""
-    warmup_tokens: float = 0
+    warmup_tokens: Annotated[float, Ge(0), MultipleOf(1)] = 0
     """Tokens of linear warmup at the start of the phase."""
-    first_lr_factor: float = 0
+    first_lr_factor: Annotated[float, Interval(ge=0, le=1)] = 0
     """Fraction of `lr` at which the warmup begins, in [0, 1]; above 0 it continues from where the previous phase ended."""
-    final_lr_factor: float = 0
+    final_lr_factor: Annotated[float, Interval(ge=0, le=1)] = 0
     """Fraction of `lr` left at the end of a decaying curve, in [0, 1]."""
-    weight_decay: float = MISSING
+    weight_decay: Annotated[float, Interval(ge=0, le=10)] = MISSING
     """Weight decay of parameters with two or more dimensions; each optimizer's docstring says how it scales with the learning
     rate."""
-    mask_ratio: float = MISSING
+    mask_ratio: Annotated[float, Interval(gt=0, lt=1)] = MISSING
     """Fraction of the text tokens that are predicted, in (0, 1)."""
-    mix: dict[str, float] = MISSING
+    mix: dict[str, Annotated[float, Ge(0)]] = MISSING
     """Relative proportion of tokens by source (`wiki`), or by one slice of a source (`wiki/slice-001`); 0 leaves it out."""
-    objectives: dict[str, int] = field(default_factory=dict)
+    objectives: dict[str, Annotated[int, Ge(0)]] = field(default_factory=dict)
     """Steps of each objective in one cycle: `masked_lm`, or one of `tasks`; empty means masked LM alone. A phase without masked
     LM draws no text: its `batch_rows` is 0, its `mix` is empty, and `seq_len` and `mask_ratio` apply to validation."""
     backbone: dict[str, Any] = field(default_factory=dict)
     """Attributes of the backbone to set when the phase starts, such as `global_rope_theta`."""
 
 
-@dataclass
+@frozen
 class Task:
     """Multiple choice in the layout of SWAG: a context and four endings, one of which is right."""
 
@@ -98,24 +101,24 @@ class Task:
     """CSV file with the columns sent1, sent2, ending0 to ending3 and label, 0 to 3."""
     validation: str = field(default=MISSING, metadata=_RESUMABLE)
     """CSV file of held-out items with the same columns."""
-    validation_items: int = 1_000
+    validation_items: Annotated[int, Ge(1)] = 1_000
     """Number of held-out items that are used, from the first on."""
-    seq_len: int = MISSING
+    seq_len: Annotated[int, Ge(16)] = MISSING
     """Length in tokens of a context with one ending, special tokens included; a longer context loses its beginning."""
-    batch_items: int = MISSING
+    batch_items: Annotated[int, Ge(1)] = MISSING
     """Items of the global batch, over all ranks and accumulation; the clock counts 4 x seq_len tokens for each."""
-    lr_factor: float = 1
+    lr_factor: Annotated[float, Gt(0)] = 1
     """Learning rate of the task's steps as a fraction of the phase's; more than 0."""
 
 
-@dataclass
+@frozen
 class Init:
     """Where the first weights come from."""
 
     source: str = ""
     """Checkpoint of any run (*.ckpt), or folder of a Hugging Face model, whose weights the run starts from; the run's backbone
     may be wider and deeper. Empty means random weights."""
-    layer_mapping: str = "by_depth"
+    layer_mapping: Annotated[str, Literal["by_depth", "by_type"]] = "by_depth"
     """How the layers of the source map to a deeper backbone: `by_depth` takes the layer at the same relative depth,
     `by_type` the nearest layer of the same attention type."""
     tokenizer: str = ""
@@ -126,7 +129,7 @@ class Init:
     learning it."""
 
 
-@dataclass
+@frozen
 class Data:
     """Where the shards are, and how lanes pack them into rows."""
 
@@ -134,16 +137,16 @@ class Data:
     """Folder that `python -m data_prep` wrote, or the URL of a copy: s3://, gs://, az://, sftp://, hf://datasets/ORG/NAME@REVISION/."""
     cache: str = field(default="", metadata=_RESUMABLE)
     """Folder on this machine for the shards of a remote root; empty for a local one, which is read in place."""
-    timeout_s: float = field(default=60, metadata=_RESUMABLE)
+    timeout_s: Annotated[float, Gt(0)] = field(default=60, metadata=_RESUMABLE)
     """Seconds without data after which a read of a remote counts as failed; a read is tried three times."""
-    lanes: int = MISSING
+    lanes: Annotated[int, Ge(0)] = MISSING
     """Number of lanes: the unit of data order, and the largest number of ranks. The rows of a step come from that many packing
     buffers, so few lanes mean few documents. 0 chooses a number that suits the corpus (`modernenc.planning.sizes`)."""
-    buffer_rows: int = MISSING
+    buffer_rows: Annotated[int, Ge(0)] = MISSING
     """Size of a lane's packing buffer in rows: the text that it packs at a time. 0 chooses a size that suits the corpus."""
     from_corpus: list[str] = field(default_factory=list, metadata=_RESUMABLE)
     """Settings that were 0 and were chosen by the corpus; filled in by the program, for readers of config.yaml."""
-    workers: int = field(default=MISSING, metadata=_RESUMABLE)
+    workers: Annotated[int, Literal[0, 1]] = field(default=MISSING, metadata=_RESUMABLE)
     """Loader processes per rank: 0 or 1. The data do not depend on it."""
     hint: str = field(
         default="prepare it with: python -m data_prep +corpus=jsonl input=DIR out=data/NAME sources.text.licence=LICENCE",
@@ -152,27 +155,27 @@ class Data:
     """Advice for a user who lacks the data. It ends with a command in which names in capitals are to be replaced."""
 
 
-@dataclass
+@frozen
 class Trainer:
     """Hardware and precision. Nothing here changes which tokens a step sees."""
 
-    accelerator: str = MISSING
+    accelerator: Annotated[str, Literal["auto", "cpu", "gpu"]] = MISSING
     """Lightning's accelerator: auto, cpu or gpu."""
-    devices: int = MISSING
+    devices: Annotated[int, Ge(1)] = MISSING
     """Devices per node."""
-    num_nodes: int = 1
+    num_nodes: Annotated[int, Ge(1)] = 1
     """Nodes."""
-    strategy: str = "auto"
+    strategy: Annotated[str, Literal["auto", "ddp", "fsdp"]] = "auto"
     """How several devices share the work: auto (ddp if there are several), ddp, or fsdp (FSDP2, which splits weights and
     optimizer states over the devices)."""
-    precision: str = MISSING
+    precision: Annotated[str, Literal["bf16-mixed", "32-true"]] = MISSING
     """`bf16-mixed` (fp32 weights, bf16 matrix products) or `32-true`."""
-    determinism: str = "fast"
+    determinism: Annotated[str, Literal["fast", "strict"]] = "fast"
     """`fast`, or `strict`: the same run gives the same bits on GPUs too, by slower kernels where necessary. A CPU always gives
     the same bits."""
-    micro_batch_tokens: int = MISSING
+    micro_batch_tokens: Annotated[int, Ge(1)] = MISSING
     """Row capacity of one forward pass per device; a micro-batch holds at least one row."""
-    activation_checkpointing_every: int = 0
+    activation_checkpointing_every: Annotated[int, Ge(0)] = 0
     """Recompute every n-th layer in the backward pass instead of keeping its activations. 1 means every layer, which takes
     about a third more time and saves most memory; 0 means none. Results are bit-identical."""
     compile: bool = False
@@ -180,53 +183,53 @@ class Trainer:
     eager mode, so a run should not switch midway. The CPU path is never compiled."""
 
 
-@dataclass
+@frozen
 class CheckpointSettings:
     """When to save. Checkpoints at phase boundaries are always written and never deleted."""
 
-    every_tokens: float = MISSING
+    every_tokens: Annotated[float, Ge(0)] = MISSING
     """Save each time this many tokens were seen; 0 means never."""
-    every_minutes: float = MISSING
+    every_minutes: Annotated[float, Ge(0)] = MISSING
     """Save each time this many minutes have passed; 0 means never."""
-    keep_last: int = MISSING
+    keep_last: Annotated[int, Ge(1)] = MISSING
     """Number of checkpoints between boundaries to keep."""
     distributed: bool = False
     """Under trainer.strategy=fsdp, let each rank write its own shard, so that no rank gathers the whole; all nodes must see the
     folder. Any strategy on any number of ranks resumes from either kind."""
 
 
-@dataclass
+@frozen
 class Validation:
     """When to validate, and on how much held-out text. Validation at phase boundaries always takes place."""
 
-    every_tokens: float = MISSING
+    every_tokens: Annotated[float, Ge(0)] = MISSING
     """Validate each time this many tokens were seen; 0 means at phase boundaries only."""
-    tokens_per_source: int = MISSING
+    tokens_per_source: Annotated[int, Ge(1)] = MISSING
     """Largest row capacity taken from each source's held-out text."""
 
 
-@dataclass
+@frozen
 class Watch:
     """Settings of the monitor that reports when training has become unstable."""
 
-    action: str = MISSING
+    action: Annotated[str, Literal["off", "warn", "stop"]] = MISSING
     """`off`, `warn`, or `stop`: end the run after `patience` spikes in a row, without saving, and name the checkpoint to
     go back to."""
-    window_tokens: float = MISSING
+    window_tokens: Annotated[float, Gt(0)] = MISSING
     """A new row of metrics is compared with the rows of the last `window_tokens` tokens."""
-    z_threshold: float = MISSING
+    z_threshold: Annotated[float, Gt(0)] = MISSING
     """A loss or log gradient norm this many robust standard deviations above the median counts as a spike."""
-    patience: int = MISSING
+    patience: Annotated[int, Ge(1)] = MISSING
     """Number of consecutive spikes, in rows of metrics, after which `stop` stops."""
 
 
-@dataclass
+@frozen
 class Logger:
     """Where metrics go besides `metrics.csv`."""
 
-    every_steps: int = MISSING
+    every_steps: Annotated[int, Ge(1)] = MISSING
     """Steps between two rows of metrics."""
-    wandb: str = MISSING
+    wandb: Annotated[str, Literal["off", "offline", "online"]] = MISSING
     """Weights & Biases: off, offline, or online (which falls back to offline without a login)."""
     project: str = "modernenc"
     """Project in Weights & Biases."""
@@ -234,21 +237,21 @@ class Logger:
     """Id of the run in Weights & Biases, generated at the start. A resumed run continues under it; a branch has its own."""
 
 
-@dataclass
+@frozen
 class Cluster:
     """What `modernenc.launch` requests from SLURM; `trainer.devices` and `trainer.num_nodes` follow, one process per task."""
 
-    nodes: int = 1
+    nodes: Annotated[int, Ge(1)] = 1
     """Nodes."""
-    tasks_per_node: int = 1
+    tasks_per_node: Annotated[int, Ge(1)] = 1
     """Processes per node: as many as GPUs, if there are any."""
-    gpus_per_node: int = 0
+    gpus_per_node: Annotated[int, Ge(0)] = 0
     """GPUs per node; 0 requests none."""
-    cpus_per_task: int = 1
+    cpus_per_task: Annotated[int, Ge(1)] = 1
     """Processor cores per process: threads of the model on a CPU, the loader beside a GPU."""
     time: str = ""
     """Time limit in sbatch's format: hours:minutes:seconds."""
-    signal_s: int = 300
+    signal_s: Annotated[int, Ge(1)] = 300
     """Seconds before the limit at which the run is signalled to save: longer than a step, a validation and a save take."""
     partition: str = ""
     """Partition; empty leaves the choice to the cluster."""
@@ -264,22 +267,22 @@ class Cluster:
     """Folder on each node's own disk: each job gets a TMPDIR there, deleted when it ends; empty leaves TMPDIR as it is."""
 
 
-@dataclass
+@frozen
 class Estimate:
     """Assumptions for the time and cost estimates of `modernenc.plan`; training ignores them."""
 
     device: str = ""
     """One of `modernenc.planning.devices.DEVICES`; empty omits hours and the check of memory."""
-    mfu: float = 0.25
+    mfu: Annotated[float, Interval(gt=0, le=1)] = 0.25
     """Model FLOP utilization: the fraction of the device's bf16 peak that training reaches. ModernBERT-base took 245.6 hours on
     8 H100, which is 0.26."""
-    tokens_per_s: float = 0
+    tokens_per_s: Annotated[float, Ge(0)] = 0
     """Measured tokens a second on one device; if it is not 0, it replaces `device` and `mfu`."""
-    price_per_hour: float = 0
+    price_per_hour: Annotated[float, Ge(0)] = 0
     """Price of one device for an hour, in any currency."""
 
 
-@dataclass
+@frozen
 class Run:
     """One reproducible training."""
 
@@ -292,16 +295,16 @@ class Run:
     smoke_test: str = ""
     """Corpus on which to try the recipe, scaled down to minutes on a laptop (`modernenc.planning.smoke_test`); empty trains
     it in full."""
-    rollbacks: int = field(default=0, metadata=_IDENTITY)
+    rollbacks: Annotated[int, Ge(0)] = field(default=0, metadata=_IDENTITY)
     """Number of times the run went back to a checkpoint; counted by `modernenc.resume`."""
-    seed: int = MISSING
+    seed: Annotated[int, Interval(ge=0, lt=1 << 63)] = MISSING
     """Seed of initialisation, data order, masks and dropout."""
-    backbone: Any = MISSING
+    backbone: dict[str, Any] = MISSING
     """`_target_`, a backbone class, and its arguments. `vocab_size` 0 means the size of the corpus's tokenizer, rounded up to a
     multiple of 64."""
-    optim: Any = MISSING
+    optim: dict[str, Any] = MISSING
     """`_target_`, a function of `modernenc.model.optim`, and its arguments, among them `lr` and `weight_decay`."""
-    clip_grad_norm: float = 0
+    clip_grad_norm: Annotated[float, Ge(0)] = 0
     """Largest norm of a step's gradient; a larger gradient is scaled down to it. 0 means no limit."""
     init: Init = field(default_factory=Init)
     tasks: dict[str, Task] = field(default_factory=dict)
@@ -380,7 +383,7 @@ def from_plain(values: Any, run_dir: str = "") -> Run:
 
 
 def changed(run: Run, overrides: list[str]) -> Run:
-    """Return a copy of the run with `KEY=VALUE` settings changed."""
+    """Return the run with `KEY=VALUE` settings changed."""
     merged = OmegaConf.structured(run)
     for key, value in assigned(overrides):
         change = OmegaConf.create()

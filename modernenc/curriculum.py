@@ -6,6 +6,7 @@ objective, masked LM or a task of multiple choice, in a cycle that a phase repea
 """
 
 import math
+import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
@@ -13,15 +14,16 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
+from modernenc import ranges
 from modernenc.config import Phase, Run, Task
 from modernenc.schedules import LR_CURVES
 
-EQUAL = ("steps", "tokens")
-"""Units in which the stages of a batch-size ramp may have equal lengths."""
 MASKED_LM = "masked_lm"
 """The objective that reads text; the others are tasks."""
 CHOICES = 4
 """Endings of a multiple-choice item, each of which takes a row."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{,63}")
+"""Names of phases and tasks, which become parts of file names."""
 
 
 @dataclass(frozen=True)
@@ -268,18 +270,15 @@ def _budgets(phase: Phase) -> Iterator[tuple[int, float]]:
 
 def _check(name: str, phase: Phase) -> None:
     """Raise ValueError for the first value of a phase with which it cannot be trained."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"phases.{name}: expected a name of up to 64 letters, digits, `_`, `-` or `.`: checkpoints bear it")
+    ranges.check(f"phases.{name}", Phase, phase)
     ramp = phase.ramp
 
     def require(holds: bool, key: str, value: object, expected: str) -> None:
         if not holds:
             raise ValueError(f"phases.{name}.{key}={value}: expected {expected}")
 
-    for key in ("tokens", "warmup_tokens"):
-        require(float(getattr(phase, key)).is_integer(), key, getattr(phase, key), "a whole number of tokens")
-    require(phase.tokens > 0, "tokens", phase.tokens, "a positive budget")
-    require(phase.seq_len >= 8, "seq_len", phase.seq_len, "at least 8 tokens")
-    for objective, steps in phase.objectives.items():
-        require(steps >= 0, f"objectives.{objective}", steps, "a number of steps, 0 or more")
     if reads_text(phase):
         require(phase.batch_rows >= 1, "batch_rows", phase.batch_rows, "at least 1 row")
         require(any(phase.mix.values()), "mix", phase.mix, "at least one source with a proportion, such as {wiki: 1}")
@@ -288,23 +287,15 @@ def _check(name: str, phase: Phase) -> None:
         require(phase.batch_rows == 0, "batch_rows", phase.batch_rows, f"0, {why}")
         require(not any(phase.mix.values()), "mix", phase.mix, f"{{}}, {why}")
         require(not ramp.tokens, "ramp.tokens", ramp.tokens, f"0, {why}")
-    require(phase.lr > 0, "lr", phase.lr, "a positive learning rate")
     require(phase.lr_curve in LR_CURVES, "lr_curve", phase.lr_curve, f"one of {', '.join(LR_CURVES)}")
-    require(0 <= phase.warmup_tokens <= phase.tokens, "warmup_tokens", phase.warmup_tokens, "at most the phase's tokens")
-    require(0 <= phase.first_lr_factor <= 1, "first_lr_factor", phase.first_lr_factor, "a fraction in [0, 1]")
-    require(0 <= phase.final_lr_factor <= 1, "final_lr_factor", phase.final_lr_factor, "a fraction in [0, 1]")
-    require(phase.weight_decay >= 0, "weight_decay", phase.weight_decay, "0 or more")
-    require(0 < phase.mask_ratio < 1, "mask_ratio", phase.mask_ratio, "a fraction in (0, 1)")
-    for source, share in phase.mix.items():
-        require(share >= 0, f"mix.{source}", share, "a proportion, or 0 to leave the source out")
+    require(phase.warmup_tokens <= phase.tokens, "warmup_tokens", phase.warmup_tokens, "at most the phase's tokens")
     if ramp.tokens:
-        require(0 < ramp.tokens < phase.tokens, "ramp.tokens", ramp.tokens, f"less than the phase's {phase.tokens:.0f}")
+        require(ramp.tokens < phase.tokens, "ramp.tokens", ramp.tokens, f"less than the phase's {phase.tokens:.0f}")
         require(
             0 < ramp.start_rows < phase.batch_rows,
             "ramp.start_rows", ramp.start_rows, f"1 to {phase.batch_rows - 1}, below batch_rows",
         )  # fmt: skip
         require(ramp.step_rows > 0, "ramp.step_rows", ramp.step_rows, "at least 1 row")
-        require(ramp.equal in EQUAL, "ramp.equal", ramp.equal, f"one of {', '.join(EQUAL)}")
 
 
 def _check_tasks(phases: dict[str, Phase], tasks: dict[str, Task]) -> None:
@@ -317,12 +308,8 @@ def _check_tasks(phases: dict[str, Phase], tasks: dict[str, Task]) -> None:
                 f"what it is in tasks.{name}"
             )
     for name, task in tasks.items():
-        if name in (MASKED_LM, "all") or "/" in name:
-            raise ValueError(f"tasks.{name}: the name is taken, or has a slash; choose another")
+        if name in (MASKED_LM, "all") or not _NAME.fullmatch(name):
+            raise ValueError(f"tasks.{name}: the name is taken, or has other signs than letters, digits, `_`, `-` and `.`")
         if name not in wanted:
             raise ValueError(f"tasks.{name} is in the objectives of no phase; name it there, or leave it out")
-        for key, least in (("seq_len", 16), ("batch_items", 1), ("validation_items", 1)):
-            if getattr(task, key) < least:
-                raise ValueError(f"tasks.{name}.{key}={getattr(task, key)}: expected {least} or more")
-        if task.lr_factor <= 0:
-            raise ValueError(f"tasks.{name}.lr_factor={task.lr_factor}: expected more than 0")
+        ranges.check(f"tasks.{name}", Task, task)

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from modernenc.cli import given
@@ -43,11 +44,11 @@ def submit(config: Run) -> None:
         )
     run = _apply_cluster(resolve(config))
     curriculum, corpus = check_run(run)
-    run.data.root = str(corpus.store)
+    run = replace(run, data=replace(run.data, root=str(corpus.store)))
     from modernenc.planning.tables import plan_text  # torch takes seconds to import
     from modernenc.run_folder.create import create
 
-    create(run, plan_text(run, curriculum), numbered=not given("run_dir"))
+    run = create(run, plan_text(run, curriculum), numbered=not given("run_dir"))
     path = Path(run.run_dir) / JOB
     path.write_text(script(run))
     result = subprocess.run(["sbatch", "--parsable", path], capture_output=True, text=True, check=False)
@@ -118,10 +119,9 @@ exit "$status"
 
 
 def _apply_cluster(run: Run) -> Run:
-    """Set, in place, the devices and nodes that `cluster` requests, and make `run_dir` absolute; return the run."""
-    run.run_dir = str(Path(run.run_dir).resolve())
-    run.trainer.devices, run.trainer.num_nodes = run.cluster.tasks_per_node, run.cluster.nodes
-    return run
+    """Return the run with the devices and nodes that `cluster` requests, and an absolute `run_dir`."""
+    trainer = replace(run.trainer, devices=run.cluster.tasks_per_node, num_nodes=run.cluster.nodes)
+    return replace(run, run_dir=str(Path(run.run_dir).resolve()), trainer=trainer)
 
 
 if __name__ == "__main__":

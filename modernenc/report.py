@@ -1,6 +1,7 @@
 """Write one self-contained page on a run: `python -m modernenc.report RUN_DIR` makes `report.html` and `curriculum.png`."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from modernenc.cli import one_line_errors
@@ -13,8 +14,7 @@ def main() -> None:
     parser.add_argument("run_dir", type=Path, help="run folder")
     run_dir = parser.parse_args().run_dir
     with one_line_errors():
-        run = load(run_dir)
-        run.run_dir = str(run_dir)
+        run = replace(load(run_dir), run_dir=str(run_dir))
         from modernenc.reporting.page import write  # torch takes seconds to import
 
         print(write(run))

@@ -49,14 +49,13 @@ def branched(run: Run, corpus: Corpus) -> Checkpoint:
 def fork(run: Run, corpus: Corpus, checkpoint: Checkpoint, skip_tokens: int = 0) -> Checkpoint:
     """Return a checkpoint as the start of a run under other settings, with `skip_tokens` of row capacity of data skipped.
 
-    `run` takes over the finished phases from the checkpoint. Raises ValueError, naming the setting, if one would change what
-    was trained already.
+    That run, with the finished phases of the checkpoint, is `run` of what is returned. Raises ValueError, naming the setting,
+    if one would change what was trained already.
     """
     state, old = checkpoint.state, checkpoint.run
     before = from_plain(old, run.run_dir)
-    for name in done_phases(before, state.tokens_seen):
-        if name in run.phases:
-            run.phases[name] = before.phases[name]
+    done_before = done_phases(before, state.tokens_seen)
+    run = replace(run, phases={name: before.phases[name] if name in done_before else run.phases[name] for name in run.phases})
     new = plain(run)
     done = list(old["phases"])[: list(old["phases"]).index(state.phase) + 1]
     if list(new["phases"])[: len(done)] != done:

@@ -4,20 +4,13 @@ import importlib
 import importlib.util
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from modernenc import ranges
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum, reads_text
 from modernenc.data.blocks import Corpus
 from modernenc.planning.devices import DEVICES
-
-ACCELERATORS = ("auto", "cpu", "gpu")
-PRECISIONS = ("bf16-mixed", "32-true")
-STRATEGIES = ("auto", "ddp", "fsdp")
-DETERMINISM = ("fast", "strict")
-LAYER_MAPPINGS = ("by_depth", "by_type")
-ACTIONS = ("off", "warn", "stop")
-WANDB_MODES = ("off", "offline", "online")
 
 
 def check_run(run: Run) -> tuple[Curriculum, Corpus]:
@@ -52,90 +45,39 @@ def check_run(run: Run) -> tuple[Curriculum, Corpus]:
 def check_settings(run: Run) -> Curriculum:
     """Return the curriculum of a run whose settings are consistent, whatever the data; ValueError names one that is not."""
     curriculum = Curriculum.of(run)
-    _check_values(run)
+    ranges.check("", Run, run)
+    _check_combinations(run)
     _check_ranks(run)
     _check_arguments("optim", run.optim, given=("parameters", "matrices"))
     backbone = _check_arguments("backbone", run.backbone)
-    for name, task in run.tasks.items():
-        if task.seq_len > run.backbone["max_position"]:
+    lengths = {f"tasks.{name}": task.seq_len for name, task in run.tasks.items()}
+    for name, seq_len in {**lengths, **{f"phases.{name}": phase.seq_len for name, phase in run.phases.items()}}.items():
+        if seq_len > run.backbone["max_position"]:
             raise ValueError(
-                f"tasks.{name}.seq_len={task.seq_len} exceeds backbone.max_position={run.backbone['max_position']}; "
+                f"{name}.seq_len={seq_len} exceeds backbone.max_position={run.backbone['max_position']}; "
                 "lower it or raise backbone.max_position"
             )
     for name, phase in run.phases.items():
-        if phase.seq_len > run.backbone["max_position"]:
-            raise ValueError(
-                f"phases.{name}.seq_len={phase.seq_len} exceeds backbone.max_position={run.backbone['max_position']}; "
-                "lower it or raise backbone.max_position"
-            )
         for key, value in phase.backbone.items():
-            if isinstance(run.backbone.get(key), int | float) and not isinstance(value, int | float):
-                raise ValueError(f"phases.{name}.backbone.{key}={value}: expected a number")
             if key not in backbone.PHASE_ATTRIBUTES:
                 raise ValueError(
                     f"phases.{name}.backbone.{key}: a phase may set {', '.join(backbone.PHASE_ATTRIBUTES)} of "
                     f"{backbone.__name__}"
                 )
+            ranges.check(f"phases.{name}.backbone.{key}", argument_kinds(backbone).get(key, float), value)
     return curriculum
 
 
-def _check_values(run: Run) -> None:
-    def require(holds: bool, key: str, value: object, expected: str) -> None:
-        if not holds:
-            raise ValueError(f"{key}={value}: expected {expected}")
-
-    trainer, data = run.trainer, run.data
-    require(0 <= run.seed < 1 << 63, "seed", run.seed, "a number from 0 to 2^63 - 1")
-    for group in ("checkpoint", "validation"):
-        for key in ("every_tokens", "every_minutes"):
-            value = getattr(getattr(run, group), key, 0)
-            require(value >= 0, f"{group}.{key}", value, "0, for never, or more")
-    for group, key in (("data", "timeout_s"), ("watch", "window_tokens"), ("watch", "z_threshold"), ("watch", "patience")):
-        value = getattr(getattr(run, group), key)
-        require(value > 0, f"{group}.{key}", value, "more than 0")
-    for key in ("lr", "adamw_lr"):
-        value = run.optim.get(key) if isinstance(run.optim, dict) else None
-        require(not isinstance(value, int | float) or value > 0, f"optim.{key}", value, "more than 0")
-    require(
-        trainer.accelerator in ACCELERATORS, "trainer.accelerator", trainer.accelerator, f"one of {', '.join(ACCELERATORS)}"
-    )
-    require(trainer.precision in PRECISIONS, "trainer.precision", trainer.precision, f"one of {', '.join(PRECISIONS)}")
-    require(trainer.strategy in STRATEGIES, "trainer.strategy", trainer.strategy, f"one of {', '.join(STRATEGIES)}")
-    require(trainer.determinism in DETERMINISM, "trainer.determinism", trainer.determinism, f"one of {', '.join(DETERMINISM)}")
-    every = trainer.activation_checkpointing_every
-    require(every >= 0, "trainer.activation_checkpointing_every", every, "a number of layers, or 0")
-    require(run.watch.action in ACTIONS, "watch.action", run.watch.action, f"one of {', '.join(ACTIONS)}")
-    require(
-        run.estimate.device in ("", *DEVICES),
-        "estimate.device",
-        run.estimate.device,
-        f"one of {', '.join(DEVICES)}, or nothing",
-    )
-    require(0 < run.estimate.mfu <= 1, "estimate.mfu", run.estimate.mfu, "a fraction in (0, 1]")
-    readable = any(reads_text(phase) for phase in run.phases.values())
-    require(readable or not run.init.unigram, "init.unigram", True, "false where no phase reads text")
-    mapping = run.init.layer_mapping
-    require(mapping in LAYER_MAPPINGS, "init.layer_mapping", mapping, f"one of {', '.join(LAYER_MAPPINGS)}")
-    require(run.clip_grad_norm >= 0, "clip_grad_norm", run.clip_grad_norm, "a norm, or 0 for no limit")
-    muon = str(run.optim.get("_target_", "")).endswith(".muon") if isinstance(run.optim, dict) else False
-    require(
-        not (muon and trainer.strategy == "fsdp"),
-        "trainer.strategy",
-        "fsdp",
-        "ddp with optim=muon, whose matrices must be whole",
-    )
-    require(trainer.micro_batch_tokens > 0, "trainer.micro_batch_tokens", trainer.micro_batch_tokens, "1 or more")
-    require(trainer.devices > 0, "trainer.devices", trainer.devices, "1 or more")
-    require(trainer.num_nodes > 0, "trainer.num_nodes", trainer.num_nodes, "1 or more")
-    require(data.workers in (0, 1), "data.workers", data.workers, "0 or 1; more would repeat the packing")
-    require(data.lanes > 0, "data.lanes", data.lanes, "1 or more")
-    require(data.buffer_rows > 0, "data.buffer_rows", data.buffer_rows, "1 or more")
-    require(run.logger.wandb in WANDB_MODES, "logger.wandb", run.logger.wandb, f"one of {', '.join(WANDB_MODES)}")
+def _check_combinations(run: Run) -> None:
+    """Raise ValueError for a setting that is legal by itself and not beside another, or that this installation lacks."""
+    if run.estimate.device not in ("", *DEVICES):
+        raise ValueError(f"estimate.device={run.estimate.device}: expected one of {', '.join(DEVICES)}, or nothing")
+    if run.init.unigram and not any(reads_text(phase) for phase in run.phases.values()):
+        raise ValueError("init.unigram=True: expected false where no phase reads text")
+    if run.trainer.strategy == "fsdp" and str(run.optim.get("_target_")).endswith(".muon"):
+        raise ValueError("trainer.strategy=fsdp: expected ddp with optim=muon, whose matrices must be whole")
     if run.logger.wandb != "off" and importlib.util.find_spec("wandb") is None:
         raise ValueError(f"logger.wandb={run.logger.wandb}: wandb is not installed; pip install 'modernenc[wandb]'")
-    require(run.logger.every_steps > 0, "logger.every_steps", run.logger.every_steps, "1 or more")
-    require(run.checkpoint.keep_last > 0, "checkpoint.keep_last", run.checkpoint.keep_last, "1 or more")
-    require(run.validation.tokens_per_source > 0, "validation.tokens_per_source", run.validation.tokens_per_source, "1 or more")
 
 
 def _check_ranks(run: Run) -> None:
@@ -160,9 +102,12 @@ def _check_ranks(run: Run) -> None:
             )
 
 
-def _check_arguments(group: str, node: Any, given: tuple[str, ...] = ()) -> Any:
-    """Return what `_target_` names; ValueError if it cannot be found, or does not accept the arguments."""
-    if not isinstance(node, dict) or "_target_" not in node:
+def _check_arguments(group: str, node: dict[str, Any], given: tuple[str, ...] = ()) -> Any:
+    """Return what `_target_` names; ValueError if there is no such thing, or it does not take the arguments or their values.
+
+    `given` are the arguments that the program adds.
+    """
+    if "_target_" not in node:
         raise ValueError(f"{group}: no _target_; choose one with {group}=NAME")
     module, _, called = node["_target_"].rpartition(".")
     try:
@@ -174,15 +119,18 @@ def _check_arguments(group: str, node: Any, given: tuple[str, ...] = ()) -> Any:
     target: Any = getattr(importlib.import_module(module), called, None)
     if not callable(target):
         raise ValueError(f"{group}._target_={node['_target_']}: there is no {called} in {module}")
-    parameters = inspect.signature(target).parameters
-    for key in node:
+    parameters = {name: one for name, one in inspect.signature(target).parameters.items() if name not in given}
+    kinds = argument_kinds(target)
+    for key, value in node.items():
         if key not in parameters and key != "_target_":
-            names = ", ".join(name for name in parameters if name not in given)
-            raise ValueError(f"{group}.{key}: unknown key; {target.__name__} takes {names}")
+            raise ValueError(f"{group}.{key}: unknown key; {target.__name__} takes {', '.join(parameters)}")
+        ranges.check(f"{group}.{key}", kinds.get(key, Any), value)
     for name, parameter in parameters.items():
-        if parameter.default is inspect.Parameter.empty and name not in node and name not in given:
+        if parameter.default is inspect.Parameter.empty and name not in node:
             raise ValueError(f"{group}.{name}: no value, but {target.__name__} needs one")
-        wanted, value = parameter.annotation, node.get(name)
-        if (wanted is int and isinstance(value, str | float)) or (wanted is float and isinstance(value, str)):
-            raise ValueError(f"{group}.{name}={value}: expected {wanted.__name__}")
     return target
+
+
+def argument_kinds(target: Any) -> dict[str, Any]:
+    """Return the annotations, ranges included, of the arguments that a class or a function takes, by name."""
+    return get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)

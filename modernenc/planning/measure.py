@@ -1,7 +1,7 @@
 """Time real training steps in a minimal loop, for `plan --measure` and as the baseline of the loop benchmark."""
 
 import time
-from copy import deepcopy
+from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -20,15 +20,14 @@ WARMUP, STEPS = 2, 10
 """Steps of each phase before the measured ones, and measured steps."""
 
 
-def keep_phase(run: Run, name: str, steps: int) -> None:
-    """Reduce a run, in place, to `steps` optimizer steps of one phase at its full batch size, without warmup or ramp."""
+def only_phase(run: Run, name: str, steps: int) -> Run:
+    """Return a run of `steps` optimizer steps of one phase at its full batch size, without warmup or ramp."""
     phase = run.phases[name]
-    phase.ramp.tokens, phase.warmup_tokens = 0, 0
-    run.tasks = {task: settings for task, settings in run.tasks.items() if task in objectives_of(phase)}
-    cycle = cycle_tokens(phase, run.tasks)
-    phase.tokens = -(-sum(cycle.values()) * steps // sum(objectives_of(phase).values()))
-    run.phases = {name: phase}
-    run.init.unigram &= reads_text(phase)
+    tasks = {task: settings for task, settings in run.tasks.items() if task in objectives_of(phase)}
+    tokens = -(-sum(cycle_tokens(phase, tasks).values()) * steps // sum(objectives_of(phase).values()))
+    phase = replace(phase, tokens=tokens, warmup_tokens=0, ramp=replace(phase.ramp, tokens=0))
+    init = replace(run.init, unigram=run.init.unigram and reads_text(phase))
+    return replace(run, phases={name: phase}, tasks=tasks, init=init)
 
 
 def bare_loop_step_seconds(run: Run, steps: int, warmup: int) -> float:
@@ -58,9 +57,7 @@ def tokens_per_second(run: Run) -> dict[str, float]:
     """Return the tokens a second of each phase on one device of this machine, measured on some full steps; data must exist."""
     speeds = {}
     for name, phase in run.phases.items():
-        short = deepcopy(run)
-        short.trainer.devices = short.trainer.num_nodes = 1
-        keep_phase(short, name, WARMUP + STEPS)
+        short = only_phase(replace(run, trainer=replace(run.trainer, devices=1, num_nodes=1)), name, WARMUP + STEPS)
         step_tokens = sum(cycle_tokens(phase, run.tasks).values()) / sum(objectives_of(phase).values())
         speeds[name] = step_tokens / bare_loop_step_seconds(short, WARMUP + STEPS, WARMUP)
     return speeds

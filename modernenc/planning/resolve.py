@@ -13,5 +13,4 @@ def resolve(run: Run) -> Run:
         from modernenc.planning.smoke_test import scale_down  # imports torch
 
         return scale_down(run)
-    choose_sizes(run)
-    return run
+    return choose_sizes(run)

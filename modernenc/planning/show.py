@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from modernenc.config import Run
+from modernenc.config import Run, from_plain
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.data.loader import open_mixes
@@ -25,8 +25,8 @@ def show(run: Run, as_json: bool, measured: bool, against: str) -> Curriculum:
     check_backbone(run)
     check_optim(run)
     corpus = corpus_of(run.data)
-    notes = _check_with(corpus, run) if corpus else _check_without_corpus(run)
-    curriculum = check_settings(run)  # finished phases of a branch are now those of its checkpoint
+    run, notes = _check_with(corpus, run) if corpus else (run, _check_without_corpus(run))
+    curriculum = check_settings(run)
     if against:
         print(comparison_text(run, against))
         return curriculum
@@ -36,14 +36,16 @@ def show(run: Run, as_json: bool, measured: bool, against: str) -> Curriculum:
     return curriculum
 
 
-def _check_with(corpus: Corpus, run: Run) -> list[str]:
-    """Open what the run would open, with the errors that it would raise; return notes on its first weights."""
+def _check_with(corpus: Corpus, run: Run) -> tuple[Run, list[str]]:
+    """Open what the run would open, with the errors that it would raise; return the run, and notes on its first weights.
+
+    A branch is returned with the finished phases of its checkpoint.
+    """
     check_run(run)
     open_mixes(run, corpus)
     if run.branch_from:
-        branched(run, corpus)
-        return []
-    return check_init(run, corpus)
+        return from_plain(branched(run, corpus).run), []
+    return run, check_init(run, corpus)
 
 
 def _check_without_corpus(run: Run) -> list[str]:

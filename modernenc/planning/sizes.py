@@ -3,6 +3,7 @@
 They follow from the recipe and the corpus alone, are chosen before anything else, and are written to the run's `config.yaml`.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,15 @@ UNKNOWN_VOCAB = 8_192
 """Vocabulary assumed in a plan without a corpus; lanes and rows are then those of a large one."""
 
 
-def choose_sizes(run: Run) -> None:
-    """Fill in the sizes that are 0, and list them in `data.from_corpus`.
+def choose_sizes(run: Run) -> Run:
+    """Return the run with a size for each that is 0, listed in `data.from_corpus`.
 
     A branch takes over the sizes of its parent. Without a corpus, with which a plan can do but a run cannot, they are assumed.
     Raises ValueError if the corpus lacks what the phases' mixes name.
     """
     open_keys = [key for key in (VOCAB, LANES, BUFFER) if _get(run, key) == 0]
     if not open_keys:
-        return
+        return run
     sizes = _of_parent(Path(run.branch_from)) if run.branch_from else {}
     if not sizes:
         corpus = corpus_of(run.data)
@@ -44,13 +45,10 @@ def choose_sizes(run: Run) -> None:
             sizes[VOCAB] = -(-corpus.vocab_size // MULTIPLE) * MULTIPLE
             if open_keys != [VOCAB]:
                 sizes[LANES], sizes[BUFFER] = _lanes_and_rows(run, corpus)
-    for key in open_keys:
-        group, _, name = key.partition(".")
-        if group == "data":
-            setattr(run.data, name, sizes[key])
-        else:
-            run.backbone[name] = sizes[key]
-    run.data.from_corpus = open_keys
+    chosen = {key: sizes[key] if key in open_keys else _get(run, key) for key in (LANES, BUFFER)}
+    data = replace(run.data, lanes=chosen[LANES], buffer_rows=chosen[BUFFER], from_corpus=open_keys)
+    vocabulary = {"vocab_size": sizes[VOCAB]} if VOCAB in open_keys else {}
+    return replace(run, data=data, backbone={**run.backbone, **vocabulary})
 
 
 def corpus_of(data: Data) -> Corpus | None:

@@ -7,7 +7,7 @@ shrink in proportion; the corpus's sources replace the recipe's, in turn, and it
 import csv
 import logging
 import shlex
-from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,57 +31,59 @@ SAVES, WATCHES = 16, 4
 ITEMS, _STRETCH = 32, 12
 """Items of a task, and tokens of each of their parts."""
 _HEAD = 32
-_WIDTHS = ("hidden_size", "intermediate_size", "nffn_hidden_size", "shared_representation_size")
+_WIDTHS = {"hidden_size", "intermediate_size", "nffn_hidden_size", "shared_representation_size"}
 _LENGTHS = {"max_position": 8, "chunk_size": SHORTEST, "local_attention": 8}
 """Settings of a backbone that are lengths, with the smallest value of each."""
 
 
 def scale_down(run: Run) -> Run:
     """Return the run scaled down, on the corpus `run.smoke_test`; FileNotFoundError or ValueError if there is none."""
-    run = deepcopy(run)
-    run.data.root, run.data.cache = run.smoke_test, ""
-    run.data.hint = f"prepare it with: python -m data_prep +corpus=demo out={shlex.quote(run.smoke_test)}"
-    run.data.lanes, run.data.buffer_rows, run.data.workers = 4, 4, 0
-    corpus = Corpus.of(run.data)
-    sources = list(corpus.sources)
-    standing_in = {source: sources[number % len(sources)] for number, source in enumerate(_sources(run))}
-    rows, tokens = (max(phase.batch_rows for phase in run.phases.values()), sum(phase.tokens for phase in run.phases.values()))
-    for task in run.tasks.values():
-        task.seq_len, task.batch_items, task.validation_items = max(32, task.seq_len // LENGTH), ROWS // 2, ITEMS
-        task.train, task.validation = (str(path) for path in _items(corpus, Path(_beside_runs(run.run_dir)).parent))
-    for phase in run.phases.values():
-        _shrink(phase, run.tasks, rows, tokens)
-        mix: dict[str, float] = {}
-        for source, share in phase.mix.items():
-            name = standing_in[source.partition("/")[0]]
-            mix[name] = mix.get(name, 0) + share
-        phase.mix = mix
-    _shrink_backbone(run.backbone)
-    run.backbone["vocab_size"] = corpus.vocab_size
-    trainer = run.trainer
-    trainer.accelerator, trainer.devices, trainer.num_nodes, trainer.strategy = "auto", 1, 1, "auto"
-    trainer.micro_batch_tokens = 4_096
-    small = sum(phase.tokens for phase in run.phases.values())
-    run.checkpoint.every_tokens, run.checkpoint.every_minutes = small // SAVES, 0
-    run.watch.window_tokens = small // WATCHES
-    run.validation.every_tokens, run.validation.tokens_per_source = 0, 4_096
-    run.logger.every_steps = 1
-    run.run_dir = _beside_runs(run.run_dir)
-    if run.init.source:
-        run.init.source = _beside_runs(run.init.source)
-        if not Path(run.init.source).is_file():  # a Hugging Face model is not scaled down
-            log.warning("%s is not there: the smoke test starts from random weights", run.init.source)
-            run.init = Init()
-    return run
+    data = replace(
+        run.data,
+        root=run.smoke_test,
+        cache="",
+        hint=f"prepare it with: python -m data_prep +corpus=demo out={shlex.quote(run.smoke_test)}",
+        lanes=4,
+        buffer_rows=4,
+        workers=0,
+    )
+    corpus = Corpus.of(data)
+    run_dir = _beside_runs(run.run_dir)
+    tasks = {}
+    for name, task in run.tasks.items():
+        train, validation = (str(path) for path in _items(corpus, Path(run_dir).parent))
+        seq_len = max(32, task.seq_len // LENGTH)
+        tasks[name] = Task(train, validation, ITEMS, seq_len, batch_items=ROWS // 2, lr_factor=task.lr_factor)
+    phases = _shrink_phases(run.phases, tasks, list(corpus.sources))
+    tokens = int(sum(phase.tokens for phase in phases.values()))
+    return replace(
+        run,
+        run_dir=run_dir,
+        backbone={**_shrink_backbone(run.backbone), "vocab_size": corpus.vocab_size},
+        init=_init_beside_runs(run.init),
+        tasks=tasks,
+        phases=phases,
+        data=data,
+        trainer=replace(run.trainer, accelerator="auto", devices=1, num_nodes=1, strategy="auto", micro_batch_tokens=4_096),
+        checkpoint=replace(run.checkpoint, every_tokens=tokens // SAVES, every_minutes=0),
+        watch=replace(run.watch, window_tokens=tokens // WATCHES),
+        validation=replace(run.validation, every_tokens=0, tokens_per_source=4_096),
+        logger=replace(run.logger, every_steps=1),
+    )
+
+
+def _init_beside_runs(init: Init) -> Init:
+    """Return the first weights of a smoke test: those of its source's smoke test, or random ones if there was none."""
+    source = _beside_runs(init.source)
+    if init.source and not Path(source).is_file():  # a Hugging Face model is not scaled down
+        log.warning("%s is not there: the smoke test starts from random weights", source)
+        return Init()
+    return replace(init, source=source)
 
 
 def _beside_runs(path: str) -> str:
     """Return the path in the folder of smoke tests, which lies within the folder of runs."""
     return path.replace("runs/", "runs/smoke_tests/", 1) if path.startswith("runs/") else path
-
-
-def _sources(run: Run) -> list[str]:
-    return list(dict.fromkeys(source.partition("/")[0] for phase in run.phases.values() for source in phase.mix))
 
 
 def _items(corpus: Corpus, folder: Path) -> list[Path]:
@@ -105,39 +107,56 @@ def _items(corpus: Corpus, folder: Path) -> list[Path]:
     return paths
 
 
-def _shrink(phase: Phase, tasks: dict[str, Task], most_rows: int, all_tokens: float) -> None:
-    """Scale a phase down; each stage of a ramp keeps at least one step."""
+def _shrink_phases(phases: dict[str, Phase], tasks: dict[str, Task], sources: list[str]) -> dict[str, Phase]:
+    """Return the phases scaled down in proportion to each other, on the sources of another corpus."""
+    most_rows = max(phase.batch_rows for phase in phases.values())
+    tokens = sum(phase.tokens for phase in phases.values())
+    mixed = dict.fromkeys(source.partition("/")[0] for phase in phases.values() for source in phase.mix)
+    standing_in = {source: sources[number % len(sources)] for number, source in enumerate(mixed)}
+    small = {}
+    for name, phase in phases.items():
+        mix: dict[str, float] = {}
+        for source, share in phase.mix.items():
+            stand_in = standing_in[source.partition("/")[0]]
+            mix[stand_in] = mix.get(stand_in, 0) + share
+        steps = STEPS_AT_LEAST + round(STEPS * phase.tokens / tokens)
+        small[name] = replace(_shrink(phase, tasks, most_rows, steps), mix=mix)
+    return small
+
+
+def _shrink(phase: Phase, tasks: dict[str, Task], most_rows: int, steps: int) -> Phase:
+    """Scale a phase down to about `steps` optimizer steps; each stage of a ramp keeps at least one."""
 
     def rows(number: int) -> int:
         return max(1, round(number * ROWS / most_rows))
 
-    warmup, ramp = phase.warmup_tokens / phase.tokens, phase.ramp.tokens / phase.tokens
-    steps = STEPS_AT_LEAST + round(STEPS * phase.tokens / all_tokens)
-    phase.seq_len = max(32, phase.seq_len // LENGTH)
-    if phase.ramp.tokens:
-        stages = -(-(phase.batch_rows - phase.ramp.start_rows) // phase.ramp.step_rows)
-        phase.ramp.start_rows, phase.ramp.step_rows = rows(phase.ramp.start_rows), rows(phase.ramp.step_rows)
-        phase.batch_rows = phase.ramp.start_rows + stages * phase.ramp.step_rows
+    ramp, batch_rows, seq_len = phase.ramp, phase.batch_rows, max(32, phase.seq_len // LENGTH)
+    if ramp.tokens:
+        stages = -(-(batch_rows - ramp.start_rows) // ramp.step_rows)
+        ramp = replace(ramp, start_rows=rows(ramp.start_rows), step_rows=rows(ramp.step_rows))
+        batch_rows = ramp.start_rows + stages * ramp.step_rows
     elif reads_text(phase):
-        phase.batch_rows = max(2, rows(phase.batch_rows))
-    capacity = cycle_tokens(phase, tasks)
-    steps = max(steps, len(objective_cycle(phase)))
-    phase.tokens = steps * sum(capacity.values()) // len(objective_cycle(phase))
+        batch_rows = max(2, rows(batch_rows))
+    small = replace(phase, batch_rows=batch_rows, seq_len=seq_len)
+    cycle = len(objective_cycle(small))
+    tokens = max(steps, cycle) * sum(cycle_tokens(small, tasks).values()) // cycle
+    warmup_tokens = 0
     if phase.warmup_tokens:
-        phase.warmup_tokens = max(round(phase.tokens * warmup), 2 * phase.batch_rows * phase.seq_len)
-    if phase.ramp.tokens:
-        step_of_each = sum(range(phase.ramp.start_rows, phase.batch_rows, phase.ramp.step_rows)) * phase.seq_len
-        phase.ramp.tokens = max(round(phase.tokens * ramp), step_of_each)
-        phase.tokens = max(phase.tokens, 2 * phase.ramp.tokens)
+        warmup_tokens = max(round(tokens * (phase.warmup_tokens / phase.tokens)), 2 * batch_rows * seq_len)
+    if ramp.tokens:
+        step_of_each = sum(range(ramp.start_rows, batch_rows, ramp.step_rows)) * seq_len
+        ramp = replace(ramp, tokens=max(round(tokens * (phase.ramp.tokens / phase.tokens)), step_of_each))
+        tokens = max(tokens, 2 * ramp.tokens)
+    return replace(small, tokens=tokens, warmup_tokens=warmup_tokens, ramp=ramp)
 
 
-def _shrink_backbone(backbone: dict[str, Any]) -> None:
-    for key in _WIDTHS:
-        if key in backbone:
-            backbone[key] = max(_HEAD, round(backbone[key] / WIDTH / _HEAD) * _HEAD)
-    for key, smallest in _LENGTHS.items():
-        if key in backbone:
-            backbone[key] = max(smallest, backbone[key] // LENGTH)
-    backbone["num_hidden_layers"] = max(3, round(backbone["num_hidden_layers"] / DEPTH))
+def _shrink_backbone(backbone: dict[str, Any]) -> dict[str, Any]:
+    small = dict(backbone)
+    for key in _WIDTHS & backbone.keys():
+        small[key] = max(_HEAD, round(backbone[key] / WIDTH / _HEAD) * _HEAD)
+    for key in _LENGTHS.keys() & backbone.keys():
+        small[key] = max(_LENGTHS[key], backbone[key] // LENGTH)
+    small["num_hidden_layers"] = max(3, round(backbone["num_hidden_layers"] / DEPTH))
     if "num_attention_heads" in backbone:
-        backbone["num_attention_heads"] = backbone["hidden_size"] // _HEAD
+        small["num_attention_heads"] = small["hidden_size"] // _HEAD
+    return small

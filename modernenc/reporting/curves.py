@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib import pyplot
 
 from modernenc.config import Phase, Ramp
-from modernenc.curriculum import EQUAL, Curriculum
+from modernenc.curriculum import Curriculum
 from modernenc.schedules import LR_CURVES
 
 _TOKENS, _LENGTH, _ROWS, _POINTS = 1_000_000, 100, 40, 400
@@ -33,7 +33,7 @@ def draw(png: Path) -> None:
     stable = {"a": _phase("constant", warmup_tokens=100_000), "b": _phase("constant"), "c": _phase("one_minus_sqrt")}
     axes[1].plot(*_over_tokens(Curriculum(stable), "lr"), label="warmup, stable, decay")
     axes[1].set_title("phases in a row", fontsize=9)
-    for equal in EQUAL:
+    for equal in ("steps", "tokens"):
         curriculum = Curriculum({"only": _phase("constant", ramp=Ramp(800_000, 5, 5, equal))})
         axes[2].plot(*_over_tokens(curriculum, "batch_rows"), label=f"ramp.equal={equal}")
     axes[2].set_title("rows of a step, 5 to 40", fontsize=9)

@@ -5,6 +5,7 @@ import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import cast
@@ -16,23 +17,24 @@ from modernenc.run_folder import checkpoints, lineage
 from modernenc.run_folder.lock import LOG, try_acquire
 
 
-def create(run: Run, plan: str, branch: checkpoints.Checkpoint | None = None, numbered: bool = False) -> None:
-    """Create the run folder with the text of the plan and the checkpoint of a branch; the configuration comes last.
+def create(run: Run, plan: str, branch: checkpoints.Checkpoint | None = None, numbered: bool = False) -> Run:
+    """Create the run folder and return the run with its folder and id.
+
+    It holds the text of the plan and the checkpoint of a branch; the configuration comes last.
 
     With `numbered`, an existing folder belongs to another run, and this run's folder gets a number as suffix. ValueError if the
     folder holds a run already, or another process starts one in it; OSError if it cannot be written.
     """
     folder = _made(Path(run.run_dir), numbered)
     with _started_here(folder):
-        run.run_dir = str(folder)
-        run.logger.run_id = secrets.token_hex(4)
+        run = replace(run, run_dir=str(folder), logger=replace(run.logger, run_id=secrets.token_hex(4)))
         shutil.rmtree(folder / checkpoints.FOLDER, ignore_errors=True)  # left by a start that was interrupted
         if branch is not None:
-            branch.run = plain(run)
-            checkpoints.write(branch, folder / checkpoints.FOLDER / f"{checkpoints.BRANCH}.ckpt")
+            checkpoints.write(replace(branch, run=plain(run)), folder / checkpoints.FOLDER / f"{checkpoints.BRANCH}.ckpt")
         write_plan(folder, plan)
         lineage.write(folder, [])
         save(run)
+    return run
 
 
 def write_plan(folder: Path, plan: str) -> None:

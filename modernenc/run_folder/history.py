@@ -23,9 +23,9 @@ def prepare_rollback(run: Run, checkpoint: Checkpoint, event: Event) -> Checkpoi
     """Turn a checkpoint into the start of a new rollback, numbered above all earlier ones."""
     keys = [checkpoints.sort_key(path) for path in (Path(run.run_dir) / checkpoints.FOLDER).glob("*.ckpt")]
     known = [rollbacks for rollbacks, _ in keys if rollbacks < math.inf]
-    run.rollbacks = 1 + int(max([run.rollbacks, *known]))
-    event = replace(event, abandoned=f"{ABANDONED}/{run.rollbacks}")
-    return replace(checkpoint, run={**checkpoint.run, "rollbacks": run.rollbacks}, event=event)
+    number = 1 + int(max([run.rollbacks, *known]))
+    event = replace(event, abandoned=f"{ABANDONED}/{number}")
+    return replace(checkpoint, run={**checkpoint.run, "rollbacks": number}, event=event)
 
 
 def record_start(run: Run, plan: str, checkpoint: Checkpoint | None, event: Event, ranks: int) -> None:

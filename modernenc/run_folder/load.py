@@ -1,5 +1,6 @@
 """Find a run and its checkpoint on disk."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from modernenc.config import Run, load
@@ -16,8 +17,7 @@ def locate(path: Path) -> tuple[Run, Path | None]:
         raise FileNotFoundError(f"{path} does not exist; give a run folder or one of its checkpoints/*.ckpt")
     named = path.suffix == ".ckpt"
     run_dir = path.resolve().parent.parent if named else path.resolve()
-    run = load(run_dir)
-    run.run_dir = str(run_dir)
+    run = replace(load(run_dir), run_dir=str(run_dir))
     if not named:
         return run, checkpoints.newest(run_dir)
     checkpoints.check(path)

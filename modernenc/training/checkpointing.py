@@ -21,7 +21,7 @@ class Checkpointing(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock, and the writer: all ranks know the run folder only since they synchronised."""
-        self._writer = CheckpointWriter(Path(self.run.run_dir), self.run.checkpoint.keep_last)
+        self._writer = CheckpointWriter(Path(cast(Pretraining, pl_module).run.run_dir), self.run.checkpoint.keep_last)
         self._time_of_save = time.monotonic()
 
     def on_train_batch_end(

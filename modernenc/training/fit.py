@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -129,12 +130,14 @@ class StartupSync(L.Callback):
         """Synchronise; ValueError if ranks disagree."""
         ranks.publish_environment(trainer.global_rank, trainer.local_rank, self.run.trainer.devices, self.run.trainer.num_nodes)
         own = self.event.checkpoint
-        self.run.run_dir, chosen = trainer.strategy.broadcast((self.run.run_dir, own))
+        run_dir, chosen = trainer.strategy.broadcast((self.run.run_dir, own))
         if chosen != own:
             raise ValueError(f"rank 0 resumes from {chosen}, this one from {own}; name the checkpoint to resume")
+        module = cast(Pretraining, pl_module)
+        module.run = replace(module.run, run_dir=run_dir)
         if trainer.is_global_zero:  # all ranks have read their checkpoint by now, so partial files can go
-            checkpoints.remove_partial(Path(self.run.run_dir))
-            _announce(self.run, self.curriculum, cast(Pretraining, pl_module), trainer, own)
+            checkpoints.remove_partial(Path(run_dir))
+            _announce(self.run, self.curriculum, module, trainer, own)
             record_start(self.run, self.plan, self.checkpoint, self.event, trainer.world_size)
         self.checkpoint = None  # its tensors take as much memory as the model and its optimizers
 

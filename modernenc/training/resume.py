@@ -1,10 +1,11 @@
 """Go on with a run from one of its checkpoints, under its own settings or, after a rollback, under others."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from modernenc.cli import checkpoint_argument
-from modernenc.config import Run, changed, from_plain
+from modernenc.config import Phase, Run, changed, from_plain
 from modernenc.data.loader import Steps
 from modernenc.data.state import DataState
 from modernenc.planning.branch import check_same_run, done_phases, fork
@@ -38,7 +39,7 @@ def resume(path: Path, overrides: list[str]) -> None:
     others = (checkpoints.sort_key(other) for other in file.parent.glob("*.ckpt"))
     if path.suffix == ".ckpt" and any(checkpoints.sort_key(file) < other for other in others):
         checkpoint = prepare_rollback(run, checkpoint, Event("rollback", file.stem))
-        event = checkpoint.event
+        run, event = replace(run, rollbacks=checkpoint.run["rollbacks"]), checkpoint.event
     _go_on(changed(run, overrides), checkpoint, event)
 
 
@@ -49,19 +50,18 @@ def rollback(path: Path, overrides: list[str], skip_tokens: int) -> None:
     now, file = _located(path)
     assert file is not None
     checkpoint = checkpoints.read(file)
-    before = from_plain(checkpoint.run, now.run_dir)
-    before.rollbacks = now.rollbacks
+    before = replace(from_plain(checkpoint.run, now.run_dir), rollbacks=now.rollbacks)
     run = changed(before, overrides)
     check_settings(run)
-    _follow_optimizer(before, run, overrides)
+    run = _follow_optimizer(before, run, overrides)
     for name in done_phases(before, checkpoint.state.tokens_seen):
         if any(override.startswith(f"phases.{name}.") for override in overrides):
             raise ValueError(f"phases.{name}: the checkpoint is at its end or past it: what was trained already cannot change")
     _, corpus = check_run(run)
-    run.data.root = str(corpus.store)
+    run = replace(run, data=replace(run.data, root=str(corpus.store)))
     event = Event("rollback", file.stem, changed=overrides, skipped_tokens=skip_tokens)
     checkpoint = prepare_rollback(run, fork(run, corpus, checkpoint, skip_tokens), event)
-    _go_on(run, checkpoint, checkpoint.event)
+    _go_on(from_plain(checkpoint.run), checkpoint, checkpoint.event)
 
 
 def _located(path: Path) -> tuple[Run, Path | None]:
@@ -91,11 +91,19 @@ def _go_on(run: Run, checkpoint: Checkpoint | None, event: Event) -> None:
         log.info("report: %s", page.write(run))
 
 
-def _follow_optimizer(before: Run, run: Run, overrides: list[str]) -> None:
-    """Let phases that took a value from `optim` when the run started follow its change, unless they were changed themselves."""
+def _follow_optimizer(before: Run, run: Run, overrides: list[str]) -> Run:
+    """Return the run with phases that follow a change of `optim` where they took its value when the run started.
+
+    A value of a phase that `overrides` change stays as it is.
+    """
     changed_keys = {override.partition("=")[0] for override in overrides}
-    for name, phase in run.phases.items():
-        if f"phases.{name}.lr" not in changed_keys and phase.lr == before.optim["lr"]:
-            phase.lr *= run.optim["lr"] / before.optim["lr"]
-        if f"phases.{name}.weight_decay" not in changed_keys and phase.weight_decay == before.optim["weight_decay"]:
-            phase.weight_decay = run.optim["weight_decay"]
+
+    def follow(name: str, phase: Phase) -> Phase:
+        lr, weight_decay = phase.lr, phase.weight_decay
+        if f"phases.{name}.lr" not in changed_keys and lr == before.optim["lr"]:
+            lr *= run.optim["lr"] / before.optim["lr"]
+        if f"phases.{name}.weight_decay" not in changed_keys and weight_decay == before.optim["weight_decay"]:
+            weight_decay = run.optim["weight_decay"]
+        return replace(phase, lr=lr, weight_decay=weight_decay)
+
+    return replace(run, phases={name: follow(name, phase) for name, phase in run.phases.items()})

@@ -1,9 +1,10 @@
 """Start a new run, from the start of its curriculum or as a branch of another run."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
-from modernenc.config import Run
+from modernenc.config import Run, from_plain
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.data.loader import open_mixes
@@ -33,19 +34,16 @@ def start(run: Run, curriculum: Curriculum, corpus: Corpus, numbered: bool) -> N
     if not run.branch_from:
         check_init(run, corpus)
     open_mixes(run, corpus)
-    run.data.root = str(corpus.store)  # absolute, because a run may be resumed from another folder
-    for task in run.tasks.values():
-        task.train, task.validation = (str(Path(path).resolve()) for path in (task.train, task.validation))
-    if run.init.source:
-        run.init.source = str(Path(run.init.source).resolve())
+    run = _with_absolute_paths(run, corpus)
     parent = Path(run.branch_from).resolve()
     checkpoint, event = None, Event("start")
     if run.branch_from:
         checkpoint, event = branched(run, corpus), Event("branch", str(parent))
+        run = from_plain(checkpoint.run)
         curriculum = check_settings(run)  # finished phases are now those of the checkpoint
     plan = plan_text(run, curriculum)
     if ranks.is_rank_zero():  # the folder's name holds the time; the other ranks learn it when they synchronise
-        create(run, plan, checkpoint, numbered)
+        run = create(run, plan, checkpoint, numbered)
         if checkpoint is not None and (parent.parent.parent / lineage.LINEAGE).is_file():
             into = Event("branched", parent.stem, into=str(Path(run.run_dir).resolve()))
             try:
@@ -55,3 +53,13 @@ def start(run: Run, curriculum: Curriculum, corpus: Corpus, numbered: bool) -> N
     fit(run, curriculum, corpus, plan, checkpoint, event)
     if ranks.is_rank_zero():
         log.info("report: %s", page.write(run))
+
+
+def _with_absolute_paths(run: Run, corpus: Corpus) -> Run:
+    """Return the run with absolute paths, because it may be resumed from another working directory."""
+    tasks = {
+        name: replace(task, train=str(Path(task.train).resolve()), validation=str(Path(task.validation).resolve()))
+        for name, task in run.tasks.items()
+    }
+    init = replace(run.init, source=str(Path(run.init.source).resolve())) if run.init.source else run.init
+    return replace(run, data=replace(run.data, root=str(corpus.store)), tasks=tasks, init=init)

@@ -18,6 +18,7 @@ from modernenc.data.state import DataState
 from modernenc.model import optim
 from modernenc.model.build import build_objectives, checkpoint_activations
 from modernenc.planning import estimate
+from modernenc.planning.measure import only_phase
 from modernenc.planning.memory import memory
 from modernenc.planning.notes import notes
 from support.commands import command
@@ -59,7 +60,7 @@ def test_hours_follow_from_flops_or_from_a_measured_speed():
     run = composed(["+recipe=base", "estimate.device=h100", "estimate.mfu=0.26"])
     curriculum = Curriculum(run.phases)
     assert sum(estimate.hours(run, curriculum, None, {}).values()) == pytest.approx(245.6, rel=0.1)  # as published
-    run.estimate.tokens_per_s = 100_000
+    run = replace(run, estimate=replace(run.estimate, tokens_per_s=100_000))
     expected = curriculum.total_tokens / 8 / 100_000 / 3600
     assert sum(estimate.hours(run, curriculum, None, {}).values()) == pytest.approx(expected)
 
@@ -126,8 +127,7 @@ def test_memory_is_as_planned(corpus_root, recipe, settings):
         "phases.stable.mix={code: 3, docstrings: 2, reference: 1, prose: 0}", "trainer.micro_batch_tokens=8_192", *settings,
     ]  # fmt: skip
     run = composed(overrides)
-    run.phases = {"stable": run.phases["stable"]}
-    run.phases["stable"].ramp.tokens = 0
+    run = only_phase(run, "stable", steps=4)
     corpus = Corpus.of(run.data)
     planned, found = memory(run, run.phases["stable"], corpus), peak(run, corpus)
     print(f"{recipe} {settings}: planned {planned.total / 1e6:.0f} MB, found {found / 1e6:.0f}")

@@ -3,6 +3,7 @@
 import fcntl
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,8 +131,7 @@ def test_what_went_on_while_the_folder_was_waited_for_is_not_trained_again(small
         return lock(file, operation)
 
     monkeypatch.setattr(fcntl, "flock", released_after_the_first_attempt)
-    run = load(folder)
-    run.run_dir = str(folder)
+    run = replace(load(folder), run_dir=str(folder))
     curriculum, corpus = check_run(run)
     rows = Table(folder / "metrics.csv").read()
     with pytest.raises(ValueError, match="went on in another process until just now; go on with: "):

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -110,11 +111,11 @@ def test_each_item_comes_once_a_pass_on_any_number_of_ranks_and_micro_batches(mi
     steps_there = curriculum.steps_by_objective("extend")["next"]
 
     def questions(world: int, micro_batch_tokens: int) -> list[list[str]]:
-        run.trainer.micro_batch_tokens = micro_batch_tokens
+        changed = replace(run, trainer=replace(run.trainer, micro_batch_tokens=micro_batch_tokens))
         by_step: list[list[str]] = [[] for _ in range(steps_there)]
         for rank in range(world):
             state = DataState(tokens_seen=start)
-            steps = iter(Steps(run, curriculum, corpus, rank, world, state))
+            steps = iter(Steps(changed, curriculum, corpus, rank, world, state))
             for number in range(steps_there):
                 step = next(steps)
                 assert {batch.objective for batch in step.micro_batches} == {"next"}
@@ -227,11 +228,9 @@ def test_the_state_of_two_ranks_goes_on_on_one(mixed_run):
 def test_a_branch_may_bring_a_task_or_leave_it_out(mixed_run, small_run, tmp_path):
     plain = train(small_run())
     branch = mixed_run(f"run_dir={tmp_path / 'branch'}")
-    branch.branch_from = str(plain / "checkpoints" / "end-of-stable.ckpt")
-    brought = train(branch)
+    brought = train(replace(branch, branch_from=str(plain / "checkpoints" / "end-of-stable.ckpt")))
     assert {row["objective"] for row in Table(brought / "metrics.csv").read()} == {MASKED_LM, "next"}
-    back = small_run(f"run_dir={tmp_path / 'back'}")
-    back.branch_from = str(brought / "checkpoints" / "branch.ckpt")
+    back = replace(small_run(f"run_dir={tmp_path / 'back'}"), branch_from=str(brought / "checkpoints" / "branch.ckpt"))
     assert same(train(back) / FINAL, plain / FINAL)
 
 

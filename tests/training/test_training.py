@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from modernenc.config import changed
 from modernenc.curriculum import Curriculum
 from modernenc.model import optim
 from modernenc.model.build import build_objectives, checkpoint_activations
@@ -188,8 +189,7 @@ def test_the_peak_that_decay_is_relative_to_follows_the_phase(small_run):
 
 
 def test_muon_takes_the_matrices_and_adamw_the_rest(small_run):
-    run = small_run()
-    run.optim["ns_steps"] = 3
+    run = changed(small_run(), ["optim.ns_steps=3"])
     objective = build_objectives(run).masked_lm
     arguments = {key: value for key, value in run.optim.items() if key != "_target_"}
     muon, adamw = optim.muon(list(objective.parameters()), objective.backbone.describe().linear_weights(), **arguments)
