@@ -14,10 +14,10 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a small JSON file, whole or not at all, and sync it and its folder to disk."""
-    with partial_path(path).open("w") as file:
-        json.dump(content, file, indent=1)
+def write_text(path: Path, text: str) -> None:
+    """Write a small file, whole or not at all, and sync it and its folder to disk."""
+    with partial_path(path).open("w", encoding="utf-8") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial_path(path), path)
@@ -26,3 +26,16 @@ def write_json(path: Path, content: Any) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a small JSON file, whole or not at all, and sync it and its folder to disk."""
+    write_text(path, json.dumps(content, indent=1))
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file; ValueError, naming the file, if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; restore it from a copy") from error

@@ -15,11 +15,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from modernenc.config import CONF_DIR, RECIPES_DIR, RENAMED, Run
+from modernenc.config import CONF_DIR, RECIPES_DIR, RENAMED, Run, own_modules, trust
 from modernenc.quoting import quoted
 
 Config = TypeVar("Config")
 
+_ALLOW_CODE = "--allow-code"
 _TRACEBACK = "HYDRA_FULL_ERROR"
 _FIELDS = {"from": "branch_from"}
 """Keys of the command line that are keywords of Python, each with the name of its field."""
@@ -31,6 +32,7 @@ def run(schema: type[Config], groups: tuple[str, ...], config_name: str, job: Ca
     `groups` must be chosen with `+group=NAME`. Mistakes end the process with status 2 and one line;
     HYDRA_FULL_ERROR=1 shows where they arose.
     """
+    take_allowed_code()
     if {"--help", "-h"} & set(sys.argv):  # Hydra's own takes seconds: it copies all recipes for each group
         print(help_text(groups if schema is not Run else [group for group in parts() if group != "corpus"]))
         return
@@ -70,6 +72,14 @@ class one_line_errors:
             print(f"error{'' if rank == '0' else f' on rank {rank}'}: {_message(error)}", file=sys.stderr)
             sys.stderr.flush()
             raise SystemExit(2) from None
+
+
+def take_allowed_code() -> None:
+    """Take each `--allow-code MODULE` off the command line, and let saved configurations name code of these modules."""
+    while _ALLOW_CODE in sys.argv:
+        at = sys.argv.index(_ALLOW_CODE)
+        trust(sys.argv[at + 1 : at + 2])
+        del sys.argv[at : at + 2]
 
 
 def checkpoint_argument(path: Path) -> str:
@@ -117,7 +127,10 @@ def typed(cfg: DictConfig, schema: type[Config], groups: tuple[str, ...]) -> Con
     if missing:
         raise ValueError(f"{', '.join(missing)}: no value; set it in the {groups[0]} or on the command line")
     OmegaConf.resolve(cfg)
-    return cast(Config, OmegaConf.to_object(cfg))
+    composed = cast(Config, OmegaConf.to_object(cfg))
+    if isinstance(composed, Run):
+        trust(own_modules(composed))  # the user named them
+    return composed
 
 
 def recipe(name: str) -> Run:

@@ -7,11 +7,12 @@ and a mask ratio of 15 %. With `--average`, their average is validated as well. 
 import argparse
 from pathlib import Path
 
-from modernenc.cli import one_line_errors
+from modernenc.cli import one_line_errors, take_allowed_code
 
 
 def main() -> None:
     """Compare what the command line names."""
+    take_allowed_code()
     parser = argparse.ArgumentParser(
         prog="python -m modernenc.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

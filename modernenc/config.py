@@ -5,17 +5,18 @@ value in `conf/`, and is chosen in a recipe. The range of a number and the choic
 `modernenc.ranges` checks. Token budgets are floats so that `5e9` may be written; they must be whole numbers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
 
+import yaml
 from annotated_types import Ge, Gt, Interval, MultipleOf
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import ConfigKeyError
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from modernenc.atomic import partial_path
+from modernenc.atomic import write_text
 from modernenc.frozen import frozen
 from modernenc.quoting import assigned
 
@@ -30,6 +31,17 @@ _RESUMABLE = {"resumable": True}
 """Mark of a field that says where and how fast a run trains, not what: a resume may change it."""
 _IDENTITY = {"identity": True}
 """Mark of a field that the program sets and no resume may change: which run this is."""
+
+_SHIPPED = {
+    "modernenc.backbones.modernbert.ModernBERT",
+    "modernenc.backbones.mega.Mega",
+    "modernenc.model.optim.stable_adamw",
+    "modernenc.model.optim.adamw",
+    "modernenc.model.optim.muon",
+}
+"""Classes and functions that any saved configuration may name."""
+_trusted: set[str] = set()
+"""Further modules, which the user names on the command line or in a recipe."""
 
 RENAMED = {
     "data.window_rows": "data.buffer_rows",
@@ -170,6 +182,8 @@ class Trainer:
     optimizer states over the devices)."""
     precision: Annotated[str, Literal["bf16-mixed", "32-true"]] = MISSING
     """`bf16-mixed` (fp32 weights, bf16 matrix products) or `32-true`."""
+    timeout_s: Annotated[float, Gt(0)] = 600
+    """Seconds that ranks wait for each other before the run ends: longer than the slowest step, validation and save."""
     determinism: Annotated[str, Literal["fast", "strict"]] = "fast"
     """`fast`, or `strict`: the same run gives the same bits on GPUs too, by slower kernels where necessary. A CPU always gives
     the same bits."""
@@ -210,7 +224,7 @@ class Validation:
 
 @frozen
 class Watch:
-    """Settings of the monitor that reports when training has become unstable."""
+    """What the monitor reports when training has become unstable, and when the run stops."""
 
     action: Annotated[str, Literal["off", "warn", "stop"]] = MISSING
     """`off`, `warn`, or `stop`: end the run after `patience` spikes in a row, without saving, and name the checkpoint to
@@ -219,6 +233,8 @@ class Watch:
     """A new row of metrics is compared with the rows of the last `window_tokens` tokens."""
     z_threshold: Annotated[float, Gt(0)] = MISSING
     """A loss or log gradient norm this many robust standard deviations above the median counts as a spike."""
+    max_skipped_steps: Annotated[int, Ge(1)] = MISSING
+    """Number of steps in a row that may be skipped because their gradient is not finite; then the run stops without saving."""
     patience: Annotated[int, Ge(1)] = MISSING
     """Number of consecutive spikes, in rows of metrics, after which `stop` stops."""
 
@@ -376,8 +392,49 @@ def plain(run: Run) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(run)))
 
 
+def trust(modules: Iterable[str]) -> None:
+    """Let saved configurations name classes and functions of these modules."""
+    _trusted.update(modules)
+
+
+def own_modules(run: Run) -> list[str]:
+    """Return the modules outside this package whose code a run names."""
+    return sorted({target.rpartition(".")[0] for _, target in _targets(plain(run)) if target not in _SHIPPED})
+
+
+def _targets(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for group in ("backbone", "optim"):
+        node = values.get(group)
+        if isinstance(node, dict):
+            yield f"{group}._target_", str(node.get("_target_", ""))
+
+
+def _check_inert(values: Any, key: str = "") -> None:
+    """Raise ValueError for a saved value that would be more than a value: an interpolation, which reads the environment."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            _check_inert(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, list):
+        for value in values:
+            _check_inert(value, key)
+    elif isinstance(values, str) and "${" in values:
+        raise ValueError(f"{key}={values}: a saved configuration holds values only, and this one would be resolved again")
+
+
 def from_plain(values: Any, run_dir: str = "") -> Run:
-    """Return the run that plain values describe, in another folder if `run_dir` is given."""
+    """Return the run that saved values describe, in another folder if `run_dir` is given.
+
+    Raises ValueError for values that would run code which is neither of this package nor trusted: a run folder or a checkpoint
+    may come from anybody.
+    """
+    _check_inert(values)
+    for key, target in _targets(values):
+        module = target.rpartition(".")[0]
+        if target not in _SHIPPED and module not in _trusted:
+            raise ValueError(
+                f"{key}={target}: {module} holds no code that a saved configuration may name; if you trust it, and the folder "
+                f"that names it, add --allow-code {module}"
+            )
     merged = OmegaConf.merge(OmegaConf.structured(Run), values, {"run_dir": run_dir} if run_dir else {})
     return cast(Run, OmegaConf.to_object(merged))
 
@@ -403,22 +460,26 @@ def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, A
 
 def save(run: Run) -> None:
     """Write the resolved configuration into the run folder, whole or not at all."""
-    path = Path(run.run_dir) / CONFIG
-    OmegaConf.save(OmegaConf.structured(run), partial_path(path))
-    partial_path(path).replace(path)
+    write_text(Path(run.run_dir) / CONFIG, OmegaConf.to_yaml(OmegaConf.structured(run)))
 
 
 def load(run_dir: Path) -> Run:
     """Return the configuration that a run was started with.
 
-    Raises FileNotFoundError if the folder holds none, ValueError if another version wrote it, with other keys.
+    Raises FileNotFoundError if the folder holds none; ValueError, naming the file, if it is damaged, names code that is not
+    trusted, or was written by another version, with other keys.
     """
     path = run_dir / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{run_dir} holds no run: {CONFIG} is missing; give a folder that modernenc.train made")
     try:
-        return from_plain(OmegaConf.load(path))
-    except ConfigKeyError as error:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it holds no mapping of keys to values")
+        return from_plain(values)
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        if not isinstance(error, ConfigKeyError):
+            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
         raise ValueError(
             f"{path} was written by another version of modernenc: {error.key} is no key here; go on with the version that "
             "wrote it"

@@ -8,11 +8,12 @@ by FLOPs.
 import argparse
 from pathlib import Path
 
-from modernenc.cli import one_line_errors
+from modernenc.cli import one_line_errors, take_allowed_code
 
 
 def main() -> None:
     """Print what is left of the run on the command line."""
+    take_allowed_code()
     parser = argparse.ArgumentParser(
         prog="python -m modernenc.eta", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -6,11 +6,12 @@
 import argparse
 from pathlib import Path
 
-from modernenc.cli import one_line_errors
+from modernenc.cli import one_line_errors, take_allowed_code
 
 
 def main() -> None:
     """Export what the command line names."""
+    take_allowed_code()
     parser = argparse.ArgumentParser(
         prog="python -m modernenc.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

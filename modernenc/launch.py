@@ -13,7 +13,7 @@ from pathlib import Path
 
 from modernenc.cli import given
 from modernenc.cli import run as run_cli
-from modernenc.config import Run, register
+from modernenc.config import Run, own_modules, register
 from modernenc.planning.checks import check_run, check_settings
 from modernenc.planning.resolve import resolve
 
@@ -76,6 +76,7 @@ def script(run: Run) -> str:
         f"--chdir={shlex.quote(str(Path.cwd()))}",
         f"--output={shlex.quote(run_dir)}/slurm-%j.log",
     ]
+    allowed = "".join(f" --allow-code {module}" for module in own_modules(run))
     environment = {"OMP_NUM_THREADS": str(cluster.cpus_per_task), **cluster.environment}
     scratch = f"""
 export TMPDIR={shlex.quote(cluster.scratch)}/"$SLURM_JOB_ID"
@@ -99,7 +100,7 @@ trap 'cancelled=yes' TERM
 echo "job $SLURM_JOB_ID, start $((${{SLURM_RESTART_COUNT:-0}} + 1)), on $SLURM_JOB_NODELIST"
 
 # Ranks end within moments of each other; --kill-on-bad-exit would kill those that are still ending.
-srun --wait=120 --cpus-per-task="$SLURM_CPUS_PER_TASK" {shlex.quote(sys.executable)} -m modernenc.resume "$run" &
+srun --wait=120 --cpus-per-task="$SLURM_CPUS_PER_TASK" {shlex.quote(sys.executable)} -m modernenc.resume "$run"{allowed} &
 step=$!
 wait "$step"
 status=$?

@@ -4,12 +4,13 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from modernenc.cli import one_line_errors
+from modernenc.cli import one_line_errors, take_allowed_code
 from modernenc.config import load
 
 
 def main() -> None:
     """Write the report of the run on the command line."""
+    take_allowed_code()
     parser = argparse.ArgumentParser(prog="python -m modernenc.report", description=__doc__)
     parser.add_argument("run_dir", type=Path, help="run folder")
     run_dir = parser.parse_args().run_dir

@@ -12,12 +12,13 @@ data that caused trouble. What it abandons is kept in its folder `abandoned`. To
 import argparse
 from pathlib import Path
 
-from modernenc.cli import one_line_errors
+from modernenc.cli import one_line_errors, take_allowed_code
 from modernenc.run_folder.overrides import check_overrides
 
 
 def main() -> None:
     """Resume what the command line names."""
+    take_allowed_code()
     parser = argparse.ArgumentParser(
         prog="python -m modernenc.resume", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

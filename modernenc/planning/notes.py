@@ -10,6 +10,8 @@ from modernenc.planning.devices import DEVICES
 from modernenc.planning.memory import memory
 from modernenc.planning.sizes import MULTIPLE, in_buffers
 
+WATCHED_ROWS = 8
+"""Rows of metrics in a phase from which the watch judges by the spread of the rows themselves."""
 MOST_LEFT = 0.25
 """Fraction of a phase's text above which a note says how much lies in packing buffers when the phase ends."""
 
@@ -34,6 +36,14 @@ def notes(run: Run, curriculum: Curriculum, corpus: Corpus | None) -> Iterator[s
                 f"drawn but not trained on: each of {run.data.lanes} lanes holds up to {run.data.buffer_rows} rows and a "
                 "block. Fewer remain with lower data.buffer_rows or data.lanes (0 chooses what suits the corpus), or with "
                 "smaller blocks"
+            )
+        row_tokens = (curriculum.end_of(name) - curriculum.start_of(name)) / sum(stage.steps for stage in stages)
+        row_tokens *= run.logger.every_steps
+        if run.watch.action != "off" and run.watch.window_tokens < WATCHED_ROWS * row_tokens:
+            yield (
+                f"phases.{name}: watch.window_tokens={run.watch.window_tokens:g} holds fewer than {WATCHED_ROWS} rows of "
+                f"metrics, of {row_tokens:,.0f} tokens each, so the watch sees nothing finer than a loss half as high again: "
+                "raise it, or lower logger.every_steps"
             )
         if given := run.estimate.device:
             needed, there = memory(run, phase, corpus).total, DEVICES[given].memory

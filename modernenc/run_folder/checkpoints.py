@@ -20,6 +20,7 @@ import shlex
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ class UnloggedMetrics:
     """Summed loss of each rank."""
     targets: int
     grad_norm: float
+    skipped: int
+    """Steps that were skipped because their gradient was not finite."""
 
 
 @dataclass
@@ -79,6 +82,8 @@ class TrainState:
     """Whether the phase ends exactly here."""
     seconds: float
     """Time spent training, over all resumes."""
+    skipped_steps: int
+    """Steps in a row, up to here, that were skipped because their gradient was not finite."""
     unlogged: dict[str, UnloggedMetrics]
     """By objective."""
     data: dict[str, Any]
@@ -181,9 +186,11 @@ class CheckpointWriter:
 def write(content: Content, target: Path, shard: RankShard = UNSHARDED) -> None:
     """Write a rank's shard of a checkpoint beside its target, sync it, rename it, then write its manifest.
 
-    Raises OSError, naming the file, and leaves nothing of it behind.
+    Raises OSError, naming the file, and leaves nothing of it behind; ValueError, before anything is written or pruned, if
+    weights are not finite.
     """
     path = _file(target, shard.rank)
+    check_finite(content.weights if isinstance(content, Checkpoint) else content["weights"], str(path))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with partial_path(path).open("wb") as file:
@@ -209,13 +216,25 @@ def write(content: Content, target: Path, shard: RankShard = UNSHARDED) -> None:
 
 
 def read(checkpoint: Path) -> Checkpoint:
-    """Return a checkpoint, loaded without pickled code; ValueError, naming the file, if it is not whole."""
+    """Return a checkpoint, loaded without pickled code.
+
+    Raises ValueError, naming the file, if it is not whole, its weights are not finite, or another version wrote it.
+    """
     check(checkpoint)
     shards = [torch.load(path, map_location="cpu", weights_only=True) for path in _shards_of(checkpoint)]
     try:
-        return Checkpoint.from_plain(_joined(shards))
+        content = Checkpoint.from_plain(_joined(shards))
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}; go on with the version that wrote it") from error
+    check_finite(content.weights, str(checkpoint))
+    return content
+
+
+def check_finite(weights: dict[str, Any], where: str) -> None:
+    """Raise ValueError if a weight is infinite or not a number; `where` names the file that holds, or would hold, it."""
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise ValueError(f"{where}: {name} is not finite, so no model can be made of it; go back to an earlier checkpoint")
 
 
 def files_of(checkpoint: Path) -> list[Path]:
@@ -229,6 +248,14 @@ def remove(checkpoint: Path) -> None:
     """Delete a checkpoint."""
     for path in files_of(checkpoint):
         path.unlink()
+
+
+def is_finished(checkpoint: Path) -> bool:
+    """Return whether every rank has written its shard, judging by the manifests."""
+    try:
+        return len({read_manifest(path)["save"] for path in _shards_of(checkpoint)}) == 1
+    except ValueError:
+        return False
 
 
 def manifest_of(checkpoint: Path) -> Path:
@@ -265,7 +292,7 @@ def check(checkpoint: Path) -> None:
         size = path.stat().st_size
         if size != manifest["bytes"]:
             raise ValueError(f"{path} is not whole: {size} bytes, expected {manifest['bytes']}; take another checkpoint")
-        if hash_file(path) != manifest["xxh3_64"]:
+        if _hash_once(path, path.stat().st_mtime_ns, size) != manifest["xxh3_64"]:
             raise ValueError(f"{path} is corrupt: its hash is not the one in {manifest_of(path).name}; take another")
 
 
@@ -291,7 +318,7 @@ def newest(run_dir: Path) -> Path | None:
 def prune(run_dir: Path, keep_last: int) -> None:
     """Delete all but the last `keep_last` checkpoints between boundaries; one that ranks still write does not count."""
     between = sorted((run_dir / FOLDER).glob(f"{at_step('*')}.ckpt"), key=sort_key)
-    finished = [checkpoint for checkpoint in between if _is_finished(checkpoint)]
+    finished = [checkpoint for checkpoint in between if is_finished(checkpoint)]
     for checkpoint in between:
         if checkpoint not in finished[-keep_last:] and finished and sort_key(checkpoint) < sort_key(finished[-1]):
             remove(checkpoint)
@@ -299,8 +326,9 @@ def prune(run_dir: Path, keep_last: int) -> None:
 
 def remove_partial(run_dir: Path) -> None:
     """Delete files that a killed run left unfinished, and shards without a checkpoint."""
-    for left in run_dir.rglob(f"*{PARTIAL_SUFFIX}"):
-        left.unlink()
+    for folder in (run_dir, run_dir / FOLDER):
+        for left in folder.glob(f"*.*[0-9]{PARTIAL_SUFFIX}"):
+            left.unlink()
     for part in (run_dir / FOLDER).glob(f"*{_SHARD_SUFFIX}"):
         if not _checkpoint_of(part).exists():
             remove(part)
@@ -320,6 +348,12 @@ def sort_key(checkpoint: Path) -> tuple[float, float]:
     return manifest["rollbacks"], manifest["tokens_seen"]
 
 
+@lru_cache
+def _hash_once(path: Path, mtime_ns: int, size: int) -> str:
+    """Return the hash of a file, which is computed once in a process as long as the file does not change."""
+    return hash_file(path)
+
+
 def _file(checkpoint: Path, rank: int) -> Path:
     """Return the file of a rank's shard of a checkpoint."""
     return checkpoint.with_suffix(f".{rank}{_SHARD_SUFFIX}") if rank else checkpoint
@@ -332,14 +366,6 @@ def _shards_of(checkpoint: Path) -> list[Path]:
 def _checkpoint_of(shard: Path) -> Path:
     """Return the checkpoint that a rank's shard belongs to."""
     return shard.with_suffix("").with_suffix(".ckpt")
-
-
-def _is_finished(checkpoint: Path) -> bool:
-    """Return whether every rank has written its shard, judging by the manifests."""
-    try:
-        return len({read_manifest(path)["save"] for path in _shards_of(checkpoint)}) == 1
-    except ValueError:
-        return False
 
 
 def _hash_of(manifest: dict[str, Any]) -> str:

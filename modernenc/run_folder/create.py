@@ -2,7 +2,6 @@
 
 import secrets
 import shlex
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import cast
 
 from omegaconf import OmegaConf
 
+from modernenc.atomic import write_text
 from modernenc.config import CONFIG, Run, plain, save
 from modernenc.run_folder import checkpoints, lineage
 from modernenc.run_folder.lock import LOG, try_acquire
@@ -28,7 +28,6 @@ def create(run: Run, plan: str, branch: checkpoints.Checkpoint | None = None, nu
     folder = _made(Path(run.run_dir), numbered)
     with _started_here(folder):
         run = replace(run, run_dir=str(folder), logger=replace(run.logger, run_id=secrets.token_hex(4)))
-        shutil.rmtree(folder / checkpoints.FOLDER, ignore_errors=True)  # left by a start that was interrupted
         if branch is not None:
             checkpoints.write(replace(branch, run=plain(run)), folder / checkpoints.FOLDER / f"{checkpoints.BRANCH}.ckpt")
         write_plan(folder, plan)
@@ -39,7 +38,7 @@ def create(run: Run, plan: str, branch: checkpoints.Checkpoint | None = None, nu
 
 def write_plan(folder: Path, plan: str) -> None:
     """Write the text of the plan into a run folder."""
-    (folder / "plan.txt").write_text(plan + "\n")
+    write_text(folder / "plan.txt", plan + "\n")
 
 
 def _made(folder: Path, numbered: bool) -> Path:
@@ -69,7 +68,13 @@ def _started_here(folder: Path) -> Iterator[None]:
 
 
 def _check_holds_no_run(folder: Path) -> None:
-    """Raise ValueError if the folder holds a run."""
+    """Raise ValueError if the folder holds a run, or checkpoints of one."""
+    kept = [path for path in (folder / checkpoints.FOLDER).glob("*.ckpt") if path.stem != checkpoints.BRANCH]
+    if kept:  # the checkpoint of a branch may be left by a start that was interrupted
+        raise ValueError(
+            f"run_dir={folder} holds {kept[0].name} of another run; go on with it by python -m modernenc.resume "
+            f"{shlex.quote(str(folder))}, or choose another run_dir"
+        )
     if (folder / CONFIG).exists():
         held = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
         raise ValueError(

@@ -3,6 +3,7 @@
 After a rollback the run's older checkpoints rank below the new one, however many tokens they have seen.
 """
 
+import logging
 import math
 import shutil
 from dataclasses import replace
@@ -14,6 +15,8 @@ from modernenc.run_folder import checkpoints, lineage
 from modernenc.run_folder.checkpoints import Checkpoint
 from modernenc.run_folder.create import write_plan
 from modernenc.run_folder.lineage import Event
+
+log = logging.getLogger(__name__)
 
 ABANDONED = "abandoned"
 """Folder in a run folder that holds, by number, what its rollbacks abandoned."""
@@ -53,11 +56,14 @@ def record_start(run: Run, plan: str, checkpoint: Checkpoint | None, event: Even
 
 
 def _point_latest(run_dir: Path) -> None:
-    """Point the link `latest`, beside the run, to it."""
+    """Point the link `latest`, beside the run, to it, where the file system has links and may be written."""
     latest = run_dir.parent / "latest"
-    partial_path(latest).unlink(missing_ok=True)
-    partial_path(latest).symlink_to(run_dir.name)
-    partial_path(latest).replace(latest)
+    try:
+        partial_path(latest).unlink(missing_ok=True)
+        partial_path(latest).symlink_to(run_dir.name)
+        partial_path(latest).replace(latest)
+    except OSError as error:
+        log.warning("%s does not point to this run: %s", latest, error.strerror)
 
 
 def archive_after(run_dir: Path, number: int, tokens_seen: int) -> None:

@@ -4,7 +4,6 @@ An entry holds an event, the position at which it happened, when it happened, an
 """
 
 import fcntl
-import json
 import os
 import platform
 import time
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 import modernenc
-from modernenc.atomic import write_json
+from modernenc.atomic import read_json, write_json
 
 LINEAGE = "lineage.json"
 
@@ -46,9 +45,9 @@ class Event:
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
-    """Return all entries so far."""
+    """Return all entries so far; ValueError if the file is damaged."""
     path = run_dir / LINEAGE
-    return json.loads(path.read_text()) if path.exists() else []
+    return read_json(path) if path.exists() else []
 
 
 def write(run_dir: Path, entries: list[dict[str, Any]]) -> None:

@@ -21,6 +21,8 @@ class Metrics:
     """This rank's tokens without padding, since this process began."""
     grad_norm: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     """Largest norm of a step's gradient, before clipping."""
+    skipped: int = 0
+    """Steps that were skipped because their gradient was not finite; nothing else counts them."""
 
     def add(self, spec: StepSpec, loss: torch.Tensor, targets: int, tokens: int, grad_norm: torch.Tensor) -> None:
         """Add one step."""
@@ -29,3 +31,9 @@ class Metrics:
         self.targets += targets
         self.tokens += tokens
         self.grad_norm = torch.maximum(self.grad_norm.to(loss.device), grad_norm)
+
+    def skip(self, spec: StepSpec, tokens: int) -> None:
+        """Count one step that was skipped."""
+        self.spec = spec
+        self.tokens += tokens
+        self.skipped += 1

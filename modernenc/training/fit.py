@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import cast
 
@@ -17,12 +18,12 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from rich.logging import RichHandler
 
-from modernenc.config import Run
+from modernenc.config import Run, plain
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.evaluation.validation import Validator
 from modernenc.model.allocator import keep_freed_memory
-from modernenc.run_folder import checkpoints
+from modernenc.run_folder import checkpoints, lineage
 from modernenc.run_folder.checkpoints import Checkpoint
 from modernenc.run_folder.history import record_start
 from modernenc.run_folder.lineage import Event
@@ -33,7 +34,7 @@ from modernenc.training.hardware import advise_precision, choose_determinism
 from modernenc.training.module import Pretraining
 from modernenc.training.preemption import STOPPED, Preemption
 from modernenc.training.progress import TokenProgress
-from modernenc.training.recorder import MetricsWriter
+from modernenc.training.recorder import MetricsWriter, ValidationWriter
 from modernenc.training.watch import UNSTABLE, SpikeMonitor
 
 log = logging.getLogger("modernenc")
@@ -61,21 +62,23 @@ def fit(
         keep_freed_memory()
         choose_determinism(run)
         module = Pretraining(run, curriculum, corpus, checkpoint)
-        metrics_writer = MetricsWriter(run, Validator(run, curriculum, corpus))
+        metrics = MetricsWriter(run)
+        validation = ValidationWriter(run, Validator(run, curriculum, corpus), metrics)
         trainer = L.Trainer(
             accelerator=run.trainer.accelerator,
             devices=run.trainer.devices,
             num_nodes=run.trainer.num_nodes,
             strategy=_strategy(run),
             precision=run.trainer.precision,  # pyright: ignore[reportArgumentType]
-            # After each step they are called in this order: the monitor reads the rows that the writer has made, and a
-            # checkpoint holds metrics as they are after the writer has flushed them.
+            # After each step they are called in this order: the monitor reads the rows that the writer has made, a checkpoint
+            # holds metrics as they are after the writer has flushed them, and validation can fail when all is saved.
             callbacks=[
                 StartupSync(run, curriculum, plan, checkpoint, event),
-                metrics_writer,
-                SpikeMonitor(run, metrics_writer),
+                metrics,
+                SpikeMonitor(run, metrics),
                 Checkpointing(run),
-                TokenProgress(curriculum, metrics_writer),
+                validation,
+                TokenProgress(curriculum, metrics, validation),
                 Preemption(),
                 *callbacks,
             ],
@@ -127,13 +130,18 @@ class StartupSync(L.Callback):
         self.event = event
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Synchronise; ValueError if ranks disagree."""
+        """Synchronise; ValueError, on all ranks, if they were given different runs, data, code or checkpoints."""
         ranks.publish_environment(trainer.global_rank, trainer.local_rank, self.run.trainer.devices, self.run.trainer.num_nodes)
-        own = self.event.checkpoint
-        run_dir, chosen = trainer.strategy.broadcast((self.run.run_dir, own))
-        if chosen != own:
-            raise ValueError(f"rank 0 resumes from {chosen}, this one from {own}; name the checkpoint to resume")
-        module = cast(Pretraining, pl_module)
+        module, own = cast(Pretraining, pl_module), self.event.checkpoint
+        run_dir = ranks.agree(
+            {
+                **plain(self.run),
+                **module.fingerprint,
+                "checkpoint": f"{own} of {module.tokens_seen} tokens",
+                "versions": lineage.versions(),
+            },
+            own_keys=("run_dir", "logger", "data.root", "data.cache"),
+        )["run_dir"]
         module.run = replace(module.run, run_dir=run_dir)
         if trainer.is_global_zero:  # all ranks have read their checkpoint by now, so partial files can go
             checkpoints.remove_partial(Path(run_dir))
@@ -143,12 +151,14 @@ class StartupSync(L.Callback):
 
 
 def _strategy(run: Run) -> Strategy | str:
-    world = run.trainer.devices * run.trainer.num_nodes
+    world, timeout = run.trainer.devices * run.trainer.num_nodes, timedelta(seconds=run.trainer.timeout_s)
     if run.trainer.strategy == "fsdp":
-        return ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)
+        return ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1, timeout=timeout)
     if run.trainer.strategy == "auto" and world == 1:
         return "auto"
-    return DDPStrategy(find_unused_parameters=bool(run.tasks))  # a step trains one of several heads
+    # A step trains one of several heads. Besides, DDP would otherwise regroup the gradients after the first backward pass of
+    # each process, and three or more ranks add the numbers of another group in another order: no resume would be exact.
+    return DDPStrategy(find_unused_parameters=True, timeout=timeout)
 
 
 def _lost_a_rank(error: RuntimeError) -> bool:
@@ -236,5 +246,7 @@ def _quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # The module itself saves the state of the loader.
     warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
+    # DDP, of a step that trains all parameters.
+    warnings.filterwarnings("ignore", ".*find_unused_parameters=True was specified in DDP constructor")
     warnings.filterwarnings("ignore", ".*`srun` command is available")  # not every run on a node of a cluster is a job
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.* is deprecated")  # Lightning's use of torch

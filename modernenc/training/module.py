@@ -82,7 +82,12 @@ class Pretraining(LoopState):
         """Restore what needs the number of ranks, and let go of the checkpoint, which holds a copy of all states."""
         if self._checkpoint is not None:
             restore_metrics(self, self._checkpoint.state)
+            # The command that reads the checkpoint holds it as long as the run takes, and so only its tensors can go.
+            self._checkpoint.weights.clear()
+            self._checkpoint.optimizers.clear()
             self._checkpoint = None
+        if self.tokens_seen >= self.curriculum.total_tokens:  # only the last validation was missing
+            self.trainer.should_stop = True
 
     def train_dataloader(self) -> StepLoader:
         """Return the loader of the steps from here on."""
@@ -112,13 +117,22 @@ class Pretraining(LoopState):
                 self.manual_backward(part * (self.trainer.world_size / max(1, targets)))
             loss += part.detach()
         grad_norm = self._clip()
-        optim.step(optimizers)
+        # The same on all ranks, whose gradients are summed by now. On a GPU this waits for the backward pass.
+        finite = bool(grad_norm.isfinite())
+        if finite:
+            optim.step(optimizers)
+        else:
+            self.zero_grad()
+        self.skipped_steps = 0 if finite else self.skipped_steps + 1
         self.last_spec = spec
         self.tokens_seen += spec.step_tokens
         self.step += 1
         self.data_state = batch.state
         metrics = self.metrics.setdefault(spec.objective, Metrics(spec, torch.zeros((), device=self.device)))
-        metrics.add(spec, loss, int(targets), batch.tokens, grad_norm)
+        if finite:
+            metrics.add(spec, loss, int(targets), batch.tokens, grad_norm)
+        else:
+            metrics.skip(spec, batch.tokens)
         self.stop_all_ranks, self.abort_all_ranks = stops > 0, aborts > 0
         self.seconds += time.monotonic() - started
         if self.stop_all_ranks or self.abort_all_ranks or self.tokens_seen >= self.curriculum.total_tokens:

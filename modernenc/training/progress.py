@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from modernenc.curriculum import MASKED_LM, Curriculum
 from modernenc.training.module import Pretraining
-from modernenc.training.recorder import MetricsWriter
+from modernenc.training.recorder import MetricsWriter, ValidationWriter
 
 log = logging.getLogger(__name__)
 
@@ -20,9 +20,10 @@ _LINE_EVERY_S = 30
 class TokenProgress(L.Callback):
     """Shows the phase, tokens, loss, speed and the time left."""
 
-    def __init__(self, curriculum: Curriculum, writer: MetricsWriter) -> None:
+    def __init__(self, curriculum: Curriculum, writer: MetricsWriter, validation: ValidationWriter) -> None:
         self.curriculum = curriculum
         self.writer = writer
+        self.validation = validation
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         self._started = self._last_line = time.monotonic()
@@ -74,6 +75,6 @@ class TokenProgress(L.Callback):
             parts.append(f"{'' if row['objective'] == MASKED_LM else row['objective'] + ' '}loss {row['loss']:.3f}")
         if rows:
             parts.append(f"{rows[0]['tokens_per_s']:,.0f} tokens/s")
-        if self.writer.last_validation_loss is not None:
-            parts.append(f"validation {self.writer.last_validation_loss:.3f}")
+        if self.validation.last_loss is not None:
+            parts.append(f"validation {self.validation.last_loss:.3f}")
         return "  ".join([*parts, f"{left / 3600:.0f} h left" if left > 36000 else f"{left // 60:.0f}:{left % 60:02.0f} left"])

@@ -6,7 +6,9 @@ Therefore srun's variables are translated into torchrun's, and all four are comp
 
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from modernenc.config import differences
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins.environments import ClusterEnvironment
@@ -107,6 +109,26 @@ def _number(name: str, least: int = 0) -> int:
         was = f"{name}={value}" if value else f"{name} is not set"
         raise ValueError(f"{was}: expected a number, {least} or more; launchers of ranks set this environment variable")
     return int(value)
+
+
+def agree(settings: dict[str, Any], own_keys: tuple[str, ...]) -> dict[str, Any]:
+    """Return the settings of rank 0; ValueError, on all ranks, names the first that another rank has otherwise.
+
+    `own_keys` begin the dotted keys that ranks need not share.
+    """
+    import torch
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return settings
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, settings)
+    for rank, others in enumerate(everyone):
+        for key, first, other in differences(everyone[0], others):
+            if not key.startswith(own_keys):
+                raise ValueError(
+                    f"{key}={other} on rank {rank}, but {first} on rank 0: start all ranks with the same command and files"
+                )
+    return everyone[0]
 
 
 def leave() -> None:

@@ -1,5 +1,6 @@
 """Write metrics and validation results after a step."""
 
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -10,21 +11,19 @@ import lightning.pytorch as L
 from modernenc.config import Run
 from modernenc.curriculum import MASKED_LM
 from modernenc.evaluation.validation import Validator
+from modernenc.run_folder.checkpoints import FOLDER, end_of
 from modernenc.run_folder.tables import ALL, Table
 from modernenc.training.module import Pretraining
 
 
 class MetricsWriter(L.Callback):
-    """Writes `metrics.csv` and `validation.csv`, and passes the same metrics to the loggers."""
+    """Writes `metrics.csv`, and passes the same metrics to the loggers."""
 
-    def __init__(self, run: Run, validator: Validator) -> None:
+    def __init__(self, run: Run) -> None:
         self.run = run
-        self.validator = validator
         self.metrics = Table(Path(run.run_dir) / "metrics.csv")
-        self.validation = Table(Path(run.run_dir) / "validation.csv")
         self.latest_rows: list[dict[str, Any]] = []
         """The newest rows of training metrics, one for each objective."""
-        self.last_validation_loss: float | None = None
         self._since = time.monotonic()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -32,7 +31,6 @@ class MetricsWriter(L.Callback):
         module = cast(Pretraining, pl_module)
         if trainer.is_global_zero:
             self.metrics.cut_after(module.step)
-            self.validation.cut_after(module.step)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
@@ -41,15 +39,14 @@ class MetricsWriter(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write the metrics of the step, and validate, when they are due."""
+        """Write the metrics since the last row when they are due."""
         module = cast(Pretraining, pl_module)
-        phase = module.finished_phase
-        if module.step % self.run.logger.every_steps == 0 or phase:
+        if module.step % self.run.logger.every_steps == 0 or module.finished_phase:
             self._record(trainer, module)
-        if phase or module.crossed(self.run.validation.every_tokens):
-            started = time.monotonic()
-            self._validate(trainer, module)
-            self._since += time.monotonic() - started  # speed is that of training
+
+    def leave_out(self, seconds: float) -> None:
+        """Leave out of the speed of training what was no training."""
+        self._since += seconds
 
     def _record(self, trainer: L.Trainer, module: Pretraining) -> None:
         by_objective = module.flush_metrics()
@@ -64,7 +61,7 @@ class MetricsWriter(L.Callback):
                 "tokens_seen": module.tokens_seen,
                 "phase": spec.phase,
                 "objective": objective,
-                "loss": loss / max(1, metrics.targets),
+                "loss": loss / metrics.targets if metrics.targets else math.nan,  # all of these steps were skipped
                 "grad_norm": float(metrics.grad_norm),
                 "lr": spec.lr,
                 "weight_decay": spec.weight_decay,
@@ -73,15 +70,48 @@ class MetricsWriter(L.Callback):
                 "mask_ratio": spec.mask_ratio,
                 "tokens_per_s": tokens / seconds,
                 "seconds": module.seconds,
+                "skipped": metrics.skipped,
             }
             if trainer.is_global_zero:
                 self.metrics.append(row)
-            self._log(trainer, module, row if objective == MASKED_LM else {f"{objective}/loss": row["loss"]})
+            log_numbers(trainer, module.step, row if objective == MASKED_LM else {f"{objective}/loss": row["loss"]})
             self.latest_rows.append(row)
         self._since = time.monotonic()
 
+
+class ValidationWriter(L.Callback):
+    """Validates after the checkpoint of a step was taken, writes `validation.csv`, and passes the scores to the loggers."""
+
+    def __init__(self, run: Run, validator: Validator, writer: MetricsWriter) -> None:
+        self.run = run
+        self.validator = validator
+        self.writer = writer
+        self.validation = Table(Path(run.run_dir) / "validation.csv")
+        self.last_loss: float | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Drop the rows of steps that this run will take again."""
+        if trainer.is_global_zero:
+            self.validation.cut_after(cast(Pretraining, pl_module).step)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Validate at a phase's end that was saved, and not validated before the process died."""
+        module = cast(Pretraining, pl_module)
+        if trainer.strategy.broadcast(is_missing(Path(module.run.run_dir), module.finished_phase, module.step)):
+            self._validate(trainer, module)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Validate when it is due."""
+        module = cast(Pretraining, pl_module)
+        if module.finished_phase or module.crossed(self.run.validation.every_tokens):
+            started = time.monotonic()
+            self._validate(trainer, module)
+            self.writer.leave_out(time.monotonic() - started)
+
     def _validate(self, trainer: L.Trainer, module: Pretraining) -> None:
-        phase = module.last_spec.phase
+        phase = module.finished_phase or module.last_spec.phase
         with trainer.precision_plugin.forward_context():
             scores = self.validator.scores(module.objectives, phase)
         for score in scores:
@@ -89,12 +119,21 @@ class MetricsWriter(L.Callback):
             if trainer.is_global_zero:
                 self.validation.append(row)
             if score.source == ALL:
-                self._log(trainer, module, {f"validation/{score.seq_len}/{score.mask_ratio}": score.loss})
+                log_numbers(trainer, module.step, {f"validation/{score.seq_len}/{score.mask_ratio}": score.loss})
             elif score.source in self.run.tasks:
-                self._log(trainer, module, {f"validation/{score.source}/accuracy": score.accuracy})
-        self.last_validation_loss = next(score.loss for score in scores if score.source == ALL)
+                log_numbers(trainer, module.step, {f"validation/{score.source}/accuracy": score.accuracy})
+        self.last_loss = next(score.loss for score in scores if score.source == ALL)
 
-    def _log(self, trainer: L.Trainer, module: Pretraining, metrics: dict[str, Any]) -> None:
-        numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
-        for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=module.step)
+
+def is_missing(run_dir: Path, phase: str, step: int) -> bool:
+    """Return whether a phase that ended with a step was saved, and its scores were not written."""
+    if not phase or not (run_dir / FOLDER / f"{end_of(phase)}.ckpt").exists():
+        return False
+    return all(int(row["step"]) != step for row in Table(run_dir / "validation.csv").read())
+
+
+def log_numbers(trainer: L.Trainer, step: int, values: dict[str, Any]) -> None:
+    """Pass the numbers among some values to the loggers."""
+    numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+    for logger in trainer.loggers:
+        logger.log_metrics(numbers, step=step)

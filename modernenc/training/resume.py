@@ -21,6 +21,7 @@ from modernenc.run_folder.load import locate
 from modernenc.training import ranks
 from modernenc.training.fit import fit
 from modernenc.training.hardware import check_hardware
+from modernenc.training.recorder import is_missing
 
 log = logging.getLogger("modernenc")
 
@@ -36,7 +37,7 @@ def resume(path: Path, overrides: list[str]) -> None:
     if checkpoint.run["rollbacks"] > run.rollbacks:  # a rollback was interrupted after its checkpoint was written
         run, event = from_plain(checkpoint.run, run.run_dir), checkpoint.event
     check_same_run(run, file, checkpoint)
-    others = (checkpoints.sort_key(other) for other in file.parent.glob("*.ckpt"))
+    others = (checkpoints.sort_key(other) for other in file.parent.glob("*.ckpt") if checkpoints.is_finished(other))
     if path.suffix == ".ckpt" and any(checkpoints.sort_key(file) < other for other in others):
         checkpoint = prepare_rollback(run, checkpoint, Event("rollback", file.stem))
         run, event = replace(run, rollbacks=checkpoint.run["rollbacks"]), checkpoint.event
@@ -79,7 +80,8 @@ def _go_on(run: Run, checkpoint: Checkpoint | None, event: Event) -> None:
     check_hardware(run)
     check_backbone(run)
     check_optim(run)
-    if checkpoint and checkpoint.state.tokens_seen >= curriculum.total_tokens:
+    at_end = checkpoint is not None and checkpoint.state.tokens_seen >= curriculum.total_tokens
+    if checkpoint and at_end and not is_missing(Path(run.run_dir), checkpoint.state.phase, checkpoint.state.step):
         print(f"{run.run_dir} is finished: {event.checkpoint} is at the end of the curriculum")
         if ranks.is_rank_zero() and not (Path(run.run_dir) / page.REPORT).exists():
             page.write(run)

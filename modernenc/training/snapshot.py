@@ -36,7 +36,9 @@ def capture(module: LoopState, sharded: bool) -> Content:
     if module.global_rank:
         return tensors
     unlogged = {
-        objective: UnloggedMetrics(metrics.spec.tokens_seen, losses[number], metrics.targets, float(metrics.grad_norm))
+        objective: UnloggedMetrics(
+            metrics.spec.tokens_seen, losses[number], metrics.targets, float(metrics.grad_norm), metrics.skipped
+        )
         for number, (objective, metrics) in enumerate(module.metrics.items())
     }
     state = TrainState(
@@ -45,6 +47,7 @@ def capture(module: LoopState, sharded: bool) -> Content:
         phase=module.last_spec.phase,
         boundary=bool(module.finished_phase),
         seconds=module.seconds,
+        skipped_steps=module.skipped_steps,
         unlogged=unlogged,
         data=data,
         **module.fingerprint,
@@ -76,6 +79,7 @@ def restore(module: LoopState, checkpoint: Checkpoint) -> None:
     module.tokens_seen = state.tokens_seen
     module.step = state.step
     module.seconds = state.seconds
+    module.skipped_steps = state.skipped_steps
     module.data_state = state.data
 
 
@@ -104,6 +108,7 @@ def restore_metrics(module: LoopState, state: TrainState) -> None:
             metrics.targets,
             0,
             torch.tensor(metrics.grad_norm),
+            metrics.skipped,
         )
 
 

@@ -41,6 +41,8 @@ class LoopState(L.LightningModule):
         """Whether there was such a reason before the last step began; the same on all ranks."""
         self.last_spec = curriculum.at(0)
         """What the curriculum prescribed for the last step."""
+        self.skipped_steps = 0
+        """Steps in a row, up to the last one, that were skipped because their gradient was not finite."""
         self.metrics: dict[str, Metrics] = {}
         """Metrics since the last call of `flush_metrics`, by objective."""
 

@@ -1,7 +1,9 @@
-"""Report that training goes wrong: a spike of the loss or the gradient norm, or a loss that has stopped falling.
+"""Report that training goes wrong: skipped steps, a spike of the loss or the gradient norm, a loss that has stopped falling.
 
-Each recorded row is compared with those of the last `watch.window_tokens` in its phase by a robust z-score: distance from the
-median in units of the median absolute deviation times 1.4826, which for normal noise is the standard deviation.
+Each row of metrics is compared with those of the last `watch.window_tokens` in its phase by a robust z-score: distance from the
+median in units of the median absolute deviation times 1.4826, which for normal noise is the standard deviation. The first rows
+of a phase, whose lengths, rates and sources may be new, are compared with the phase before, and those of the first phase with
+a model that knows nothing: for them a spike is a loss half as high again, or a gradient norm ten times as large.
 """
 
 import logging
@@ -14,6 +16,8 @@ from typing import Any, NamedTuple, cast
 import lightning.pytorch as L
 
 from modernenc.config import Run
+from modernenc.curriculum import CHOICES, MASKED_LM
+from modernenc.planning.notes import WATCHED_ROWS
 from modernenc.run_folder.checkpoints import FOLDER, tokens_seen
 from modernenc.training.module import Pretraining
 from modernenc.training.recorder import MetricsWriter
@@ -22,8 +26,8 @@ log = logging.getLogger(__name__)
 
 UNSTABLE = 3
 """Exit code of a run that stopped by `watch.action=stop`."""
-_ENOUGH = 20
-"""Rows before anything is said."""
+_FIRST_LOSS, _FIRST_LOG_GRAD_NORM = 1.5, math.log(10)
+"""Before that: factor of the loss, and rise of the log gradient norm, above the median, that count as a spike."""
 _LEAST_SPREAD = 0.002
 """Relative to the median: what nearly equal rows are taken to vary by."""
 
@@ -44,33 +48,51 @@ def z_score(value: float, others: list[float]) -> float:
 
 
 class Series:
-    """The rows of one objective in one phase, as far back as `watch.window_tokens` reaches."""
+    """The rows of one objective in the present phase, as far back as `watch.window_tokens` reaches.
 
-    def __init__(self, run: Run) -> None:
+    `blind_loss` is the loss of a model that knows nothing.
+    """
+
+    def __init__(self, run: Run, blind_loss: float) -> None:
         self.run = run
         self.spikes: list[Observation] = []
         """The last rows, as far back as each was a spike."""
+        self._phase = ""
         self._points: list[Observation] = []
+        self._before = [Observation(0, blind_loss, math.inf)]
+        """The rows of the phase before."""
         self._next_plateau = 0
 
-    def update(self, point: Observation) -> str:
+    def update(self, phase: str, point: Observation) -> str:
         """Compare a row of metrics with the earlier ones, then append it; return a warning, or an empty string."""
-        warning = self._judge(point) if len(self._points) >= _ENOUGH else ""
+        if phase != self._phase:
+            self._phase, self._points, self._before = phase, [], self._points or self._before
+        warning = self._spike(point)
+        if warning:
+            self.spikes.append(point)
+        else:
+            self.spikes = []
+            warning = self._plateau(point) if len(self._points) >= WATCHED_ROWS else ""
         oldest = point.tokens_seen - self.run.watch.window_tokens
-        self._points = [other for other in [*self._points, point] if other.tokens_seen >= oldest]
+        if math.isfinite(point.loss) and math.isfinite(point.log_grad_norm):
+            self._points = [other for other in [*self._points, point] if other.tokens_seen >= oldest]
         return warning
 
-    def _judge(self, point: Observation) -> str:
+    def _spike(self, point: Observation) -> str:
+        """Return a warning if a row lies far above the earlier ones."""
+        values = f"spike: loss {point.loss:.3f}, log gradient norm {point.log_grad_norm:.2f}"
+        if not (math.isfinite(point.loss) and math.isfinite(point.log_grad_norm)):
+            return values
+        if len(self._points) < WATCHED_ROWS:
+            earlier = self._before if len(self._points) < WATCHED_ROWS // 2 else self._points
+            loss, gradient = median(other.loss for other in earlier), median(other.log_grad_norm for other in earlier)
+            far = point.loss > _FIRST_LOSS * loss or point.log_grad_norm > gradient + _FIRST_LOG_GRAD_NORM
+            return f"{values}, after medians of {loss:.3f} and {gradient:.2f}" if far else ""
         loss = z_score(point.loss, [other.loss for other in self._points])
         gradient = z_score(point.log_grad_norm, [other.log_grad_norm for other in self._points])
-        if not all(math.isfinite(value) for value in point[1:]) or max(loss, gradient) > self.run.watch.z_threshold:
-            self.spikes.append(point)
-            return (
-                f"spike: loss {point.loss:.3f} ({loss:.1f} deviations above its median), "
-                f"log gradient norm {point.log_grad_norm:.2f} ({gradient:.1f})"
-            )
-        self.spikes = []
-        return self._plateau(point)
+        if max(loss, gradient) <= self.run.watch.z_threshold:
+            return ""
+        return f"{values}: {loss:.1f} and {gradient:.1f} deviations above their medians"
 
     def _plateau(self, point: Observation) -> str:
         """Return a warning if the median of the newer half of the window is not below the median of the older half."""
@@ -92,41 +114,51 @@ class SpikeMonitor(L.Callback):
     def __init__(self, run: Run, writer: MetricsWriter) -> None:
         self.run = run
         self.writer = writer
-        self._phase = ""
+        self._first_skipped = 0
+        """Position at the start of the first of the steps in a row that were skipped."""
         self._series: dict[str, Series] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore the series from the rows that were written before."""
         if trainer.is_global_zero:
             for row in self.writer.metrics.read():
-                self._of(row).update(_observation(row))
+                self._of(row["objective"]).update(row["phase"], _observation(row))
+            self._first_skipped = cast(Pretraining, pl_module).tokens_seen
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Judge the new rows."""
+        """Judge the step, if it was skipped, and the new rows."""
         module = cast(Pretraining, pl_module)
-        if self.run.watch.action == "off" or not trainer.is_global_zero:
+        if not trainer.is_global_zero:
+            return
+        if module.skipped_steps == 1:
+            self._first_skipped = module.last_spec.tokens_seen
+        if module.skipped_steps:
+            log.warning("step %d: skipped, because its gradient is not finite", module.step)
+        if module.skipped_steps >= self.run.watch.max_skipped_steps:
+            skipped = f"{module.skipped_steps} steps in a row had no finite gradient (watch.max_skipped_steps)"
+            module.abort_reason = f"{skipped}: {self._advice(module, self._first_skipped)}"
+        if self.run.watch.action == "off":
             return
         for row in self.writer.latest_rows:
             if row["step"] != module.step:
                 continue
-            series = self._of(row)
-            warning = series.update(_observation(row))
+            series = self._of(row["objective"])
+            warning = series.update(row["phase"], _observation(row))
             if warning:
                 log.warning("step %d: %s", module.step, warning)
             if self.run.watch.action == "stop" and len(series.spikes) >= self.run.watch.patience:
                 module.abort_reason = self._advice(module, series.spikes[0].tokens_seen)
 
-    def _of(self, row: dict[str, Any]) -> Series:
-        """Return the series that a row belongs to."""
-        if row["phase"] != self._phase:
-            self._phase, self._series = row["phase"], {}
-        return self._series.setdefault(row["objective"], Series(self.run))
+    def _of(self, objective: str) -> Series:
+        """Return the series of an objective."""
+        choices = self.run.backbone["vocab_size"] if objective == MASKED_LM else CHOICES
+        return self._series.setdefault(objective, Series(self.run, math.log(choices)))
 
     def _advice(self, module: Pretraining, first: int) -> str:
         folder = Path(self.run.run_dir) / FOLDER
-        good = [path for path in folder.glob("*.ckpt") if tokens_seen(path) < first]
+        good = [path for path in folder.glob("*.ckpt") if tokens_seen(path) <= first]
         if not good:
             return f"unstable since {first:,} tokens, and no checkpoint is older; start again with a lower learning rate"
         last = max(good, key=tokens_seen)

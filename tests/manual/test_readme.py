@@ -170,7 +170,7 @@ def check_composed(module: str, arguments: list[str]) -> None:
 def settings(module: str, arguments: list[str]) -> list[str]:
     """The overrides among the arguments; each flag must be Hydra's or stand in the module."""
     source = Path(str(import_module(module if module != "data_prep" else "data_prep.__main__").__file__)).read_text()
-    overrides, remove_partial, values = [], "--multirun" in arguments, 0
+    overrides, sweep, values = [], "--multirun" in arguments, 0
     for argument in arguments:
         if argument.startswith("--"):
             assert argument in OF_HYDRA or f'"{argument}"' in source, argument
@@ -178,7 +178,7 @@ def settings(module: str, arguments: list[str]) -> list[str]:
         elif values:
             values -= 1
         else:
-            overrides.append(argument.split(",")[0] if remove_partial else argument)
+            overrides.append(argument.split(",")[0] if sweep else argument)
     return overrides
 
 

@@ -278,7 +278,7 @@ def test_several_decays_from_one_checkpoint_are_one_command(small_run, tmp_path)
     result = command(
         "modernenc.train", "--multirun", "+recipe=demo", *SMALL, f"data.root={small_run().data.root}", f"+from={checkpoint}",
         f"run_dir={tmp_path}/decay-${{phases.decay.tokens}}", "phases.decay.tokens=1500,3000",
-        f"hydra.sweep.dir={tmp_path}/remove_partial",
+        f"hydra.sweep.dir={tmp_path}/sweep",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     short, long = tmp_path / "decay-1500.0", tmp_path / "decay-3000.0"
