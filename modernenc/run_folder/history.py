@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from modernenc.atomic import partial_path
-from modernenc.config import CONFIG, Run, from_plain, save
+from modernenc.config import CONFIG, Run, from_plain, load, save
 from modernenc.run_folder import checkpoints, lineage
 from modernenc.run_folder.checkpoints import Checkpoint
 from modernenc.run_folder.create import write_plan
@@ -42,6 +42,8 @@ def record_start(run: Run, plan: str, checkpoint: Checkpoint | None, event: Even
     if checkpoint is None or event.event != "rollback":
         if event.event != "resume" or checkpoint is None:
             _point_latest(run_dir)
+        else:
+            _restore_config(run)
         lineage.add(run_dir, event, ranks, position)
         return
     number = checkpoint.run["rollbacks"]
@@ -53,6 +55,14 @@ def record_start(run: Run, plan: str, checkpoint: Checkpoint | None, event: Even
         lineage.add(run_dir, event, ranks, position)
     write_plan(run_dir, plan)
     save(from_plain(checkpoint.run, run.run_dir))
+
+
+def _restore_config(run: Run) -> None:
+    """Write the configuration again if its file is missing or damaged: the run was then resumed by its checkpoint's."""
+    try:
+        load(Path(run.run_dir))
+    except (FileNotFoundError, ValueError):
+        save(run)
 
 
 def _point_latest(run_dir: Path) -> None:

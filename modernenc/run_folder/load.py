@@ -1,10 +1,13 @@
 """Find a run and its checkpoint on disk."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
-from modernenc.config import Run, load
+from modernenc.config import Run, from_plain, load
 from modernenc.run_folder import checkpoints
+
+log = logging.getLogger(__name__)
 
 
 def locate(path: Path) -> tuple[Run, Path | None]:
@@ -17,8 +20,21 @@ def locate(path: Path) -> tuple[Run, Path | None]:
         raise FileNotFoundError(f"{path} does not exist; give a run folder or one of its checkpoints/*.ckpt")
     named = path.suffix == ".ckpt"
     run_dir = path.resolve().parent.parent if named else path.resolve()
-    run = replace(load(run_dir), run_dir=str(run_dir))
+    run = replace(_settings(run_dir), run_dir=str(run_dir))
     if not named:
         return run, checkpoints.newest(run_dir)
     checkpoints.check(path)
     return run, path.resolve()
+
+
+def _settings(run_dir: Path) -> Run:
+    """Return the configuration of a run, from its newest checkpoint if its file is missing or damaged."""
+    try:
+        return load(run_dir)
+    except (FileNotFoundError, ValueError) as error:
+        checkpoint = checkpoints.newest(run_dir)
+        if checkpoint is None:
+            raise
+        run = from_plain(checkpoints.read(checkpoint).run)
+        log.warning("%s; its settings are taken from %s", error, checkpoint)
+        return run

@@ -98,6 +98,11 @@ def fit(
         try:
             trainer.fit(module)
         except RuntimeError as error:
+            if trainer.world_size > 1 and not torch.distributed.is_initialized():
+                raise ConnectionError(
+                    f"the {trainer.world_size} ranks did not meet within trainer.timeout_s={run.trainer.timeout_s:g}: one of them "
+                    f"did not start, or cannot reach the first: {' '.join(str(error).split())}"
+                ) from error
             if trainer.world_size > 1 and _lost_a_rank(error):
                 raise ConnectionError(
                     f"another rank was lost after step {module.step}: its own last lines say why; what was saved is whole: "
@@ -164,7 +169,7 @@ def _strategy(run: Run) -> Strategy | str:
 def _lost_a_rank(error: RuntimeError) -> bool:
     """Return whether a collective failed for lack of a peer, which gloo and NCCL only say in words."""
     text = str(error).lower()
-    return any(word in text for word in ("gloo", "nccl", "connection closed", "connection reset", "broken pipe"))
+    return any(word in text for word in ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out"))
 
 
 def _announce(run: Run, curriculum: Curriculum, module: Pretraining, trainer: L.Trainer, checkpoint: str) -> None:

@@ -1,5 +1,6 @@
 """Write metrics and validation results after a step."""
 
+import logging
 import math
 import time
 from dataclasses import asdict
@@ -11,9 +12,12 @@ import lightning.pytorch as L
 from modernenc.config import Run
 from modernenc.curriculum import MASKED_LM
 from modernenc.evaluation.validation import Validator
+from modernenc.model.build import set_attributes
 from modernenc.run_folder.checkpoints import FOLDER, end_of
 from modernenc.run_folder.tables import ALL, Table
 from modernenc.training.module import Pretraining
+
+log = logging.getLogger(__name__)
 
 
 class MetricsWriter(L.Callback):
@@ -31,6 +35,7 @@ class MetricsWriter(L.Callback):
         module = cast(Pretraining, pl_module)
         if trainer.is_global_zero:
             self.metrics.cut_after(module.step)
+            self._check_complete(module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
@@ -43,6 +48,13 @@ class MetricsWriter(L.Callback):
         module = cast(Pretraining, pl_module)
         if module.step % self.run.logger.every_steps == 0 or module.finished_phase:
             self._record(trainer, module)
+
+    def _check_complete(self, module: Pretraining) -> None:
+        """Warn of rows that were written before a checkpoint and are not there: a machine that dies may lose them."""
+        rows, every = self.metrics.read(), self.run.logger.every_steps
+        last, expected = int(rows[-1]["step"]) if rows else 0, module.step - module.step % every
+        if last < expected and not (self.run.branch_from and not rows):
+            log.warning("%s has lost the rows of steps %d to %d", self.metrics.path, last + 1, expected)
 
     def leave_out(self, seconds: float) -> None:
         """Leave out of the speed of training what was no training."""
@@ -98,6 +110,7 @@ class ValidationWriter(L.Callback):
         """Validate at a phase's end that was saved, and not validated before the process died."""
         module = cast(Pretraining, pl_module)
         if trainer.strategy.broadcast(is_missing(Path(module.run.run_dir), module.finished_phase, module.step)):
+            set_attributes(module.objectives.backbone, module.curriculum.at(module.tokens_seen - 1))
             self._validate(trainer, module)
 
     def on_train_batch_end(

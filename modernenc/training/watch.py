@@ -138,7 +138,7 @@ class SpikeMonitor(L.Callback):
             log.warning("step %d: skipped, because its gradient is not finite", module.step)
         if module.skipped_steps >= self.run.watch.max_skipped_steps:
             skipped = f"{module.skipped_steps} steps in a row had no finite gradient (watch.max_skipped_steps)"
-            module.abort_reason = f"{skipped}: {self._advice(module, self._first_skipped)}"
+            module.abort_reason = module.abort_reason or f"{skipped}: {self._advice(module, self._first_skipped)}"
         if self.run.watch.action == "off":
             return
         for row in self.writer.latest_rows:

@@ -18,7 +18,7 @@ def numbers(kind: Any, key: str = "") -> Iterator[tuple[str, Any, tuple[Any, ...
     """Yield the key, the type and the constraints of each number in a schema; `*` stands for the keys of a mapping."""
     constraints: tuple[Any, ...] = ()
     if get_origin(kind) is Annotated:
-        kind, *constraints = get_args(kind)
+        kind, constraints = get_args(kind)[0], get_args(kind)[1:]
     if is_dataclass(kind):
         hints = get_type_hints(kind, include_extras=True)
         for one in fields(kind):
@@ -40,7 +40,11 @@ def test_a_number_that_no_setting_can_have_is_refused_by_its_key(value):
     for key, kind, _ in numbers(Run):
         if key.startswith(("tasks", "rollbacks")) or (kind is int and value != "-1"):
             continue
-        key = key.replace("phases.*", "phases.stable").replace("mix.*", "mix.code").replace("objectives.*", "objectives.masked_lm")
+        key = (
+            key.replace("phases.*", "phases.stable")
+            .replace("mix.*", "mix.code")
+            .replace("objectives.*", "objectives.masked_lm")
+        )
         with pytest.raises(ValueError, match=key.replace(".", r"\.")):
             check_settings(changed(run, [f"{key}={value.replace('.', '', 1) if 'n' in value else value}"]))
 

@@ -4,9 +4,11 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -146,6 +148,96 @@ def test_two_ranks_that_start_at_different_times_share_a_folder_and_resume_to_th
     run(2, "modernenc.resume", str(resumed / "checkpoints" / middle.name), launcher="lightning")
     assert same_state(resumed / FINAL, whole / FINAL)
     assert metrics(resumed) == metrics(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "kind"), [(3, ["optim=muon", "trainer.precision=bf16-mixed"]), (4, EXACT)])
+def test_three_and_four_ranks_under_ddp_resume_to_the_same_bits(settings, tmp_path, ranks, kind):
+    """The order in which ranks add up a gradient must not depend on where the process began."""
+    whole = tmp_path / "whole"
+    run(
+        ranks,
+        "modernenc.train",
+        *settings,
+        *WIDER,
+        *kind,
+        "phases.decay.tokens=6000",
+        "checkpoint.keep_last=100",
+        f"run_dir={whole}",
+    )
+    resumed = Path(shutil.copytree(whole, tmp_path / "resumed"))
+    run(ranks, "modernenc.resume", str(resumed / "checkpoints" / "end-of-stable.ckpt"))
+    assert same_state(resumed / FINAL, whole / FINAL)
+
+
+def two_ranks(arguments: list[list[str]], port: int, ranks: Sequence[int] = (0, 1)) -> list[subprocess.Popen[str]]:
+    """Start some of two ranks as a launcher would, each with its own arguments."""
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "modernenc.train", *arguments[rank], "trainer.devices=2"],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+            },
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in ranks
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (["optim.lr=2e-3"], "optim.lr=0.002 on rank 1, but 0.001 on rank 0"),
+        (["phases.decay.tokens=50000"], "phases.decay.tokens=50000.0 on rank 1, but 40000.0 on rank 0"),
+        (["trainer.micro_batch_tokens=128", "seed=3"], "seed=3 on rank 1, but 17 on rank 0"),
+    ],
+)
+def test_ranks_that_would_train_different_runs_stop_and_name_the_difference(settings, tmp_path, other, message):
+    common = [*settings, *WIDER, *EXACT, f"run_dir={tmp_path / 'run'}"]
+    for process in two_ranks([common, [*common, *other]], free_port()):
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 2 and message in said and "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_rank_that_nobody_joins_ends_within_the_timeout(settings, tmp_path):
+    arguments = [*settings, *WIDER, f"run_dir={tmp_path / 'run'}", "trainer.timeout_s=5"]
+    started = time.monotonic()
+    (process,) = two_ranks([arguments, []], free_port(), ranks=[0])
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 2 and "trainer.timeout_s=5" in said and "Traceback" not in said
+    assert time.monotonic() - started < 90
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_blocked_by_another_ends_at_the_second_signal(settings, tmp_path):
+    folder = tmp_path / "run"
+    processes = two_ranks([[*settings, *ENDLESS, f"run_dir={folder}"]] * 2, free_port())
+    try:
+        wait_for(processes[0], lambda: steps_done(folder) > 5)
+        processes[1].send_signal(signal.SIGSTOP)
+        time.sleep(1)
+        processes[0].send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            processes[0].wait(timeout=4)
+        processes[0].send_signal(signal.SIGTERM)
+        said = " ".join(processes[0].communicate(timeout=30)[0].split())
+        assert processes[0].returncode == 128 + signal.SIGTERM
+        assert "ended without saving: a second signal came" in said
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
 
 
 @pytest.mark.slow

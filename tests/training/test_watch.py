@@ -1,15 +1,17 @@
 """Spikes and plateaus are told apart from noise, and `stop` goes back no further than it must."""
 
 import logging
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from modernenc.model import optim
+from modernenc.planning.notes import WATCHED_ROWS
 from modernenc.run_folder.checkpoints import newest
 from modernenc.run_folder.tables import Table
-from modernenc.training.watch import UNSTABLE, z_score
+from modernenc.training.watch import UNSTABLE, Observation, Series, z_score
 from support.runs import train
 
 
@@ -18,6 +20,48 @@ def test_the_z_score_of_normal_noise_is_its_deviation():
     others = rng.normal(5, 0.1, 4000).tolist()
     assert z_score(5.3, others) == pytest.approx(3, abs=0.2)
     assert z_score(5.3, [*others, *([1000.0] * 500)]) == pytest.approx(3, abs=0.6)
+
+
+@pytest.fixture
+def series(small_run) -> Series:
+    """A series of rows of 1,000 tokens, of a model that distinguishes 512 tokens."""
+    return Series(small_run("watch.window_tokens=20000"), blind_loss=math.log(512))
+
+
+def test_the_first_row_of_a_run_is_judged_by_a_model_that_knows_nothing(series):
+    assert series.update("stable", Observation(1000, math.log(512) + 0.5, 3.0)) == ""
+    assert "spike: loss 20.000" in series.update("stable", Observation(2000, 20.0, 3.0))
+
+
+def test_the_first_rows_of_a_phase_are_judged_by_the_phase_before(series):
+    """Lengths and sources may change a loss somewhat; a rotary base that is wrong takes it from 6.4 to 95."""
+    rng = np.random.default_rng(0)
+    for row in range(1, 30):
+        assert "spike" not in series.update("stable", Observation(1000 * row, 6.4 + 0.02 * rng.normal(), 0.0))
+    assert series.update("extend", Observation(30_000, 7.0, 0.5)) == ""
+    assert "after medians of 6.4" in series.update("extend", Observation(31_000, 95.0, 0.5))
+    assert "spike" in series.update("extend", Observation(32_000, 6.5, 5.0))
+    assert len(series.spikes) == 2
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_is_a_spike_and_spoils_no_median(series, value):
+    for row in range(1, WATCHED_ROWS + 3):
+        assert series.update("stable", Observation(1000 * row, 5.0 + 0.01 * (row % 3), 0.0)) == ""
+        assert "spike" in series.update("stable", Observation(1000 * row, value, 0.0))
+    assert "deviations above" in series.update("stable", Observation(20_000, 6.0, 0.0))
+
+
+def test_a_watch_that_could_not_see_a_spike_is_noted_by_the_plan(small_run):
+    from modernenc.curriculum import Curriculum
+    from modernenc.planning.notes import notes
+
+    for window, noted in (("100", True), ("1e6", False)):
+        run = small_run(f"watch.window_tokens={window}")
+        assert (
+            any("watch.window_tokens=100 holds fewer than 8 rows" in note for note in notes(run, Curriculum.of(run), None))
+            == noted
+        )
 
 
 WATCHED = ["watch.window_tokens=100000", "phases.stable.tokens=30000", "checkpoint.keep_last=100"]
