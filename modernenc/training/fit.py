@@ -100,8 +100,8 @@ def fit(
         except RuntimeError as error:
             if trainer.world_size > 1 and not torch.distributed.is_initialized():
                 raise ConnectionError(
-                    f"the {trainer.world_size} ranks did not meet within trainer.timeout_s={run.trainer.timeout_s:g}: one of them "
-                    f"did not start, or cannot reach the first: {' '.join(str(error).split())}"
+                    f"the {trainer.world_size} ranks did not meet within trainer.timeout_s={run.trainer.timeout_s:g}: one of "
+                    f"them did not start, or cannot reach the first: {' '.join(str(error).split())}"
                 ) from error
             if trainer.world_size > 1 and _lost_a_rank(error):
                 raise ConnectionError(

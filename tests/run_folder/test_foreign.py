@@ -63,7 +63,7 @@ def test_code_that_a_folder_names_is_not_run(folder, tmp_path, reader, group):
 def test_what_our_own_modules_import_is_no_code_of_ours(folder, target):
     spoil_config(folder, "optim", _target_=target)
     with pytest.raises(ValueError, match=r"config\.yaml: optim\._target_="):
-        resume(folder, [])
+        config.load(folder)
 
 
 def test_a_checkpoint_that_names_code_is_no_source_of_weights(folder, corpus_root, tmp_path):
@@ -76,7 +76,7 @@ def test_the_environment_is_not_read_for_a_folder(folder, monkeypatch):
     monkeypatch.setenv("SECRET", "hunter2")
     spoil_config(folder, "logger", project="${oc.env:SECRET}")
     with pytest.raises(ValueError, match=r"logger\.project=\$\{oc\.env:SECRET\}.*holds values only"):
-        resume(folder, [])
+        config.load(folder)
 
 
 def test_shipped_names_are_those_that_the_options_choose():
