@@ -20,11 +20,12 @@ def main() -> None:
     parser.add_argument(
         "--average", action="append", default=[], help="also validate their average: exponential, one_minus_sqrt, uniform"
     )
+    parser.add_argument("--across-runs", action="store_true", help="average checkpoints of runs that began apart")
     arguments = parser.parse_args()
     with one_line_errors():
         from modernenc.reporting.comparison import compare, show  # torch takes seconds to import
 
-        show(compare(arguments.paths, arguments.average))
+        show(compare(arguments.paths, arguments.average, arguments.across_runs))
 
 
 if __name__ == "__main__":

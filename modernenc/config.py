@@ -250,7 +250,10 @@ class Logger:
     project: str = "modernenc"
     """Project in Weights & Biases."""
     run_id: str = ""
-    """Id of the run in Weights & Biases, generated at the start. A resumed run continues under it; a branch has its own."""
+    """Id of the run in Weights & Biases, generated at the start. A resume continues under it; a rollback or a branch has its
+    own, because what was logged cannot be taken back."""
+    group: str = ""
+    """Id of the run that this one descends from, by rollbacks and branches, or its own: the group in Weights & Biases."""
 
 
 @frozen
@@ -274,11 +277,16 @@ class Cluster:
     account: str = ""
     """Account; empty leaves the choice to the cluster."""
     options: list[str] = field(default_factory=list)
-    """Further options of sbatch, such as --exclusive."""
+    """Further options of sbatch, such as --exclusive or --mem=64G."""
+    srun_options: list[str] = field(default_factory=list)
+    """Further options of srun, such as --container-image=IMAGE."""
+    wrapper: list[str] = field(default_factory=list)
+    """Command that runs the training command in a container, word by word: [apptainer, exec, --nv, image.sif]."""
     setup: list[str] = field(default_factory=list)
     """Shell lines that run before training, such as: module load cuda."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Environment variables of the processes, such as NCCL_SOCKET_IFNAME."""
+    """Environment variables of the processes, such as NCCL_SOCKET_IFNAME. They are written into the job's script only, which no
+    one else can read."""
     scratch: str = ""
     """Folder on each node's own disk: each job gets a TMPDIR there, deleted when it ends; empty leaves TMPDIR as it is."""
 

@@ -4,6 +4,7 @@ It creates the run folder, writes `job.sh` into it and submits it; --dry-run pri
 the run ahead of its time limit; the run saves after its step, and the job requeues itself and resumes, until the run is done.
 """
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from modernenc.cli import given
 from modernenc.cli import run as run_cli
-from modernenc.config import Run, own_modules, register
+from modernenc.config import Run, own_modules, plain, register
 from modernenc.planning.checks import check_run, check_settings
 from modernenc.planning.resolve import resolve
 
@@ -33,6 +34,7 @@ def show(config: Run) -> None:
     """Print the script, after the checks that need no data."""
     run = _apply_cluster(resolve(config))
     check_settings(run)
+    check_cluster(run)
     print(script(run), end="")
 
 
@@ -44,17 +46,44 @@ def submit(config: Run) -> None:
         )
     run = _apply_cluster(resolve(config))
     curriculum, corpus = check_run(run)
+    check_cluster(run)
     run = replace(run, data=replace(run.data, root=str(corpus.store)))
     from modernenc.planning.tables import plan_text  # torch takes seconds to import
     from modernenc.run_folder.create import create
 
+    secret = run.cluster.environment
+    run = replace(run, cluster=replace(run.cluster, environment={}))
     run = create(run, plan_text(run, curriculum), numbered=not given("run_dir"))
     path = Path(run.run_dir) / JOB
-    path.write_text(script(run))
+    path.touch(mode=0o600)
+    path.write_text(script(replace(run, cluster=replace(run.cluster, environment=secret))))
+    print(f"data.lanes={run.data.lanes}: the run may go on with up to as many ranks, now {run.trainer.devices} x "
+          f"{run.trainer.num_nodes}")  # fmt: skip
     result = subprocess.run(["sbatch", "--parsable", path], capture_output=True, text=True, check=False)
     if result.returncode:
         raise ValueError(f"sbatch refused {path}: {result.stderr.strip()}; mend cluster.*, or the script, and sbatch it")
     print(f"job {result.stdout.strip()}: {path}\nits log: {path.parent}/slurm-{result.stdout.strip()}.log")
+
+
+def check_cluster(run: Run) -> None:
+    """Raise ValueError for settings of `cluster` under which no job could start, or train what the recipe says."""
+    cluster = run.cluster
+    if not cluster.time:
+        raise ValueError("cluster.time: no value; give the job a time limit, hours:minutes:seconds")
+    if run.trainer.accelerator == "gpu" and not cluster.gpus_per_node:
+        raise ValueError("cluster.gpus_per_node=0, but the recipe says trainer.accelerator=gpu; request GPUs, or set it to cpu")
+    if cluster.gpus_per_node and cluster.tasks_per_node != cluster.gpus_per_node:
+        raise ValueError(
+            f"cluster.tasks_per_node={cluster.tasks_per_node}, but cluster.gpus_per_node={cluster.gpus_per_node}: each GPU needs "
+            "a process of its own"
+        )
+    for name in cluster.environment:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError(f"cluster.environment.{name}: expected the name of a variable, of letters, digits and `_`")
+    for key, value in {**plain(run)["cluster"], "run_dir": run.run_dir, "recipe": run.recipe}.items():
+        texts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        if not all(str(text).isprintable() for text in texts):
+            raise ValueError(f"cluster.{key} holds a control character, such as a line break, which no script may")
 
 
 def script(run: Run) -> str:
@@ -77,6 +106,8 @@ def script(run: Run) -> str:
         f"--output={shlex.quote(run_dir)}/slurm-%j.log",
     ]
     allowed = "".join(f" --allow-code {module}" for module in own_modules(run))
+    srun_options = "".join(f" {shlex.quote(option)}" for option in cluster.srun_options)
+    command = shlex.join([*cluster.wrapper, "python" if cluster.wrapper else sys.executable])  # a container has its own
     environment = {"OMP_NUM_THREADS": str(cluster.cpus_per_task), **cluster.environment}
     scratch = f"""
 export TMPDIR={shlex.quote(cluster.scratch)}/"$SLURM_JOB_ID"
@@ -100,7 +131,7 @@ trap 'cancelled=yes' TERM
 echo "job $SLURM_JOB_ID, start $((${{SLURM_RESTART_COUNT:-0}} + 1)), on $SLURM_JOB_NODELIST"
 
 # Ranks end within moments of each other; --kill-on-bad-exit would kill those that are still ending.
-srun --wait=120 --cpus-per-task="$SLURM_CPUS_PER_TASK" {shlex.quote(sys.executable)} -m modernenc.resume "$run"{allowed} &
+srun --wait=120 --cpus-per-task="$SLURM_CPUS_PER_TASK"{srun_options} {command} -m modernenc.resume "$run"{allowed} &
 step=$!
 wait "$step"
 status=$?

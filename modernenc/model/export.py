@@ -17,7 +17,7 @@ from modernenc.run_folder.averaging import KINDS, average
 from modernenc.run_folder.load import locate
 
 
-def export(paths: Sequence[Path], out: Path, average_by: str | None = None) -> float:
+def export(paths: Sequence[Path], out: Path, average_by: str | None = None, across_runs: bool = False) -> float:
     """Write `out` and return the largest difference of logits, relative to the largest logit or to 1.
 
     Raises ValueError if `out` exists, if a checkpoint is not whole, if there are several without a known `average_by`, or if
@@ -36,7 +36,7 @@ def export(paths: Sequence[Path], out: Path, average_by: str | None = None) -> f
         found.append((run, checkpoint))
     run, checkpoint = found[0]
     corpus = Corpus.of(run.data)
-    trained = average([path for _, path in found], average_by) if average_by else checkpoints.read(checkpoint)
+    trained = average([path for _, path in found], average_by, across_runs) if average_by else checkpoints.read(checkpoint)
     objective = masked_lm_of(run, trained)
     roles = corpus.roles
     special_ids = {
@@ -51,7 +51,7 @@ def export(paths: Sequence[Path], out: Path, average_by: str | None = None) -> f
     pretrained_tokenizer(corpus, run.backbone["max_position"]).save_pretrained(partial)
     loaded = AutoModelForMaskedLM.from_pretrained(partial, trust_remote_code=True)  # any code in this folder is ours
     difference = logit_difference(objective, loaded, corpus.vocab_size)
-    if difference > TOLERANCE:
+    if not difference <= TOLERANCE:  # which a difference that is no number is not either
         raise ValueError(f"{partial}: its logits differ from the checkpoint's by {difference:.1e}; not exported")
     os.replace(partial, out)
     return difference

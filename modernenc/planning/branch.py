@@ -55,7 +55,11 @@ def fork(run: Run, corpus: Corpus, checkpoint: Checkpoint, skip_tokens: int = 0)
     state, old = checkpoint.state, checkpoint.run
     before = from_plain(old, run.run_dir)
     done_before = done_phases(before, state.tokens_seen)
-    run = replace(run, phases={name: before.phases[name] if name in done_before else run.phases[name] for name in run.phases})
+    run = replace(
+        run,
+        phases={name: before.phases[name] if name in done_before else run.phases[name] for name in run.phases},
+        logger=replace(run.logger, group=before.logger.group),
+    )
     new = plain(run)
     done = list(old["phases"])[: list(old["phases"]).index(state.phase) + 1]
     if list(new["phases"])[: len(done)] != done:

@@ -22,7 +22,7 @@ Compared = dict[str, tuple[int, dict[str, Score]]]
 """Tokens seen, and scores by source, of each checkpoint or average by name."""
 
 
-def compare(paths: list[Path], averages: list[str]) -> Compared:
+def compare(paths: list[Path], averages: list[str], across_runs: bool = False) -> Compared:
     """Validate checkpoints and the given kinds of their average; errors are those of reading checkpoints."""
     found: dict[str, tuple[Run, Path]] = {}
     for path in paths:
@@ -40,7 +40,7 @@ def compare(paths: list[Path], averages: list[str]) -> Compared:
 
     compared = {name: scores(run, read(checkpoint)) for name, (run, checkpoint) in found.items()}
     every = [checkpoint for _, checkpoint in found.values()]
-    return compared | {f"average: {kind}": scores(first, average(every, kind)) for kind in averages}
+    return compared | {f"average: {kind}": scores(first, average(every, kind, across_runs)) for kind in averages}
 
 
 def show(compared: Compared) -> None:

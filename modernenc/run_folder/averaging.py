@@ -37,18 +37,26 @@ KINDS: dict[str, Callable[[int], list[float]]] = {"uniform": uniform, "exponenti
 """Coefficients of a number of checkpoints, the earliest first, by the name of the average; they sum to 1."""
 
 
-def average(paths: list[Path], kind: str) -> Checkpoint:
+def average(paths: list[Path], kind: str, across_runs: bool = False) -> Checkpoint:
     """Return the last checkpoint with the averaged weights of all, summed in fp64, without optimizer states.
 
-    Raises ValueError if `kind` is unknown, or, naming the checkpoint, if one is not whole or belongs to another model.
+    Weights of runs that began apart average to nothing useful, so all must be of one run and its branches, unless
+    `across_runs`. Raises ValueError if `kind` is unknown, or, naming the checkpoint, if one is not whole or belongs to another
+    run or model.
     """
     if kind not in KINDS:
         raise ValueError(f"--average {kind}: expected one of {', '.join(sorted(KINDS))}")
     paths = sorted(paths, key=sort_key)
     sums: dict[str, Any] = {}
-    last = None
+    last, group = None, ""
     for path, coefficient in zip(paths, KINDS[kind](len(paths)), strict=True):
         last = read(path)  # one checkpoint at a time is in memory
+        group = group or last.run["logger"]["group"]
+        if last.run["logger"]["group"] != group and not across_runs:
+            raise ValueError(
+                f"{path} is of another run than those before it: an average of runs that began apart is no model; to make it "
+                "all the same, add --across-runs"
+            )
         shapes = {name: value.shape for name, value in last.weights.items()}
         if sums and shapes != {name: value.shape for name, value in sums.items()}:
             raise ValueError(f"{path} is of another model than those before it; average checkpoints of one run")

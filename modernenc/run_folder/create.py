@@ -12,7 +12,7 @@ from typing import cast
 from omegaconf import OmegaConf
 
 from modernenc.atomic import write_text
-from modernenc.config import CONFIG, Run, plain, save
+from modernenc.config import CONFIG, Logger, Run, plain, save
 from modernenc.run_folder import checkpoints, lineage
 from modernenc.run_folder.lock import LOG, try_acquire
 
@@ -27,13 +27,19 @@ def create(run: Run, plan: str, branch: checkpoints.Checkpoint | None = None, nu
     """
     folder = _made(Path(run.run_dir), numbered)
     with _started_here(folder):
-        run = replace(run, run_dir=str(folder), logger=replace(run.logger, run_id=secrets.token_hex(4)))
+        run = replace(run, run_dir=str(folder), logger=new_id(run.logger))
         if branch is not None:
             checkpoints.write(replace(branch, run=plain(run)), folder / checkpoints.FOLDER / f"{checkpoints.BRANCH}.ckpt")
         write_plan(folder, plan)
         lineage.write(folder, [])
         save(run)
     return run
+
+
+def new_id(logger: Logger) -> Logger:
+    """Return the settings with an id of their own, in the group of the run that they came from, if any."""
+    run_id = secrets.token_hex(4)
+    return replace(logger, run_id=run_id, group=logger.group or run_id)
 
 
 def write_plan(folder: Path, plan: str) -> None:

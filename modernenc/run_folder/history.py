@@ -6,14 +6,14 @@ After a rollback the run's older checkpoints rank below the new one, however man
 import logging
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from modernenc.atomic import partial_path
 from modernenc.config import CONFIG, Run, from_plain, load, save
 from modernenc.run_folder import checkpoints, lineage
 from modernenc.run_folder.checkpoints import Checkpoint
-from modernenc.run_folder.create import write_plan
+from modernenc.run_folder.create import new_id, write_plan
 from modernenc.run_folder.lineage import Event
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,8 @@ def prepare_rollback(run: Run, checkpoint: Checkpoint, event: Event) -> Checkpoi
     known = [rollbacks for rollbacks, _ in keys if rollbacks < math.inf]
     number = 1 + int(max([run.rollbacks, *known]))
     event = replace(event, abandoned=f"{ABANDONED}/{number}")
-    return replace(checkpoint, run={**checkpoint.run, "rollbacks": number}, event=event)
+    logger = asdict(new_id(run.logger))
+    return replace(checkpoint, run={**checkpoint.run, "rollbacks": number, "logger": logger}, event=event)
 
 
 def record_start(run: Run, plan: str, checkpoint: Checkpoint | None, event: Event, ranks: int) -> None:

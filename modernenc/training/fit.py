@@ -192,26 +192,34 @@ def _announce(run: Run, curriculum: Curriculum, module: Pretraining, trainer: L.
 
 
 def _loggers(run: Run) -> list[Logger]:
+    """Return the logger of Weights & Biases, if the recipe wants it; without login or network it logs offline."""
     if run.logger.wandb == "off":
         return []
     import wandb  # an extra
     from lightning.pytorch.loggers import WandbLogger
 
-    offline = run.logger.wandb == "offline"
-    if not offline and not wandb.login(prompt=False):
-        log.warning("logger.wandb=online, but there is no login: logging offline; run wandb login, then wandb sync")
-        offline = True
     if wandb.run is not None:  # the previous run's, where several are trained one after the other
         wandb.finish()
-    return [
-        WandbLogger(
-            project=run.logger.project,
-            name=run.recipe,
-            save_dir=run.run_dir,
-            id=run.logger.run_id or None,  # an id that exists continues that run
-            mode="offline" if offline else "online",
-        )
-    ]
+    settings = {
+        "project": run.logger.project,
+        "name": f"{run.recipe}/{Path(run.run_dir).name}" + (f", rollback {run.rollbacks}" if run.rollbacks else ""),
+        "group": run.logger.group,
+        "dir": run.run_dir,
+        "id": run.logger.run_id,  # an id that exists continues that run
+        "resume": "allow",
+        "config": plain(run),
+    }
+    try:
+        offline = run.logger.wandb == "offline"
+        if not offline and not wandb.login(prompt=False):
+            log.warning("logger.wandb=online, but there is no login: logging offline; run wandb login, then wandb sync")
+            offline = True
+        begun = wandb.init(**settings, mode="offline" if offline else "online")
+    except wandb.Error as error:
+        said = " ".join(str(error).split())
+        log.warning("logger.wandb=online, but the service does not answer: logging offline; later run wandb sync: %s", said)
+        begun = wandb.init(**settings, mode="offline")
+    return [WandbLogger(experiment=begun)]
 
 
 def _check_unchanged(run_dir: Path, checkpoint: Checkpoint | None, event: Event) -> None:
@@ -241,6 +249,9 @@ def _log_held(run_dir: Path) -> Iterator[bool]:
         log.setLevel(logging.INFO)
         log.handlers = [screen, file]
         yield waited
+    except Exception as error:
+        file.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, "ended by: %s", (error,), None))
+        raise
     finally:
         log.removeHandler(file)
         file.close()

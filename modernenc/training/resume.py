@@ -40,7 +40,7 @@ def resume(path: Path, overrides: list[str]) -> None:
     others = (checkpoints.sort_key(other) for other in file.parent.glob("*.ckpt") if checkpoints.is_finished(other))
     if path.suffix == ".ckpt" and any(checkpoints.sort_key(file) < other for other in others):
         checkpoint = prepare_rollback(run, checkpoint, Event("rollback", file.stem))
-        run, event = replace(run, rollbacks=checkpoint.run["rollbacks"]), checkpoint.event
+        run, event = from_plain(checkpoint.run, run.run_dir), checkpoint.event
     _go_on(changed(run, overrides), checkpoint, event)
 
 

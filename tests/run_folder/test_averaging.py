@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -82,7 +83,21 @@ def test_what_cannot_be_averaged_is_named(checkpoints, small_run, tmp_path):
     _, found = checkpoints
     other = train(small_run(f"run_dir={tmp_path / 'other'}", recipe="demo_mega")) / FINAL
     with pytest.raises(ValueError, match="is of another model than those before it"):
-        average([found[0], other], "uniform")
+        average([found[0], other], "uniform", across_runs=True)
+    twin = train(small_run(f"run_dir={tmp_path / 'twin'}", "seed=1")) / FINAL
+    with pytest.raises(ValueError, match=r"end-of-decay.ckpt is of another run than those before it.*--across-runs"):
+        average([found[0], twin], "uniform")
+    average([found[0], twin], "uniform", across_runs=True)
+
+
+def test_branches_of_one_run_can_be_averaged(checkpoints, small_run, tmp_path):
+    _, found = checkpoints
+    branch = train(replace(small_run(f"run_dir={tmp_path / 'branch'}"), branch_from=str(found[0]))) / FINAL
+    average([found[0], branch], "uniform")
+
+
+def test_an_average_takes_as_many_checkpoints_as_its_kind_says(checkpoints, tmp_path):
+    _, found = checkpoints
     with pytest.raises(ValueError, match="one checkpoint, or several and --average"):
         export(found, tmp_path / "out")
     with pytest.raises(ValueError, match="one checkpoint, or several and --average"):

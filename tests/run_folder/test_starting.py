@@ -1,6 +1,7 @@
 """Runs that start at the same time, and what goes on being one run."""
 
 import fcntl
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 from modernenc.atomic import partial_path
 from modernenc.config import load
 from modernenc.planning.checks import check_run
+from modernenc.run_folder import checkpoints
 from modernenc.run_folder.lineage import Event
 from modernenc.run_folder.lineage import read as read_lineage
 from modernenc.run_folder.tables import Table
@@ -21,6 +23,7 @@ from support.runs import SMALL, resume, rollback, train
 
 BEGIN = """
 import sys, time
+from dataclasses import replace
 from pathlib import Path
 from support.shapes import check_shapes
 check_shapes()
@@ -29,7 +32,7 @@ from modernenc.run_folder.create import create
 from modernenc.planning.checks import check_run
 run = composed(sys.argv[4:])
 curriculum, corpus = check_run(run)
-run.run_dir, go, numbered = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "numbered"
+run, go, numbered = replace(run, run_dir=sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "numbered"
 Path(go.parent, f"ready-{run.seed}").touch()
 while not go.exists():
     time.sleep(0.001)
@@ -145,17 +148,36 @@ def ids(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_run_is_one_run_of_weights_and_biases_over_resumes_and_rollbacks(small_run, tmp_path):
+def test_resumes_go_on_in_weights_and_biases_and_rollbacks_and_branches_are_new_runs_of_the_group(small_run, tmp_path):
     run = small_run("logger.wandb=offline", "checkpoint.keep_last=99")
     main(run)
     folder = Path(run.run_dir)
+    begun = load(folder).logger
+    for path in (folder / "checkpoints").glob("end-of-[ed]*.ckpt"):
+        checkpoints.remove(path)
+    resume(folder, [])
+    assert len(ids(folder)) == 2 and set(ids(folder)) == {begun.run_id} and begun.group == begun.run_id
     boundary = folder / "checkpoints" / "end-of-stable.ckpt"
-    resume(boundary, [])
     rollback(boundary, ["optim.lr=1e-3"], 0)
-    assert len(ids(folder)) == 3 and set(ids(folder)) == {run.logger.run_id}
-    assert load(folder).logger.run_id == run.logger.run_id
+    assert len(set(ids(folder))) == 2 and load(folder).logger.run_id in ids(folder)[-1:]
+    assert load(folder).logger.group == begun.group
     branch = small_run("logger.wandb=offline", f"branch_from={boundary}", f"run_dir={tmp_path / 'branch'}")
     main(branch)
-    resume(tmp_path / "branch" / "checkpoints" / "branch.ckpt", [])
-    assert len(set(ids(tmp_path / "branch"))) == 1 and ids(tmp_path / "branch")[0] != run.logger.run_id
-    assert len(ids(tmp_path / "branch")) == 2
+    assert load(tmp_path / "branch").logger.group == begun.group
+    assert not set(ids(tmp_path / "branch")) & set(ids(folder))
+
+
+@pytest.mark.slow
+def test_a_service_that_does_not_answer_ends_no_run(small_run, tmp_path, monkeypatch):
+    """With a login, and without a network."""
+    environment = {
+        **os.environ, "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "5",
+        "WANDB_HTTP_TIMEOUT": "2",
+    }  # fmt: skip
+    line = [sys.executable, "-m", "modernenc.train", *SMALL, "+recipe=demo", "logger.wandb=online"]
+    run = small_run()
+    line += [f"data.root={run.data.root}", f"run_dir={run.run_dir}"]
+    result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "the service does not answer: logging offline" in " ".join(result.stdout.split())
+    assert (Path(run.run_dir) / "report.html").exists()
