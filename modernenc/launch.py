@@ -74,8 +74,8 @@ def check_cluster(run: Run) -> None:
         raise ValueError("cluster.gpus_per_node=0, but the recipe says trainer.accelerator=gpu; request GPUs, or set it to cpu")
     if cluster.gpus_per_node and cluster.tasks_per_node != cluster.gpus_per_node:
         raise ValueError(
-            f"cluster.tasks_per_node={cluster.tasks_per_node}, but cluster.gpus_per_node={cluster.gpus_per_node}: each GPU needs "
-            "a process of its own"
+            f"cluster.tasks_per_node={cluster.tasks_per_node}, but cluster.gpus_per_node={cluster.gpus_per_node}: each GPU "
+            "needs a process of its own"
         )
     for name in cluster.environment:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):

@@ -36,7 +36,7 @@ run, go, numbered = replace(run, run_dir=sys.argv[1]), Path(sys.argv[2]), sys.ar
 Path(go.parent, f"ready-{run.seed}").touch()
 while not go.exists():
     time.sleep(0.001)
-create(run, "", None, numbered)
+run = create(run, "", None, numbered)
 print(run.run_dir)
 """
 
