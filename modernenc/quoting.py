@@ -19,15 +19,15 @@ _MEANT_FOR_HYDRA = re.compile(r"[\[{'\"]|\w+\(")
 def quoted(arguments: Sequence[str]) -> list[str]:
     """Return the arguments of a Hydra program with quotes around the values that it could not parse without them.
 
-    Values that it can parse stay unchanged. Raises ValueError for an argument that quotes cannot repair, or that has several
+    Values that it can parse stay unchanged; a mapping gets the `+` that lets it bring new keys. Raises ValueError for an argument that quotes cannot repair, or that has several
     meanings: a list, a dict, a sweep.
     """
     parser = OverridesParser.create()
     sweeps = bool({"--multirun", "-m"} & set(arguments))
     before = ["", *arguments]
     return [
-        argument if argument.startswith("-") or "=" not in argument or flag in _FLAGS_WITH_A_VALUE or _reads(parser, argument)
-        else _mended(parser, argument, sweeps)
+        argument if argument.startswith("-") or "=" not in argument or flag in _FLAGS_WITH_A_VALUE
+        else _with_new_keys(parser, argument) if _reads(parser, argument) else _mended(parser, argument, sweeps)
         for flag, argument in zip(before, arguments, strict=False)
     ]  # fmt: skip
 
@@ -41,6 +41,13 @@ def assigned(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
         override = parser.parse_overrides([argument])[0]
         value = argument.partition("=")[2] if override.is_sweep_override() else override.value()
         yield override.key_or_group, value
+
+
+def _with_new_keys(parser: OverridesParser, argument: str) -> str:
+    """Return a mapping as one that may bring keys, such as names of variables, and anything else as it is."""
+    override = parser.parse_overrides([argument])[0]
+    is_mapping = not override.is_sweep_override() and isinstance(override.value(), dict)
+    return f"+{argument}" if is_mapping and not argument.startswith(("+", "~")) else argument
 
 
 def _reads(parser: OverridesParser, argument: str) -> bool:

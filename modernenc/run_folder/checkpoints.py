@@ -190,7 +190,7 @@ def write(content: Content, target: Path, shard: RankShard = UNSHARDED) -> None:
     weights are not finite.
     """
     path = _file(target, shard.rank)
-    check_finite(content.weights if isinstance(content, Checkpoint) else content["weights"], str(path))
+    check_finite(content.weights if isinstance(content, Checkpoint) else content.get("weights", {}), str(path))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with partial_path(path).open("wb") as file:

@@ -20,7 +20,7 @@ def test_a_container_wraps_the_training_command():
         [
             *CLUSTER,
             "cluster.wrapper=[apptainer,exec,--nv,image.sif]",
-            "cluster.srun_options=[--container-image=it, --mpi=none]",
+            'cluster.srun_options=["--container-image=it","--mpi=none"]',
         ],
         "launch",
     )
@@ -69,7 +69,8 @@ def test_secrets_of_the_environment_are_in_the_script_alone(corpus_root, tmp_pat
     line = [sys.executable, "-m", "modernenc.launch", *CLUSTER, f"data.root={corpus_root}", f"run_dir={tmp_path / 'run'}"]
     result = subprocess.run(
         [*line, "cluster.environment={TOKEN: hunter2}"],
-        cwd=ROOT, env={**os.environ, "PATH": f"{sbatch.parent}:{os.environ['PATH']}"}, capture_output=True, text=True, check=False,
+        cwd=ROOT, env={**os.environ, "PATH": f"{sbatch.parent}:{os.environ['PATH']}"}, capture_output=True, text=True,
+        check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "data.lanes=4: the run may go on with up to as many ranks" in result.stdout

@@ -291,13 +291,15 @@ def test_a_checkpoint_is_its_files_and_removed_with_them(tmp_path):
     check(other)
 
 
-def test_what_a_killed_run_left_half_written_is_swept(tmp_path):
+def test_what_a_killed_run_left_half_written_is_swept_and_nothing_else(tmp_path):
     path = save(tmp_path, "step-1", 10)
     (tmp_path / "below").mkdir()
-    for left in (partial_path(path), partial_path(tmp_path / "below" / "lineage.json")):
+    theirs = [tmp_path / "notes.tmp", partial_path(tmp_path / "below" / "lineage.json")]
+    for left in (partial_path(path), partial_path(tmp_path / "lineage.json"), *theirs):
         left.write_text("half")
     remove_partial(tmp_path)
-    assert sorted(file.name for file in tmp_path.rglob("*") if file.is_file()) == ["step-1.ckpt", "step-1.json"]
+    kept = [path, path.with_suffix(".json"), *theirs]
+    assert sorted(file for file in tmp_path.rglob("*") if file.is_file()) == sorted(kept)
 
 
 def test_a_small_file_is_written_whole_or_not_at_all(tmp_path):

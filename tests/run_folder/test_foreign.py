@@ -14,7 +14,7 @@ from modernenc.run_folder import checkpoints
 from modernenc.run_folder.checkpoints import read
 from support.commands import command, error
 from support.results import FINAL, same
-from support.runs import resume, small, train
+from support.runs import composed, resume, small, train
 
 
 @pytest.fixture
@@ -85,11 +85,11 @@ def test_shipped_names_are_those_that_the_options_choose():
         for group in ("backbone", "optim")
         for path in (config.CONF_DIR / group).glob("*.yaml")
     }
+    values = config.plain(composed(["+recipe=demo", "data.root=nowhere"]))
     for target in chosen:
-        values = {"optim" if "optim" in target else "backbone": {"_target_": target}}
-        config.from_plain(values)
+        config.from_plain({**values, "optim" if "optim" in target else "backbone": {"_target_": target}})
     with pytest.raises(ValueError, match="--allow-code elsewhere"):
-        config.from_plain({"backbone": {"_target_": "elsewhere.Backbone"}})
+        config.from_plain({**values, "backbone": {"_target_": "elsewhere.Backbone"}})
 
 
 @pytest.mark.parametrize("damage", ["missing", "torn", "no mapping", "no YAML"])

@@ -39,7 +39,7 @@ def test_the_first_rows_of_a_phase_are_judged_by_the_phase_before(series):
     for row in range(1, 30):
         assert "spike" not in series.update("stable", Observation(1000 * row, 6.4 + 0.02 * rng.normal(), 0.0))
     assert series.update("extend", Observation(30_000, 7.0, 0.5)) == ""
-    assert "after medians of 6.4" in series.update("extend", Observation(31_000, 95.0, 0.5))
+    assert "after medians of 6.39" in series.update("extend", Observation(31_000, 95.0, 0.5))
     assert "spike" in series.update("extend", Observation(32_000, 6.5, 5.0))
     assert len(series.spikes) == 2
 
