@@ -60,7 +60,7 @@ def fit(
         keep_freed_memory()
         choose_determinism(run)
         module = Pretraining(run, curriculum, corpus, checkpoint)
-        metrics_writer = MetricsWriter(run, Validator(run, curriculum, corpus))
+        metrics_writer = MetricsWriter(run, Validator(run, corpus))
         trainer = L.Trainer(
             accelerator=run.trainer.accelerator,
             devices=run.trainer.devices,
