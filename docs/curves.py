@@ -7,7 +7,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from modernenc.config import Phase, Ramp
-from modernenc.curriculum import EQUAL, Curriculum
+from modernenc.curriculum import Curriculum
 from modernenc.schedules import LR_CURVES
 
 TOKENS, POINTS = 1_000_000, 400
@@ -26,7 +26,7 @@ def main() -> None:
     stable, decay = (_phase("constant", warmup_tokens=100_000), _phase("constant")), _phase("one_minus_sqrt")
     _plot(several, "lr", "warmup, stable, decay", *stable, decay)
     several.set_title("phases in a row", fontsize=9)
-    for equal in EQUAL:
+    for equal in ("steps", "tokens"):
         _plot(ramps, "batch_rows", f"ramp.equal={equal}", _phase("constant", ramp=Ramp(800_000, 5, 5, equal)))
     ramps.set_title("rows of a step, 5 to 40", fontsize=9)
     for axis in (one, several, ramps):

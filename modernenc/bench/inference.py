@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 
-from modernenc.bench import output
 from modernenc.bench.interleave import Result, available_bytes, run_interleaved
 from modernenc.bench.ours import our_encoder
+from modernenc.bench.output import SPEEDS, Output
 from modernenc.bench.peers import check_peer, peer_encoder
 from modernenc.bench.settings import Bench, make_run
 from modernenc.config import Run
@@ -27,26 +26,21 @@ RUNS = 10
 ENCODERS = {"modernenc": our_encoder, "HF padded": peer_encoder}
 
 
-def measure(bench: Bench, folder: Path) -> None:
-    """Measure every backbone on documents of every length and kind, and write a table and JSON."""
-    table = output.new_table(f"hidden states, medians of {RUNS} runs", ("", "fit", "batch", "k tokens/s", "ratio", "from-to"))
-    written = []
+def measure(bench: Bench, folder: Path) -> Output:
+    """Measure every backbone on documents of every length and kind."""
+    output = Output(folder, "inference", f"hidden states, medians of {RUNS} runs", *SPEEDS, "fit")
     for backbone, length, kind in product(bench.backbones, LENGTHS, KINDS):
         run = make_run(bench, backbone, length)
         check_peer(backbone, run)
         documents = max(4, bench.inference_tokens // length)
         lengths = lengths_of(kind, length, documents)
         results = run_interleaved({name: partial(encoder, run, lengths) for name, encoder in ENCODERS.items()}, RUNS)
-        fit = [how_many_fit(result, run, lengths) for result in results]
-        table.add_row(f"{backbone} {length:,} {kind}")
-        for result, count in zip(results, fit, strict=True):
-            if not output.failed(table, result.name, result, results[0]):
-                ratios = output.spread(results[0].times_faster(result))
-                table.add_row(f"  {result.name}", f"{count:,}", f"{documents:,}", f"{result.speed / 1e3:,.1f}", *ratios)
+        fit = {result.name: how_many_fit(result, run, lengths) for result in results}
+        heading = f"{backbone} {length:,} {kind}, {documents:,} at once"
+        output.add_speeds(heading, results, lambda result, fit=fit: f"{fit[result.name]:,}")
         case = {"backbone": backbone, "length": length, "kind": kind, "documents": documents}
-        written.append({**case, "results": [asdict(result) for result in results], "fit": fit})
-        output.write(folder, "inference", table, written)
-    Console().print(table)
+        output.add(**case, results=[asdict(result) for result in results], fit=list(fit.values()))
+    return output
 
 
 def lengths_of(kind: str, length: int, documents: int) -> list[int]:
