@@ -77,7 +77,7 @@ def section(classes: dict[str, ast.ClassDef], name: str, prefix: str) -> Iterato
         if inner:
             nested.append((inner, f"{key}.NAME" if ast.unparse(field.kind).startswith("dict") else key))
         default = f", default `{field.default}`" if field.default and not inner else ""
-        yield f"- `{key}` ({readable(field.kind)}{default}){': ' * bool(field.meaning)}{field.meaning}\n"
+        yield f"- `{key}` ({describe_type(field.kind)}{default}){': ' * bool(field.meaning)}{field.meaning}\n"
     for inner, within in nested:
         yield f"\n### {within}\n\n{' '.join((ast.get_docstring(classes[inner]) or '').split())}\n\n"
         yield from section(classes, inner, f"{within}.")
@@ -133,7 +133,7 @@ def fields(node: ast.ClassDef) -> Iterator[Field]:
             yield Field(statement.target.id, statement.annotation, default, " ".join(str(meaning).split()))
 
 
-def readable(kind: ast.expr) -> str:
+def describe_type(kind: ast.expr) -> str:
     """Return a type in words, with its range."""
     if not isinstance(kind, ast.Subscript):
         return KINDS.get(ast.unparse(kind), "group")
@@ -143,10 +143,10 @@ def readable(kind: ast.expr) -> str:
     if outer != "Annotated" or not isinstance(within, ast.Tuple):
         return KINDS.get(outer, outer)
     base, *constraints = within.elts
-    return ", ".join([readable(base), *(words for constraint in constraints if (words := readable_range(constraint)))])
+    return ", ".join([describe_type(base), *(words for constraint in constraints if (words := describe_range(constraint)))])
 
 
-def readable_range(constraint: ast.expr) -> str:
+def describe_range(constraint: ast.expr) -> str:
     """Return a range in words; what else an annotation may say, such as a multiple, is left to the docstring of the field."""
     if isinstance(constraint, ast.Subscript):  # Literal["ddp", "fsdp"]
         words = constraint.slice.elts if isinstance(constraint.slice, ast.Tuple) else [constraint.slice]

@@ -35,7 +35,7 @@ def measure(bench: Bench, folder: Path) -> Output:
         documents = max(4, bench.inference_tokens // length)
         lengths = lengths_of(kind, length, documents)
         results = run_interleaved({name: partial(encoder, run, lengths) for name, encoder in ENCODERS.items()}, RUNS)
-        fit = {result.name: how_many_fit(result, run, lengths) for result in results}
+        fit = {result.name: estimate_fit(result, run, lengths) for result in results}
         heading = f"{backbone} {length:,} {kind}, {documents:,} at once"
         output.add_speeds(heading, results, lambda result, fit=fit: f"{fit[result.name]:,}")
         case = {"backbone": backbone, "length": length, "kind": kind, "documents": documents}
@@ -51,7 +51,7 @@ def lengths_of(kind: str, length: int, documents: int) -> list[int]:
     return drawn.round().clip(1, length).astype(int).tolist()
 
 
-def how_many_fit(result: Result, run: Run, lengths: list[int]) -> int:
+def estimate_fit(result: Result, run: Run, lengths: list[int]) -> int:
     """Return how many documents fit into memory at once, assuming that the peak grows linearly with their number."""
     few = lengths[: len(lengths) // 4]
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else available_bytes()

@@ -56,7 +56,11 @@ def window_attention(backend: str, run: Run, length: int, backward: bool) -> Tur
     rotation = rotary.rotation(run.backbone["local_rope_theta"], head_dim, positions, length)
     layout = attention.VarlenInfo(ends, length, tokens, device())
     qkv = torch.randn(tokens, 3, heads, head_dim, device=device()).bfloat16().requires_grad_()
-    attend = flex(layout, window) if backend == "flex" else attention.BACKENDS["varlen" if backend == "FA3" else backend]
+    attend = (
+        build_flex_attention(layout, window)
+        if backend == "flex"
+        else attention.BACKENDS["varlen" if backend == "FA3" else backend]
+    )
     grad = torch.ones_like(qkv[:, 0])
 
     def turn(number: int) -> StepWork:
@@ -78,7 +82,7 @@ def time_window(backend: str, run: Run, length: int, repetitions: int) -> Metric
     return {**both, "forward_ms": forward["ms"]}
 
 
-def flex(layout: attention.VarlenInfo, window: int) -> Attention:
+def build_flex_attention(layout: attention.VarlenInfo, window: int) -> Attention:
     """Return FlexAttention with a window, compiled on a GPU; the empty blocks of the mask are found once, here."""
     lengths = layout.cu_seqlens.diff()
     documents = torch.repeat_interleave(torch.arange(len(lengths), device=device()), lengths, output_size=layout.tokens)

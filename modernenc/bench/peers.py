@@ -60,7 +60,7 @@ def peer_step(batching: str, run: Run, sparse: bool = False) -> Turn:
     optimizer = torch.optim.AdamW(model.parameters(), LR, fused=True)
 
     def turn(number: int) -> StepWork:
-        batches = list((padded if batching == "padded" else full_rows)(steps[number], run))
+        batches = list((pad_documents if batching == "padded" else fill_rows)(steps[number], run))
         for batch in batches:
             with torch.autocast(device().type, torch.bfloat16):
                 loss = model(**{key: value.to(device()) for key, value in batch.items()}).loss
@@ -90,7 +90,7 @@ def peer_encoder(run: Run, lengths: list[int]) -> Turn:
     return turn
 
 
-def padded(step: Step, run: Run) -> Iterator[dict[str, Tensor]]:
+def pad_documents(step: Step, run: Run) -> Iterator[dict[str, Tensor]]:
     """Yield batches of as many documents as a micro-batch has rows, padded to the longest document.
 
     MEGA's batches are padded further, to whole chunks, as transformers' implementation requires.
@@ -105,7 +105,7 @@ def padded(step: Step, run: Run) -> Iterator[dict[str, Tensor]]:
         yield {key: pad(row, (0, more), value=PADDING[key]) for key, row in rows.items()}
 
 
-def full_rows(step: Step, run: Run) -> Iterator[dict[str, Tensor]]:
+def fill_rows(step: Step, run: Run) -> Iterator[dict[str, Tensor]]:
     """Yield batches of as many full rows as a micro-batch has; documents in a row attend to each other.
 
     The last row is filled up with the first tokens again, and so is the last batch for a compiled model, so that all have one

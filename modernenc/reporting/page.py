@@ -102,7 +102,7 @@ def _validation_tables(validation: Rows, unigram: dict[str, float]) -> Iterator[
             losses = [f"{float(row['loss']):.3f}" for row in at_ends]
             lines.append([source, f"{unigram[source]:.3f}", *losses, f"{float(at_ends[-1]['accuracy']):.1%}"])
         header = ["source", "unigram", *(f"end of {phase}" for phase in ends), "accuracy now"]
-        yield f"Rows of {seq_len}, {ratio:.0%} predicted (nats per token)", header, lines
+        yield f"Rows of {seq_len}, {100 * ratio:.0f} % predicted (nats per token)", header, lines
 
 
 def _tasks(run: Run, curriculum: Curriculum, metrics: Rows, scores: Rows) -> Iterator[tuple[str, str, list[str], Lines]]:

@@ -59,7 +59,7 @@ def draw_curriculum(run: Run, curriculum: Curriculum) -> Figure:
 def draw_loss(run: Run, curriculum: Curriculum, training: Rows, validation: Rows, unigram: float | None) -> Figure:
     """Plot training and validation loss of masked LM, the losses that rollbacks abandoned, and that of unigram frequencies."""
     figure, (axis,), scale = _new_figure(curriculum, 4)
-    for number, (_, rows) in enumerate(_abandoned(Path(run.run_dir))):
+    for number, (_, rows) in enumerate(_abandoned_rows(Path(run.run_dir))):
         label = None if number else "abandoned by a rollback"
         _plot(axis, rows, "loss", scale, ":", color=_RED, linewidth=1, label=label)
     _plot(axis, training, "loss", scale, color=_PALE_BLUE, linewidth=1, label="training")
@@ -98,7 +98,7 @@ def draw_task(curriculum: Curriculum, trained: Rows, validated: Rows) -> Figure:
 
 def draw_lineage(run_dir: Path, curriculum: Curriculum, training: Rows, entries: list[dict[str, Any]]) -> Figure:
     """Plot the run as a line, with abandoned parts and branches as lines below it, the earliest nearest."""
-    sides = [(entry, f"abandoned: {entry['abandoned']}", _RED, rows) for entry, rows in _abandoned(run_dir)]
+    sides = [(entry, f"abandoned: {entry['abandoned']}", _RED, rows) for entry, rows in _abandoned_rows(run_dir)]
     for entry in entries:
         if entry["event"] == "branched":
             folder = Path(entry["into"])
@@ -118,7 +118,7 @@ def draw_lineage(run_dir: Path, curriculum: Curriculum, training: Rows, entries:
     return figure
 
 
-def _abandoned(run_dir: Path) -> list[tuple[dict[str, Any], Rows]]:
+def _abandoned_rows(run_dir: Path) -> list[tuple[dict[str, Any], Rows]]:
     """Return the entry of each rollback, and the rows of masked LM that it abandoned."""
     found = []
     for entry in lineage.read(run_dir):

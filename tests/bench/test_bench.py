@@ -226,5 +226,5 @@ def test_the_window_that_is_measured_as_a_function_of_scores_is_the_same_attenti
     qkv = torch.randn(tokens, 3, 2, 16)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile", UserWarning)
-        found = kernels.flex(layout, window)(qkv, rotation, layout, window)
+        found = kernels.build_flex_attention(layout, window)(qkv, rotation, layout, window)
     torch.testing.assert_close(found, attention.tiled(qkv, rotation, layout, window))
