@@ -7,7 +7,6 @@ they are, takes turns with it.
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,8 +36,7 @@ def measure(bench: Bench, folder: Path) -> Output:
         sizes = {"phases.decay.tokens": tokens, "phases.decay.batch_rows": rows, "data.buffer_rows": BUFFER_ROWS}
         run = make_run(bench, bench.backbones[0], length, changes=sizes)
         results = run_interleaved({name: partial(read, reader, run) for name, reader in readers.items()}, bench.repetitions)
-        output.add_speeds(f"{length:,}", results)
-        output.add(length=length, results=[asdict(result) for result in results])
+        output.add_speeds(f"{length:,}", results, length=length)
     return output
 
 

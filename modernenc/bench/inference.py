@@ -5,7 +5,6 @@ and the tokens per second to their hidden states. Ours gets them packed, transfo
 extrapolated from the peak memory of two batches.
 """
 
-from dataclasses import asdict
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -36,10 +35,9 @@ def measure(bench: Bench, folder: Path) -> Output:
         lengths = lengths_of(kind, length, documents)
         results = run_interleaved({name: partial(encoder, run, lengths) for name, encoder in ENCODERS.items()}, RUNS)
         fit = {result.name: estimate_fit(result, run, lengths) for result in results}
-        heading = f"{backbone} {length:,} {kind}, {documents:,} at once"
-        output.add_speeds(heading, results, lambda result, fit=fit: f"{fit[result.name]:,}")
-        case = {"backbone": backbone, "length": length, "kind": kind, "documents": documents}
-        output.add(**case, results=[asdict(result) for result in results], fit=list(fit.values()))
+        heading = f"{backbone}, {documents:,} x {length:,} {kind}"
+        case = {"backbone": backbone, "length": length, "kind": kind, "documents": documents, "fit": list(fit.values())}
+        output.add_speeds(heading, results, lambda result, fit=fit: f"{fit[result.name]:,}", **case)
     return output
 
 

@@ -56,11 +56,8 @@ def window_attention(backend: str, run: Run, length: int, backward: bool) -> Tur
     rotation = rotary.rotation(run.backbone["local_rope_theta"], head_dim, positions, length)
     layout = attention.VarlenInfo(ends, length, tokens, device())
     qkv = torch.randn(tokens, 3, heads, head_dim, device=device()).bfloat16().requires_grad_()
-    attend = (
-        build_flex_attention(layout, window)
-        if backend == "flex"
-        else attention.BACKENDS["varlen" if backend == "FA3" else backend]
-    )
+    kernels = {**attention.BACKENDS, "FA3": attention.varlen}
+    attend = build_flex_attention(layout, window) if backend == "flex" else kernels[backend]
     grad = torch.ones_like(qkv[:, 0])
 
     def turn(number: int) -> StepWork:

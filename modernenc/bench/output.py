@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,8 +33,8 @@ class Output:
         with self.path.with_suffix(".txt").open("w") as file:
             Console(file=file, width=80).print(self.table)
 
-    def add_speeds(self, heading: str, results: list[Result], *cells: Callable[[Result], str]) -> None:
-        """Add a row for each result, of which the first one is ours: tokens a second, ours as a multiple of it, further cells.
+    def add_speeds(self, heading: str, results: list[Result], *cells: Callable[[Result], str], **case: Any) -> None:
+        """Add a case with a row for each result, ours first: tokens a second, ours as a multiple of it, and further cells.
 
         A result that has failed, or cannot be compared because ours has, has its reason in the caption, where there is room.
         """
@@ -47,6 +48,7 @@ class Output:
                 speed = f"{median(result.speeds):,.0f}"
                 more = (cell(result) for cell in cells)
                 self.table.add_row(f"  {result.name}", speed, *spread(ours.times_faster(result)), *more)
+        self.add(**case, results=[asdict(result) for result in results])
 
 
 SPEEDS = ("tokens/s", "ours / it", "from-to")

@@ -35,8 +35,7 @@ def measure(bench: Bench, folder: Path) -> Output:
             peak, *results = run_interleaved(candidates, bench.repetitions)
             output.add_speeds(
                 f"{backbone} {length:,}", results,
-                lambda result, peak=peak: f"{result.flops / peak.flops:.0%}",
-                lambda result: f"{result.peak_bytes / 1e9:.1f}",
+                lambda result, peak=peak: f"{result.flops / peak.flops:.0%}", lambda result: f"{result.peak_bytes / 1e9:.1f}",
+                backbone=backbone, length=length, peak=asdict(peak),
             )  # fmt: skip
-            output.add(backbone=backbone, length=length, peak=asdict(peak), results=[asdict(result) for result in results])
     return output
