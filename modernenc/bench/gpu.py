@@ -11,23 +11,20 @@ import csv
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple
 
 import hydra
-from omegaconf import OmegaConf
+import torch
 
-from modernenc.bench.cells import Metrics, measured, timed
-from modernenc.bench.interleave import Failure, OwnProcess
-from modernenc.bench.kernels import copies, cross_entropy, matrix_products, optimizer_update, timed_window
-from modernenc.bench.loop import saving_run
+from modernenc.bench.interleave import Candidate, Failure, Metrics, OwnProcess, peak_bytes, time_candidate
+from modernenc.bench.kernels import copies, cross_entropy, matrix_products, optimizer_update, time_window
+from modernenc.bench.loop import run_settings, time_run
 from modernenc.bench.ours import our_step
 from modernenc.bench.peers import peer_step
 from modernenc.bench.settings import Bench, make_run
-from modernenc.config import Run
 
 CHUNKS = (1_024, 4_096, 8_192, 16_384)
 COLUMNS = (
@@ -36,8 +33,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-@dataclass
-class Cell:
+class Cell(NamedTuple):
     """A measurement to take in a process of its own."""
 
     name: str
@@ -49,8 +45,8 @@ def measure(bench: Bench, folder: Path) -> None:
     """Measure cell by cell while there is time, and append the rows to gpu.csv."""
     folder.mkdir(parents=True, exist_ok=True)
     ends, products = time.monotonic() + bench.gpu.seconds, None
-    with tempfile.TemporaryDirectory() as scratch:  # made here, since a cell's process may be killed
-        for cell in chosen(list(cells(bench, scratch)), bench.gpu.cells):
+    with tempfile.TemporaryDirectory() as scratch:  # of this process, since a cell's may be killed
+        for cell in choose(list(cells(bench, scratch)), bench.gpu.cells):
             started = time.monotonic()
             left = ends - started
             row: Metrics = {"failure": f"not started: {max(0, left):.0f} of {cell.limit_s:g} s are left"}
@@ -63,15 +59,17 @@ def measure(bench: Bench, folder: Path) -> None:
 
 
 def run_in_process(cell: Cell) -> Metrics:
-    """Return a cell's metrics, or the reason for its failure."""
+    """Return a cell's metrics with the peak memory, the device and torch's version, or the reason for its failure."""
     with OwnProcess() as process:
         try:
-            return process.call(measured, cell.measure, limit_s=cell.limit_s)
+            metrics = process.call(cell.measure, limit_s=cell.limit_s)
+            name = process.call(torch.cuda.get_device_name) if torch.cuda.is_available() else "cpu"
+            return {**metrics, "peak_gb": process.call(peak_bytes) / 1e9, "device": name, "torch": torch.__version__}
         except Failure as failure:
             return {"failure": str(failure)}
 
 
-def chosen(cells: list[Cell], prefixes: list[str]) -> list[Cell]:
+def choose(cells: list[Cell], prefixes: list[str]) -> list[Cell]:
     """Return the cells whose names start with one of the prefixes, or all without any; ValueError for an unused prefix."""
     for prefix in prefixes:
         if not any(cell.name.startswith(prefix) for cell in cells):
@@ -81,10 +79,9 @@ def chosen(cells: list[Cell], prefixes: list[str]) -> list[Cell]:
 
 def _append(path: Path, row: Metrics) -> None:
     row = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
-    is_new = not path.exists()
     with path.open("a", newline="") as file:
         writer: csv.DictWriter[str] = csv.DictWriter(file, COLUMNS)
-        if is_new:
+        if not file.tell():
             writer.writeheader()
         writer.writerow(row)
     print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
@@ -94,41 +91,35 @@ def cells(bench: Bench, scratch: str) -> Iterator[Cell]:
     """Yield every cell in order; the limits leave time for compilation."""
     gpu, short, long = bench.gpu, *bench.gpu.lengths
     bench = replace(bench, step_tokens=gpu.step_tokens, micro_batch_tokens=gpu.micro_batch_tokens, repetitions=gpu.repetitions)
-    time_of = partial(partial, timed, repetitions=gpu.repetitions)
-    base = _compiled(make_run(bench, gpu.backbone, short))
-    name = f"{gpu.backbone} {short}"
-    matrix_bytes = 4 * gpu.matrix_size**2  # fp32
-    yield Cell("products", 40, time_of(partial(matrix_products, bench.precision, gpu.matrix_size), calls=64))
-    yield Cell("copies", 40, time_of(partial(copies, gpu.matrix_size), calls=256, bytes_moved=2 * matrix_bytes))
-    yield Cell(f"step {name}", 120, time_of(partial(our_step, base)))
-    halved = deepcopy(base)  # transformers computes all logits
-    halved.trainer.micro_batch_tokens = max(short, gpu.micro_batch_tokens // 2)
+    make = partial(make_run, bench)
+    compiled = {"trainer.compile": True}
+
+    def cell(name: str, limit_s: float, candidate: Candidate, calls: int = 1, bytes_moved: int = 0) -> Cell:
+        return Cell(name, limit_s, partial(time_candidate, candidate, gpu.repetitions, calls, bytes_moved))
+
+    base, name = make(gpu.backbone, short, changes=compiled), f"{gpu.backbone} {short}"
+    yield cell("products", 40, partial(matrix_products, gpu.matrix_size), calls=64)
+    yield cell("copies", 40, partial(copies, gpu.matrix_size), calls=256, bytes_moved=8 * gpu.matrix_size**2)  # fp32, twice
+    yield cell(f"step {name}", 120, partial(our_step, base))
+    micro_batch = max(short, gpu.micro_batch_tokens // 2)  # transformers computes all logits
+    halved = make(gpu.backbone, short, changes={**compiled, "trainer.micro_batch_tokens": micro_batch})
     for batching in ("rows", "padded"):
-        yield Cell(f"{batching} {name}", 150, time_of(partial(peer_step, batching, halved)))
-    yield Cell(f"run {name}", 150, partial(saving_run, deepcopy(base), gpu.run_steps, scratch))
+        yield cell(f"{batching} {name}", 150, partial(peer_step, batching, halved))
+    settings = run_settings(gpu.run_steps * base.phases["decay"].batch_rows * short, short, scratch)
+    whole = make(gpu.backbone, short, changes={**compiled, **settings})
+    yield Cell(f"run {name}", 150, partial(time_run, whole, gpu.run_steps))
     for length in gpu.lengths:
         for backend in ("varlen", "FA3", "flex", "tiled"):
-            yield Cell(f"window {backend} {length}", 40, partial(timed_window, backend, base, length, gpu.repetitions))
-    yield Cell(f"sparse {name}", 150, time_of(partial(peer_step, "rows", halved, sparse=True)))
-    small = deepcopy(base)
-    settings = cast(dict, OmegaConf.to_container(hydra.compose("train", ["+recipe=ettin", "ettin=17m"]).backbone))
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    small.backbone |= {key: settings[key] for key in sizes}
-    small.backbone["num_hidden_layers"] = bench.num_hidden_layers or small.backbone["num_hidden_layers"]
-    yield Cell(f"other ettin_17m {short}", 120, time_of(partial(our_step, small)))
+            yield Cell(f"window {backend} {length}", 40, partial(time_window, backend, base, length, gpu.repetitions))
+    yield cell(f"sparse {name}", 150, partial(peer_step, "rows", halved, sparse=True))
+    ettin = hydra.compose("train", ["+recipe=ettin", "ettin=17m"]).backbone
+    sizes = {f"backbone.{key}": ettin[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    sizes["backbone.num_hidden_layers"] = bench.num_hidden_layers or ettin["num_hidden_layers"]
+    yield cell(f"other ettin_17m {short}", 120, partial(our_step, make(gpu.backbone, short, changes={**compiled, **sizes})))
     for backbone, length in {gpu.backbone: long, **gpu.others}.items():
-        run = _compiled(make_run(bench, backbone, length))
-        yield Cell(f"other {backbone} {length}", 120, time_of(partial(our_step, run)))
+        yield cell(f"other {backbone} {length}", 120, partial(our_step, make(backbone, length, changes=compiled)))
     for optimizer in ("adamw", "stable_adamw", "muon"):
-        run = make_run(bench, gpu.backbone, short, optimizer)
-        yield Cell(f"optimizer {optimizer}", 40, time_of(partial(optimizer_update, run)))
+        yield cell(f"optimizer {optimizer}", 40, partial(optimizer_update, make(gpu.backbone, short, optimizer)))
     for rows in CHUNKS:
-        yield Cell(f"chunk {rows}", 40, time_of(partial(cross_entropy, base, rows)))
-    eager = deepcopy(base)
-    eager.trainer.compile = False
-    yield Cell(f"eager {name}", 60, time_of(partial(our_step, eager)))
-
-
-def _compiled(run: Run) -> Run:
-    run.trainer.compile = True
-    return run
+        yield cell(f"chunk {rows}", 40, partial(cross_entropy, base, rows))
+    yield cell(f"eager {name}", 60, partial(our_step, make(gpu.backbone, short)))

@@ -5,18 +5,16 @@ and the tokens per second to their hidden states. Ours gets them packed, transfo
 extrapolated from the peak memory of two batches.
 """
 
-from dataclasses import asdict
 from functools import partial
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 
-from modernenc.bench import output
 from modernenc.bench.interleave import Result, available_bytes, run_interleaved
 from modernenc.bench.ours import our_encoder
+from modernenc.bench.output import SPEEDS, Output
 from modernenc.bench.peers import check_peer, peer_encoder
 from modernenc.bench.settings import Bench, make_run
 from modernenc.config import Run
@@ -27,26 +25,20 @@ RUNS = 10
 ENCODERS = {"modernenc": our_encoder, "HF padded": peer_encoder}
 
 
-def measure(bench: Bench, folder: Path) -> None:
-    """Measure every backbone on documents of every length and kind, and write a table and JSON."""
-    table = output.new_table(f"hidden states, medians of {RUNS} runs", ("", "fit", "batch", "k tokens/s", "ratio", "from-to"))
-    written = []
+def measure(bench: Bench, folder: Path) -> Output:
+    """Measure every backbone on documents of every length and kind."""
+    output = Output(folder, "inference", f"hidden states, medians of {RUNS} runs", *SPEEDS, "fit")
     for backbone, length, kind in product(bench.backbones, LENGTHS, KINDS):
         run = make_run(bench, backbone, length)
         check_peer(backbone, run)
         documents = max(4, bench.inference_tokens // length)
         lengths = lengths_of(kind, length, documents)
         results = run_interleaved({name: partial(encoder, run, lengths) for name, encoder in ENCODERS.items()}, RUNS)
-        fit = [how_many_fit(result, run, lengths) for result in results]
-        table.add_row(f"{backbone} {length:,} {kind}")
-        for result, count in zip(results, fit, strict=True):
-            if not output.failed(table, result.name, result, results[0]):
-                ratios = output.spread(results[0].times_faster(result))
-                table.add_row(f"  {result.name}", f"{count:,}", f"{documents:,}", f"{result.speed / 1e3:,.1f}", *ratios)
-        case = {"backbone": backbone, "length": length, "kind": kind, "documents": documents}
-        written.append({**case, "results": [asdict(result) for result in results], "fit": fit})
-        output.write(folder, "inference", table, written)
-    Console().print(table)
+        fit = {result.name: estimate_fit(result, run, lengths) for result in results}
+        heading = f"{backbone}, {documents:,} x {length:,} {kind}"
+        case = {"backbone": backbone, "length": length, "kind": kind, "documents": documents, "fit": list(fit.values())}
+        output.add_speeds(heading, results, lambda result, fit=fit: f"{fit[result.name]:,}", **case)
+    return output
 
 
 def lengths_of(kind: str, length: int, documents: int) -> list[int]:
@@ -57,7 +49,7 @@ def lengths_of(kind: str, length: int, documents: int) -> list[int]:
     return drawn.round().clip(1, length).astype(int).tolist()
 
 
-def how_many_fit(result: Result, run: Run, lengths: list[int]) -> int:
+def estimate_fit(result: Result, run: Run, lengths: list[int]) -> int:
     """Return how many documents fit into memory at once, assuming that the peak grows linearly with their number."""
     few = lengths[: len(lengths) // 4]
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else available_bytes()

@@ -33,6 +33,8 @@ Candidate = Callable[[], Turn]
 """A picklable function that makes everything ready in its own process and returns how it takes a turn.
 
 The process imports the module that defines the function, so that module should import no other candidate's libraries."""
+Metrics = dict[str, Any]
+"""Measurements by their column in gpu.csv."""
 
 
 @dataclass
@@ -46,11 +48,6 @@ class Result:
     """Peak memory of the process, or of the GPU if there is one."""
     failure: str = ""
     """Why there are no measurements."""
-
-    @property
-    def speed(self) -> float:
-        """Median over the turns of tokens per second."""
-        return median(self.speeds)
 
     @property
     def speeds(self) -> list[float]:
@@ -71,21 +68,16 @@ class Failure(Exception):
     """Why a process returned nothing."""
 
 
-class OwnProcess:
+class OwnProcess(ProcessPoolExecutor):
     """A new process, which may allocate the memory that is free when it starts, and imports only what it is sent."""
 
-    def __enter__(self) -> "OwnProcess":
-        self._free = available_bytes()
-        self._pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=limit_memory)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._pool.shutdown()
+    def __init__(self) -> None:
+        super().__init__(1, get_context("spawn"), initializer=_limit_memory)
 
     def call(self, function: Callable[..., Any], *arguments: Any, limit_s: float | None = None) -> Any:
         """Return what a function returns in the process; raise Failure if it raises, exceeds `limit_s`, or its process dies."""
-        process = self._pool.submit(os.getpid).result()
-        future = self._pool.submit(function, *arguments)
+        process, free = self.submit(os.getpid).result(), available_bytes()
+        future = self.submit(function, *arguments)
         try:
             error = future.exception(limit_s)
         except TimeoutError:
@@ -97,7 +89,7 @@ class OwnProcess:
         if isinstance(error, BrokenProcessPool):
             reason = "its process was killed, probably for lack of memory"
         elif isinstance(error, RuntimeError) and "allocate memory" in str(error):
-            reason = f"needs more than the {self._free / 1e9:.0f} GB that are free"
+            reason = f"needs more than the {free / 1e9:.0f} GB that are free"
         raise Failure(reason)
 
 
@@ -105,40 +97,54 @@ def run_interleaved(candidates: Mapping[str, Candidate], repetitions: int) -> li
     """Start the candidates one after another, each with a warm-up turn, then let all take a turn in each of the rounds."""
     results = [Result(name) for name in candidates]
     with ExitStack() as stack:
-        processes = []
-        for result, candidate in zip(results, candidates.values(), strict=True):
-            processes.append(stack.enter_context(OwnProcess()))
-            _take_turn(processes[-1], result, 0, candidate)
-        for number in range(1, repetitions + 1):
-            for process, result in zip(processes, results, strict=True):
-                if not result.failure:
-                    _take_turn(process, result, number)
+        processes = [stack.enter_context(OwnProcess()) for _ in candidates]
+        for number in range(repetitions + 1):
+            for process, result, candidate in zip(processes, results, candidates.values(), strict=True):
+                try:
+                    if not result.failure:
+                        work, seconds, result.peak_bytes = process.call(_take_turn, number, None if number else candidate)
+                        result.work += [work] if number else []
+                        result.seconds += [seconds] if number else []
+                except Failure as failure:
+                    result.failure = str(failure)
     return results
-
-
-def _take_turn(process: OwnProcess, result: Result, number: int, candidate: Candidate | None = None) -> None:
-    try:
-        work, seconds, result.peak_bytes = process.call(_turn_there, number, candidate)
-    except Failure as failure:
-        result.failure = str(failure)
-        return
-    if number:
-        result.work.append(work)
-        result.seconds.append(seconds)
 
 
 _turn: Turn
 """How the candidate of this process takes a turn."""
 
 
-def _turn_there(number: int, candidate: Candidate | None) -> tuple[StepWork, float, int]:
+def _take_turn(number: int, candidate: Candidate | None) -> tuple[StepWork, float, int]:
     global _turn
     if candidate:
         _turn = candidate()
-    return *timed_turn(_turn, number), peak_bytes()
+    return *time_turn(_turn, number), peak_bytes()
 
 
-def timed_turn(turn: Turn, number: int) -> tuple[StepWork, float]:
+def time_candidate(candidate: Candidate, repetitions: int, calls: int = 1, bytes_moved: int = 0) -> Metrics:
+    """Time turns in this process after a warm-up turn, and return the milliseconds, speed and bandwidth of a turn.
+
+    What takes little time is measured `calls` turns at once.
+    """
+    take_turn = candidate()
+
+    def take_turns(number: int) -> StepWork:
+        return [take_turn(number) for _ in range(calls)][-1]
+
+    (_, first), *timed = [time_turn(take_turns, number) for number in range(repetitions + 1)]
+    result = Result("", [work for work, _ in timed], [seconds / calls for _, seconds in timed])
+    metrics = {name: 1e3 * of(result.seconds) for name, of in (("ms", median), ("ms_from", min), ("ms_to", max))}
+    metrics["first_s"] = first
+    if result.work[0].tokens:
+        metrics["tokens_per_s"] = median(result.speeds)
+    if result.work[0].flops:
+        metrics["tflops"] = result.flops / 1e12
+    if bytes_moved:
+        metrics["gb_per_s"] = bytes_moved / (metrics["ms"] * 1e6)
+    return metrics
+
+
+def time_turn(turn: Turn, number: int) -> tuple[StepWork, float]:
     """Take a turn and return its work and its seconds, including those until the GPU is done."""
     started = time.perf_counter()
     work = turn(number)
@@ -152,15 +158,6 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def limit_memory() -> int:
-    """Limit this process to the memory that is free now, and return that number of bytes."""
-    free = available_bytes()
-    statm = Path("/proc/self/statm")  # Linux only
-    held = int(statm.read_text().split()[5]) * resource.getpagesize() if statm.exists() else 0
-    resource.setrlimit(resource.RLIMIT_DATA, (held + free, resource.RLIM_INFINITY))
-    return free
-
-
 def available_bytes() -> int:
     """Return the bytes of memory that a process can still allocate, or all memory where the system does not report it."""
     meminfo = Path("/proc/meminfo")  # Linux only
@@ -168,6 +165,13 @@ def available_bytes() -> int:
         return os.sysconf("SC_PHYS_PAGES") * resource.getpagesize()
     lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
     return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def _limit_memory() -> None:
+    """Limit this process to the memory that it has and that is free now."""
+    statm = Path("/proc/self/statm")  # Linux only
+    data = int(statm.read_text().split()[5]) * resource.getpagesize() if statm.exists() else 0
+    resource.setrlimit(resource.RLIMIT_DATA, (data + available_bytes(), resource.RLIM_INFINITY))
 
 
 def peak_bytes() -> int:

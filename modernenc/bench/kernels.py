@@ -1,6 +1,7 @@
 """Parts of a step, as candidates: matrix products, copies, attention with a window, an optimizer, cross-entropy."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -8,8 +9,7 @@ from torch.nn.attention import activate_flash_attention_impl
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from modernenc.backbones import attention, rotary
-from modernenc.bench.cells import Metrics, timed
-from modernenc.bench.interleave import StepWork, Turn, device
+from modernenc.bench.interleave import Metrics, StepWork, Turn, device, time_candidate
 from modernenc.config import Run
 from modernenc.model import optim
 from modernenc.model.build import build_objectives
@@ -18,10 +18,9 @@ from modernenc.objectives import linear_cross_entropy as loss_module
 Attention = Callable[[Tensor, rotary.Rotation, attention.VarlenInfo, int | None], Tensor]
 
 
-def matrix_products(precision: str, size: int, products: int = 1) -> Turn:
-    """Prepare a turn of products of large square matrices, in the precision of a step's products: the hardware's peak."""
-    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
-    a, b = torch.randn(2, size, size, device=device()).to(dtype)
+def matrix_products(size: int, products: int = 1) -> Turn:
+    """Prepare a turn of products of large square matrices in bf16: the hardware's peak."""
+    a, b = torch.randn(2, size, size, device=device()).bfloat16()
 
     def turn(number: int) -> StepWork:
         for _ in range(products):
@@ -49,16 +48,16 @@ def window_attention(backend: str, run: Run, length: int, backward: bool) -> Tur
     """
     if backend == "FA3":
         activate_flash_attention_impl("FA3")
-    backbone = run.backbone
-    heads, window = backbone["num_attention_heads"], backbone["local_attention"] // 2
-    head_dim = backbone["hidden_size"] // heads
+    heads, window = run.backbone["num_attention_heads"], run.backbone["local_attention"] // 2
+    head_dim = run.backbone["hidden_size"] // heads
     tokens = max(length, run.trainer.micro_batch_tokens // length * length)
     ends = torch.arange(0, tokens + 1, length, dtype=torch.int32)
     positions = rotary.positions_of(ends.to(device()), tokens)
-    rotation = rotary.rotation(backbone["local_rope_theta"], head_dim, positions, length)
+    rotation = rotary.rotation(run.backbone["local_rope_theta"], head_dim, positions, length)
     layout = attention.VarlenInfo(ends, length, tokens, device())
     qkv = torch.randn(tokens, 3, heads, head_dim, device=device()).bfloat16().requires_grad_()
-    attend = flex(layout, window) if backend == "flex" else attention.BACKENDS["varlen" if backend == "FA3" else backend]
+    kernels = {**attention.BACKENDS, "FA3": attention.varlen}
+    attend = build_flex_attention(layout, window) if backend == "flex" else kernels[backend]
     grad = torch.ones_like(qkv[:, 0])
 
     def turn(number: int) -> StepWork:
@@ -71,14 +70,16 @@ def window_attention(backend: str, run: Run, length: int, backward: bool) -> Tur
     return turn
 
 
-def timed_window(backend: str, run: Run, length: int, repetitions: int) -> Metrics:
+def time_window(backend: str, run: Run, length: int, repetitions: int) -> Metrics:
     """Time attention with a window forward alone, and forward and backward together."""
-    forward = timed(lambda: window_attention(backend, run, length, backward=False), repetitions, calls=10)
-    both = timed(lambda: window_attention(backend, run, length, backward=True), repetitions, calls=10)
+    forward, both = (
+        time_candidate(partial(window_attention, backend, run, length, backward), repetitions, calls=10)
+        for backward in (False, True)
+    )
     return {**both, "forward_ms": forward["ms"]}
 
 
-def flex(layout: attention.VarlenInfo, window: int) -> Attention:
+def build_flex_attention(layout: attention.VarlenInfo, window: int) -> Attention:
     """Return FlexAttention with a window, compiled on a GPU; the empty blocks of the mask are found once, here."""
     lengths = layout.cu_seqlens.diff()
     documents = torch.repeat_interleave(torch.arange(len(lengths), device=device()), lengths, output_size=layout.tokens)

@@ -1,13 +1,19 @@
-"""This package's candidates: a training step and an encoder."""
+"""This package's candidates, a training step and an encoder, and the batches of a benchmark's run."""
+
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from modernenc.bench.batches import is_compiled, load_steps, step_work
 from modernenc.bench.interleave import StepWork, Turn, device
 from modernenc.config import Run
+from modernenc.curriculum import Curriculum
+from modernenc.data.blocks import Corpus
+from modernenc.data.loader import Step, Steps
+from modernenc.data.state import DataState
 from modernenc.model import optim
 from modernenc.model.allocator import keep_freed_memory
 from modernenc.model.build import build_objectives, compile_layers
+from modernenc.objectives.masked_lm import MaskedLM
 
 LR = 1e-4
 
@@ -15,7 +21,7 @@ LR = 1e-4
 def our_step(run: Run) -> Turn:
     """Prepare a turn that is one optimizer step on packed documents, outside the training loop."""
     keep_freed_memory()
-    steps = [step.micro_batches for step in load_steps(run)]
+    steps = list(load_steps(run))
     objectives = build_objectives(run).to(device())
     if is_compiled(run):
         compile_layers(objectives.backbone)
@@ -23,13 +29,13 @@ def our_step(run: Run) -> Turn:
 
     def turn(number: int) -> StepWork:
         step = steps[number]
-        targets = sum(len(batch.targets) for batch in step)
-        with torch.autocast(device().type, torch.bfloat16, enabled=run.trainer.precision == "bf16-mixed"):
-            for batch in step:
+        with torch.autocast(device().type, torch.bfloat16):
+            for batch in step.micro_batches:
                 loss, _ = objectives(batch.to(device()))
-                (loss / targets).backward()
+                (loss / step.targets).backward()
         optim.step(optimizers)
-        return step_work(objectives.masked_lm, step)
+        lengths = [length for batch in step.micro_batches for length in batch.unpadded().cu_seqlens.diff().tolist()]
+        return step_work(objectives.masked_lm, lengths, step.targets)
 
     return turn
 
@@ -37,8 +43,7 @@ def our_step(run: Run) -> Turn:
 def our_encoder(run: Run, lengths: list[int]) -> Turn:
     """Prepare a turn that encodes random documents of these lengths in one packed batch."""
     keep_freed_memory()
-    dtype = torch.bfloat16 if run.trainer.precision == "bf16-mixed" else torch.float32
-    backbone = build_objectives(run).masked_lm.to(device(), dtype).eval().backbone
+    backbone = build_objectives(run).masked_lm.to(device(), torch.bfloat16).eval().backbone
     ids = torch.randint(backbone.vocab_size, (sum(lengths),), device=device())
     ends = torch.tensor([0, *lengths], device=device()).cumsum(0).int()
 
@@ -48,3 +53,24 @@ def our_encoder(run: Run, lengths: list[int]) -> Turn:
         return StepWork(len(ids), 0.0)
 
     return turn
+
+
+def load_steps(run: Run) -> Iterator[Step]:
+    """Yield the batches of a run's optimizer steps on one rank, in order."""
+    return iter(Steps(run, Curriculum.of(run), Corpus.of(run.data), 0, 1, DataState()))
+
+
+def step_work(model: MaskedLM, lengths: Sequence[int], targets: int) -> StepWork:
+    """Return the tokens of documents of these lengths and the FLOPs of their matrix products, forward and backward.
+
+    The backward pass has twice as many as the forward pass; `targets` is the number of predicted tokens.
+    """
+    forward_flops = model.backbone.describe().forward_flops
+    head = sum(parameter.numel() for parameter in model.head.parameters() if parameter.ndim == 2)
+    predictions = 6.0 * targets * (head + model.decoder.weight.numel())
+    return StepWork(sum(lengths), predictions + sum(3 * length * forward_flops(length) for length in lengths))
+
+
+def is_compiled(run: Run) -> bool:
+    """Return whether steps of the run are compiled here, by the same rule as in training: on a GPU only."""
+    return run.trainer.compile and device().type == "cuda"

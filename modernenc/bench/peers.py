@@ -1,28 +1,26 @@
 """transformers' candidates, with sdpa attention: a training step and an encoder, and the batches that they take."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
 import transformers
 from hydra.utils import get_class
+from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForMaskedLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from modernenc.bench.batches import is_compiled, load_steps, step_work
 from modernenc.bench.interleave import StepWork, Turn, device
+from modernenc.bench.ours import LR, is_compiled, load_steps, step_work
 from modernenc.config import Run
-from modernenc.data.batch import MicroBatch
+from modernenc.data.loader import Step
 from modernenc.hugging_face import converter_of
 from modernenc.model.build import build_objectives
 from modernenc.objectives.masked_lm import MaskedLM
 
-LR = 1e-4
-FILL = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-"""Values of padding."""
+PADDING = {"input_ids": 0, "labels": -100, "attention_mask": 0}
 
 
 def check_peer(backbone: str, run: Run) -> None:
@@ -53,7 +51,7 @@ def peer_step(batching: str, run: Run, sparse: bool = False) -> Turn:
 
     `batching` is padded or rows. With `sparse`, logits are computed at the predicted tokens only.
     """
-    steps = [step.micro_batches for step in load_steps(run)]
+    steps = list(load_steps(run))
     ours = build_objectives(run).masked_lm
     model = transformers_model(ours).to(device()).train()
     model.sparse_prediction = sparse
@@ -62,29 +60,25 @@ def peer_step(batching: str, run: Run, sparse: bool = False) -> Turn:
     optimizer = torch.optim.AdamW(model.parameters(), LR, fused=True)
 
     def turn(number: int) -> StepWork:
-        step = steps[number]
-        if batching == "padded":
-            batches = list(padded(step, run))
-        else:
-            step = [concatenated(step, run)]
-            batches = list(full_rows(step[0], run))
+        batches = list((pad_documents if batching == "padded" else fill_rows)(steps[number], run))
         for batch in batches:
-            with torch.autocast(device().type, torch.bfloat16, enabled=run.trainer.precision == "bf16-mixed"):
+            with torch.autocast(device().type, torch.bfloat16):
                 loss = model(**{key: value.to(device()) for key, value in batch.items()}).loss
             (loss / len(batches)).backward()
         optimizer.step()
         optimizer.zero_grad()
-        return step_work(ours, step)
+        masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in batches]
+        lengths = [length for mask in masks for length in mask.sum(1).tolist()]
+        return step_work(ours, lengths, sum(int((batch["labels"] >= 0).sum()) for batch in batches))
 
     return turn
 
 
 def peer_encoder(run: Run, lengths: list[int]) -> Turn:
     """Prepare a turn that encodes random documents of these lengths in one padded batch."""
-    dtype = torch.bfloat16 if run.trainer.precision == "bf16-mixed" else torch.float32
     ours = build_objectives(run).masked_lm
     documents = torch.randint(ours.backbone.vocab_size, (sum(lengths),), device=device()).split(lengths)
-    model = transformers_model(ours).base_model.to(device(), dtype).eval()
+    model = transformers_model(ours).base_model.to(device(), torch.bfloat16).eval()
     rows = pad_sequence(list(documents), True)
     mask = pad_sequence([torch.ones_like(document) for document in documents], True)
 
@@ -96,52 +90,42 @@ def peer_encoder(run: Run, lengths: list[int]) -> Turn:
     return turn
 
 
-def padded(step: list[MicroBatch], run: Run) -> Iterator[dict[str, torch.Tensor]]:
+def pad_documents(step: Step, run: Run) -> Iterator[dict[str, Tensor]]:
     """Yield batches of as many documents as a micro-batch has rows, padded to the longest document.
 
     MEGA's batches are padded further, to whole chunks, as transformers' implementation requires.
     """
-    at_once = max(1, run.trainer.micro_batch_tokens // run.phases["decay"].seq_len)
-    chunk = run.backbone.get("chunk_size", 1)
-    documents = []
-    for batch in (batch.unpadded() for batch in step):
-        lengths = batch.cu_seqlens.diff().tolist()
-        documents += zip(batch.input_ids.split(lengths), _labels(batch).split(lengths), strict=True)
+    at_once, chunk = _rows_at_once(run), run.backbone.get("chunk_size", 1)
+    documents = [(ids, labels, torch.ones_like(ids)) for ids, labels in _documents(step)]
     for first in range(0, len(documents), at_once):
-        columns = zip(*((ids, torch.ones_like(ids), labels) for ids, labels in documents[first : first + at_once]), strict=True)
-        rows = {key: pad_sequence(list(column), True, FILL[key]) for key, column in zip(FILL, columns, strict=True)}
+        columns = zip(*documents[first : first + at_once], strict=True)
+        rows = {key: pad_sequence(list(column), True, PADDING[key]) for key, column in zip(PADDING, columns, strict=True)}
         longest = rows["input_ids"].shape[1]
         more = -longest % chunk if longest > chunk else 0
-        yield {key: pad(row, (0, more), value=FILL[key]) for key, row in rows.items()}
+        yield {key: pad(row, (0, more), value=PADDING[key]) for key, row in rows.items()}
 
 
-def concatenated(step: list[MicroBatch], run: Run) -> MicroBatch:
-    """Return all documents of a step as one sequence of whole rows, the last one filled up with the first tokens again.
+def fill_rows(step: Step, run: Run) -> Iterator[dict[str, Tensor]]:
+    """Yield batches of as many full rows as a micro-batch has; documents in a row attend to each other.
 
-    For a compiled model the last micro-batch is filled up as well, so that all have one shape.
+    The last row is filled up with the first tokens again, and so is the last batch for a compiled model, so that all have one
+    shape.
     """
-    length = run.phases["decay"].seq_len
-    step = [batch.unpadded() for batch in step]
-    labels = torch.cat([_labels(batch) for batch in step])
-    ids = torch.cat([batch.input_ids for batch in step])
-    at_once = min(run.trainer.micro_batch_tokens // length, -(-len(ids) // length)) if is_compiled(run) else 1
-    more = -len(ids) % (length * at_once)
-    ids, labels = torch.cat((ids, ids[:more])), torch.cat((labels, labels[:more]))
-    positions = (labels >= 0).nonzero().flatten()
-    ends = torch.arange(0, len(ids) + 1, length)
-    return replace(
-        step[0], input_ids=ids, cu_seqlens=ends, max_seqlen=length, target_positions=positions, targets=labels[positions],
-        num_tokens=len(ids),
-    )  # fmt: skip
-
-
-def full_rows(batch: MicroBatch, run: Run) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield batches of as many full rows as a micro-batch has; documents in a row attend to each other."""
-    at_once = max(1, run.trainer.micro_batch_tokens // batch.max_seqlen)
-    columns = (column.view(-1, batch.max_seqlen).split(at_once) for column in (batch.input_ids, _labels(batch)))
+    ids, labels = (torch.cat(column) for column in zip(*_documents(step), strict=True))
+    length, at_once = run.phases["decay"].seq_len, _rows_at_once(run)
+    more = -len(ids) % (length * (min(at_once, -(-len(ids) // length)) if is_compiled(run) else 1))
+    columns = (torch.cat((column, column[:more])).view(-1, length).split(at_once) for column in (ids, labels))
     for ids, labels in zip(*columns, strict=True):
         yield {"input_ids": ids, "labels": labels}
 
 
-def _labels(batch: MicroBatch) -> torch.Tensor:
-    return torch.full_like(batch.input_ids, FILL["labels"]).index_copy(0, batch.target_positions, batch.targets)
+def _documents(step: Step) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the ids and labels of each document of a step; the label of a token that is not predicted is -100."""
+    for batch in (batch.unpadded() for batch in step.micro_batches):
+        labels = torch.full_like(batch.input_ids, PADDING["labels"]).index_copy(0, batch.target_positions, batch.targets)
+        lengths = batch.cu_seqlens.diff().tolist()
+        yield from zip(batch.input_ids.split(lengths), labels.split(lengths), strict=True)
+
+
+def _rows_at_once(run: Run) -> int:
+    return max(1, run.trainer.micro_batch_tokens // run.phases["decay"].seq_len)

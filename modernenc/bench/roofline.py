@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from modernenc.bench import output
+from modernenc.bench.output import Output
 from modernenc.bench.settings import Bench, make_run
 from modernenc.config import Run
 from modernenc.data.batch import MicroBatch
@@ -48,44 +47,26 @@ class Kernel:
         return max(self.flops / PEAK, self.bytes / BANDWIDTH)
 
 
-def measure(bench: Bench, folder: Path) -> None:
-    """Count a step of every backbone on documents of every length, and write a table and JSON."""
-    table = output.new_table(
-        f"a step of {bench.micro_batch_tokens:,} tokens on one {GPU}, at the least",
-        ("", "kernels", "launch", "TFLOP", "GB", "ms", "M tok/s", "fused"),
-    )
-    written = []
+def measure(bench: Bench, folder: Path) -> Output:
+    """Count a step of every backbone on documents of every length."""
+    title = f"a step of {bench.micro_batch_tokens:,} tokens on one {GPU}, at the least"
+    output = Output(folder, "roofline", title, "kernels", "launch", "TFLOP", "GB", "ms", "M tok/s", "fused")
     for backbone, length in product(bench.backbones, bench.lengths):
         run = make_run(bench, backbone, length)
         tokens = run.trainer.micro_batch_tokens // length * length
-        kernels = step_of(run, length, tokens)
-        sums = sums_of(kernels)
-        table.add_row(
-            f"{backbone} {length:,}", f"{sums['launches']:,.0f}",
-            f"{1e3 * sums['launch_seconds']:.1f}", f"{sums['flops'] / 1e12:.2f}", f"{sums['bytes'] / 1e9:.1f}",
-            f"{1e3 * sums['seconds']:.2f}", f"{tokens / sums['seconds'] / 1e6:.2f}",
-            f"{tokens / sums['heavy_seconds'] / 1e6:.2f}",
+        kernels = trace_step(run, length, tokens)
+        heavy = [kernel for kernel in kernels if kernel.flops]  # matrix products and attention
+        flops, moved = sum(kernel.flops for kernel in heavy), sum(kernel.bytes for kernel in kernels)
+        seconds, heavy_seconds = (sum(kernel.seconds for kernel in some) for some in (kernels, heavy))
+        output.table.add_row(
+            f"{backbone} {length:,}", f"{len(kernels):,}", f"{1e3 * LAUNCH_S * len(kernels):.1f}", f"{flops / 1e12:.2f}",
+            f"{moved / 1e9:.1f}", f"{1e3 * seconds:.2f}", *(f"{tokens / s / 1e6:.2f}" for s in (seconds, heavy_seconds)),
         )  # fmt: skip
-        case = {"backbone": backbone, "length": length, "tokens": tokens}
-        written.append({**case, "kernels": [asdict(kernel) for kernel in kernels], **sums})
-    output.write(folder, "roofline", table, written)
-    Console().print(table)
+        output.add(backbone=backbone, length=length, tokens=tokens, kernels=[asdict(kernel) for kernel in kernels])
+    return output
 
 
-def sums_of(kernels: list[Kernel]) -> dict[str, float]:
-    """Return totals over kernels; `heavy_seconds` is the time of products and attention alone."""
-    heavy = [kernel for kernel in kernels if kernel.flops]
-    return {
-        "launches": len(kernels),
-        "flops": sum(kernel.flops for kernel in heavy),
-        "bytes": sum(kernel.bytes for kernel in kernels),
-        "seconds": sum(kernel.seconds for kernel in kernels),
-        "heavy_seconds": sum(kernel.seconds for kernel in heavy),
-        "launch_seconds": len(kernels) * LAUNCH_S,
-    }
-
-
-def step_of(run: Run, length: int, tokens: int) -> list[Kernel]:
+def trace_step(run: Run, length: int, tokens: int) -> list[Kernel]:
     """Return the kernels of forward, backward and optimizer; DataDependentOutputException (torch) where a step would wait."""
     objectives = build_objectives(run)
     optimizers = optim.build(objectives, run.optim)

@@ -5,12 +5,12 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, open_dict
+from omegaconf import MISSING, OmegaConf, open_dict
 
 from modernenc.cli import hydra_options, typed
-from modernenc.config import Run, register
+from modernenc.config import Data, Run, register
 from modernenc.data.blocks import Corpus
-from modernenc.planning.sizes import choose_sizes
+from modernenc.planning.resolve import resolve
 
 PARTS = ("step", "inference", "data", "loop", "time_to_loss", "roofline", "gpu")
 PEERS = {"padded": "HF padded", "rows": "HF full rows"}
@@ -50,7 +50,7 @@ class Bench:
     root: str = MISSING
     """Folder of block shards that `python -m data_prep` wrote. Sources are mixed in proportion to their tokens."""
     out: str = MISSING
-    """Folder for tables, JSON and plots."""
+    """Folder for tables and JSON."""
     backbones: list[str] = MISSING
     """Names in `conf/backbone`."""
     peers: list[str] = MISSING
@@ -63,10 +63,6 @@ class Bench:
     """Approximate tokens of an optimizer step, at least one row."""
     micro_batch_tokens: int = MISSING
     """Tokens of a micro-batch, padding included, at least one row."""
-    mask_ratio: float = MISSING
-    """Fraction of the tokens that is predicted."""
-    precision: str = MISSING
-    """The same as trainer.precision."""
     repetitions: int = MISSING
     """Measured turns of each candidate, after one warm-up turn."""
     inference_tokens: int = MISSING
@@ -116,22 +112,27 @@ def check(bench: Bench) -> None:
     make_run(bench, bench.gpu.backbone, bench.gpu.lengths[0])  # the corpus is there
 
 
-def make_run(bench: Bench, backbone: str, length: int, optimizer: str = "adamw") -> Run:
-    """Return a run with the single phase `decay`, which trains in rows of `length` tokens on the benchmark's documents."""
+def make_run(bench: Bench, backbone: str, length: int, optimizer: str = "adamw", changes: dict[str, Any] | None = None) -> Run:
+    """Return a run with the single phase `decay`, which trains in rows of `length` tokens on the benchmark's documents.
+
+    `changes` are further settings by key.
+    """
     cfg = hydra.compose("train", ["+recipe=demo", f"backbone={backbone}", f"optim={optimizer}"])
+    batch_rows = max(1, bench.step_tokens // length)
+    hint = f"prepare it with: python -m data_prep +corpus=demo out={bench.root}"
+    sources = Corpus.of(Data(root=bench.root, hint=hint)).sources
+    settings = {
+        "recipe": "bench", "run_dir": "", "data.root": bench.root, "data.lanes": 1, "data.workers": 0,
+        "trainer.micro_batch_tokens": max(length, bench.micro_batch_tokens),
+        "backbone.max_position": max(length, cfg.backbone.max_position),
+        "backbone.num_hidden_layers": bench.num_hidden_layers or cfg.backbone.num_hidden_layers,
+        "phases.decay.seq_len": length, "phases.decay.batch_rows": batch_rows,
+        "phases.decay.tokens": (bench.repetitions + 1) * batch_rows * length,
+        "phases.decay.mix": {name: sum(part["tokens"] for part in entry["slices"].values()) for name, entry in sources.items()},
+        **(changes or {}),
+    }  # fmt: skip
     with open_dict(cfg):
-        cfg["recipe"], cfg["run_dir"] = "bench", ""
-    run = typed(cfg, Run, ())
-    run.data.root, run.data.lanes, run.data.workers = bench.root, 1, 0
-    run.trainer.precision = bench.precision
-    run.trainer.micro_batch_tokens = max(length, bench.micro_batch_tokens)
-    run.backbone["max_position"] = max(length, run.backbone["max_position"])
-    run.backbone["num_hidden_layers"] = bench.num_hidden_layers or run.backbone["num_hidden_layers"]
-    phase = run.phases["decay"]
-    phase.seq_len, phase.batch_rows, phase.mask_ratio = length, max(1, bench.step_tokens // length), bench.mask_ratio
-    phase.tokens = (bench.repetitions + 1) * phase.batch_rows * length
-    sources = Corpus.of(run.data).sources
-    phase.mix = {name: sum(part["tokens"] for part in source["slices"].values()) for name, source in sources.items()}
-    run.phases = {"decay": phase}
-    choose_sizes(run)
-    return run
+        cfg.phases = {"decay": cfg.phases.decay}
+        for key, value in settings.items():
+            OmegaConf.update(cfg, key, value, merge=False)
+    return resolve(typed(cfg, Run, ()))

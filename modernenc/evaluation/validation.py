@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from modernenc.config import Run
-from modernenc.curriculum import Curriculum, items_per_micro_batch, objectives_of
+from modernenc.curriculum import items_per_micro_batch, objectives_of
 from modernenc.data.batch import MicroBatch
 from modernenc.data.blocks import VALIDATION, Corpus
 from modernenc.data.choices import Choices
@@ -33,6 +33,12 @@ class Score:
     accuracy: float
     targets: int
 
+    @classmethod
+    def of(cls, source: str, seq_len: int, mask_ratio: float, sums: torch.Tensor) -> "Score":
+        """Return the score that follows from the sums of losses, of correct answers and of all answers."""
+        loss, correct, targets = sums.tolist()
+        return cls(source, seq_len, mask_ratio, loss / max(1, targets), correct / max(1, targets), int(targets))
+
 
 def sources_of(run: Run) -> list[str]:
     """Return the sources that a run reads, each of which is validated."""
@@ -50,44 +56,40 @@ def settings_of(run: Run, phase: str) -> list[tuple[int, float]]:
 class Validator:
     """Computes scores per source, at the first phase's length and the current one's, at 15 % and the current phase's ratio."""
 
-    def __init__(self, run: Run, curriculum: Curriculum, corpus: Corpus) -> None:
+    def __init__(self, run: Run, corpus: Corpus) -> None:
         self.run = run
-        self.curriculum = curriculum
         self.corpus = corpus
         self.sources = sources_of(run)
         self._rows: dict[tuple[str, int], list[Row]] = {}
         self._items: dict[str, list[MicroBatch]] = {}
 
     def scores(self, objectives: Objectives, phase: str) -> list[Score]:
-        """Return all scores for a phase's settings and for the tasks trained so far.
+        """Return all scores for a phase's settings and for the tasks of this phase and of those before it.
 
         The source `all` is the mean over the predicted tokens of all sources.
         """
         training = objectives.training
         objectives.eval()
-        scores = [score for setting in settings_of(self.run, phase) for score in self._scores_at(objectives, *setting)]
-        scores += [self._task_score(objectives, task) for task in self._trained_by(phase)]
+        phases = list(self.run.phases)
+        trained = {name for earlier in phases[: phases.index(phase) + 1] for name in objectives_of(self.run.phases[earlier])}
+        scores = [score for setting in settings_of(self.run, phase) for score in self._score_text(objectives, *setting)]
+        scores += [self._score_task(objectives, task) for task in self.run.tasks if task in trained]
         objectives.train(training)
         return scores
 
     def scores_at_reference(self, masked_lm: MaskedLM) -> list[Score]:
         """Return scores at the first phase's length and 15 %, which all phases have in common."""
-        return list(self._scores_at(masked_lm.eval(), next(iter(self.run.phases.values())).seq_len, FIXED_RATIO))
+        return list(self._score_text(masked_lm.eval(), next(iter(self.run.phases.values())).seq_len, FIXED_RATIO))
 
-    def _scores_at(self, model: Objectives | MaskedLM, seq_len: int, ratio: float) -> Iterator[Score]:
+    def _score_text(self, model: Objectives | MaskedLM, seq_len: int, ratio: float) -> Iterator[Score]:
         total = torch.zeros(3, dtype=torch.float64)
         for source in self.sources:
-            sums = _sums(model, self._batches(source, seq_len, ratio))
+            sums = _sum_over(model, self._batches(source, seq_len, ratio))
             total += sums
-            yield _score(source, seq_len, ratio, sums)
-        yield _score(ALL, seq_len, ratio, total)
+            yield Score.of(source, seq_len, ratio, sums)
+        yield Score.of(ALL, seq_len, ratio, total)
 
-    def _trained_by(self, phase: str) -> list[str]:
-        """Return the tasks of a phase and of the phases before it."""
-        so_far = list(self.run.phases)[: list(self.run.phases).index(phase) + 1]
-        return [task for task in self.run.tasks if any(task in objectives_of(self.run.phases[name]) for name in so_far)]
-
-    def _task_score(self, objectives: Objectives, name: str) -> Score:
+    def _score_task(self, objectives: Objectives, name: str) -> Score:
         task = self.run.tasks[name]
         if name not in self._items:
             source = Choices(name, task, self.corpus, self.run.seed, validation=True)
@@ -97,7 +99,7 @@ class Validator:
                 for at in range(0, len(source.items), size)
                 for items in [source.items[at : at + size]]
             ]
-        return _score(name, task.seq_len, 0.0, _sums(objectives, self._items[name]))
+        return Score.of(name, task.seq_len, 0.0, _sum_over(objectives, self._items[name]))
 
     def _batches(self, source: str, seq_len: int, ratio: float) -> Iterator[MicroBatch]:
         masker = Masker(self.corpus.roles, self.corpus.ordinary_ids, ratio)
@@ -125,8 +127,8 @@ class Validator:
 
 
 @torch.no_grad()
-def _sums(model: Objectives | MaskedLM, batches: Iterable[MicroBatch]) -> torch.Tensor:
-    """Return the sums of loss, correct answers and all answers."""
+def _sum_over(model: Objectives | MaskedLM, batches: Iterable[MicroBatch]) -> torch.Tensor:
+    """Return the sums of losses, of correct answers and of all answers over batches."""
     device = next(model.parameters()).device
     sums = torch.zeros(3, dtype=torch.float64)
     for batch in batches:
@@ -134,8 +136,3 @@ def _sums(model: Objectives | MaskedLM, batches: Iterable[MicroBatch]) -> torch.
         loss, correct = model(batch)
         sums += torch.tensor([loss.item(), correct.item(), len(batch.targets)], dtype=torch.float64)
     return sums
-
-
-def _score(source: str, seq_len: int, ratio: float, sums: torch.Tensor) -> Score:
-    loss, correct, targets = sums.tolist()
-    return Score(source, seq_len, ratio, loss / max(1, targets), correct / max(1, targets), int(targets))

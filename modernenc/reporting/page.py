@@ -1,12 +1,14 @@
 """One self-contained HTML page on a run: `report.html`, and the picture of its curriculum, `curriculum.png`."""
 
 import base64
-import html
 import io
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer
@@ -16,212 +18,158 @@ from modernenc.curriculum import CHOICES, MASKED_LM, Curriculum
 from modernenc.data.blocks import VALIDATION, Corpus
 from modernenc.data.packing import SPECIALS
 from modernenc.evaluation.standard_error import FIXED_RATIO
-from modernenc.model.load import load_masked_lm
-from modernenc.reporting.plots import (
-    draw_curriculum,
-    draw_lineage,
-    draw_loss,
-    draw_task,
-    draw_throughput,
-    is_setting,
-    unigram,
-    unigrams,
-)
+from modernenc.model.load import masked_lm_of
+from modernenc.reporting import plots
+from modernenc.reporting.plots import Rows, rows_of
 from modernenc.run_folder import checkpoints, lineage
-from modernenc.run_folder.load import locate
+from modernenc.run_folder.checkpoints import Checkpoint
 from modernenc.run_folder.tables import ALL, Table
 
+Lines = list[list[str]]
+"""Cells of a table, line by line."""
+
 REPORT = "report.html"
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: 1em 0 } img { max-width: 100% }
-td, th { padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: right }
-td:first-child, th:first-child { text-align: left }
-pre { background: #f6f6f6; padding: 1em; overflow-x: auto }
-mark { background: #fff2a8 } .wrong { background: #ffd9d3 } .facts b { font-size: 1.3em } .facts td { text-align: left }
-"""
+PASSAGE, FIRST_MASK, MASK_EVERY = 80, 8, 12
+"""Tokens of a passage that is shown with masked tokens; the first of these, and their distance."""
 
 
 def write(run: Run) -> Path:
     """Write the report and the picture of the curriculum from what the run folder holds so far; return the report's path."""
     matplotlib.use("Agg")
-    run_dir = Path(run.run_dir)
-    curriculum = Curriculum.of(run)
+    run_dir, curriculum = Path(run.run_dir), Curriculum.of(run)
     metrics, scores = Table(run_dir / "metrics.csv").read(), Table(run_dir / "validation.csv").read()
     training = [row for row in metrics if row["objective"] == MASKED_LM]
     validation = [row for row in scores if row["source"] not in run.tasks]
-    picture = draw_curriculum(run, curriculum)
+    unigram = unigram_nats(run, validation)
+    newest = checkpoints.newest(run_dir)
+    checkpoint = checkpoints.read(newest) if newest else None
+    entries = lineage.read(run_dir)
+    is_forked = any(entry["event"] in ("rollback", "branch", "branched") for entry in entries)
+    picture = plots.draw_curriculum(run, curriculum)
     picture.savefig(run_dir / "curriculum.png", dpi=110)
-    sections = [
-        f"<h1>{html.escape(run.recipe)}</h1>",
-        _facts(run, curriculum, training, validation),
-        "<h2>Loss</h2>", _image(draw_loss(run, curriculum, training, validation)),
-        "<h2>Validation</h2>", _validation_table(run, validation),
-        *(_task(run, curriculum, task, metrics, scores) for task in run.tasks),
-        "<h2>Curriculum</h2>", _image(picture),
-        "<h2>Throughput</h2>", _image(draw_throughput(curriculum, metrics)),
-        "<h2>Tokens</h2>", _token_table(run_dir),
-        "<h2>Fill-mask on held-out text</h2>", _samples(run, run_dir),
-        "<h2>Lineage</h2>", _lineage(run_dir, curriculum, training),
-        "<h2>Configuration</h2>", _preformatted((run_dir / CONFIG).read_text()),
-    ]  # fmt: skip
-    page = f"<!doctype html><meta charset=utf-8><title>{html.escape(run.recipe)}</title><style>{_STYLE}</style>"
+    values = {
+        "recipe": run.recipe,
+        "facts": list(_facts(run, curriculum, training, validation)),
+        "loss": _png(plots.draw_loss(run, curriculum, training, validation, unigram.get(ALL))),
+        "validation": list(_validation_tables(validation, unigram)),
+        "tasks": list(_tasks(run, curriculum, metrics, scores)),
+        "curriculum": _png(picture),
+        "throughput": _png(plots.draw_throughput(curriculum, metrics)),
+        "tokens": list(_token_counts(checkpoint)) if checkpoint else [],
+        "passages": dict(_fill_masks(run, checkpoint)) if checkpoint else {},
+        "forks": _png(plots.draw_lineage(run_dir, curriculum, training, entries)) if is_forked else "",
+        "history": [_history_row(entry) for entry in entries],
+        "configuration": (run_dir / CONFIG).read_text(),
+    }
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
     path = run_dir / REPORT
-    path.write_text(page + "\n".join(sections))
+    path.write_text(environment.get_template("page.html").render(values))
     return path
 
 
-def _facts(run: Run, curriculum: Curriculum, training: list[dict[str, str]], validation: list[dict[str, str]]) -> str:
-    if not training:
-        return "<p>No step of masked LM was recorded yet.</p>"
-    last = training[-1]
-    cells = [
-        ("tokens seen", f"{int(last['tokens_seen']):,} of {curriculum.total_tokens:,}"),
-        ("training time", f"{float(last['seconds']) / 60:.1f} min"),
-        ("training loss", f"{float(last['loss']):.3f} nats"),
-    ]
-    first = next(iter(run.phases.values())).seq_len
-    finals = [row for row in validation if is_setting(row, ALL, first, FIXED_RATIO)]
-    if finals:
-        cells.append((f"validation loss, rows of {first}, 15 %", f"{float(finals[-1]['loss']):.3f} nats"))
-    head = "".join(f"<td>{name}<br><b>{value}</b></td>" for name, value in cells)
-    return f"<table class=facts><tr>{head}</tr></table>"
+def unigram_nats(run: Run, validation: Rows) -> dict[str, float]:
+    """Return the nats per held-out token for a model that knows only the frequencies of tokens, by source and over all.
+
+    Over all, each source has its weight in validation. Without a validation yet there is no value over all.
+    """
+    nats = {source: entry[VALIDATION]["unigram_nats"] for source, entry in Corpus.of(run.data).sources.items()}
+    last = [row for row in validation if row["step"] == validation[-1]["step"]]
+    targets = {row["source"]: int(row["targets"]) for row in last if row["source"] != ALL}
+    if targets:
+        nats[ALL] = sum(nats[source] * count for source, count in targets.items()) / sum(targets.values())
+    return nats
 
 
-def _validation_table(run: Run, validation: list[dict[str, str]]) -> str:
-    """Return the loss per source at the last step of each phase, beside the unigram baseline."""
-    if not validation:
-        return "<p>No validation yet.</p>"
-    baseline = {**unigrams(run), ALL: unigram(run, validation)}
-    settings = sorted({(int(row["seq_len"]), float(row["mask_ratio"])) for row in validation})
-    tables = []
-    for seq_len, ratio in settings:
-        rows = [row for row in validation if int(row["seq_len"]) == seq_len and float(row["mask_ratio"]) == ratio]
+def _facts(run: Run, curriculum: Curriculum, training: Rows, validation: Rows) -> Iterator[tuple[str, str]]:
+    if training:
+        last = training[-1]
+        yield "tokens seen", f"{int(last['tokens_seen']):,} of {curriculum.total_tokens:,}"
+        yield "training time", f"{float(last['seconds']) / 60:.1f} min"
+        yield "training loss", f"{float(last['loss']):.3f} nats"
+        first = next(iter(run.phases.values())).seq_len
+        for row in rows_of(validation, first, FIXED_RATIO, ALL)[-1:]:
+            yield f"validation loss, rows of {first}, 15 %", f"{float(row['loss']):.3f} nats"
+
+
+def _validation_tables(validation: Rows, unigram: dict[str, float]) -> Iterator[tuple[str, list[str], Lines]]:
+    """Yield a table for each row length and mask ratio: the loss per source at the last step of each phase."""
+    for seq_len, ratio in sorted({(int(row["seq_len"]), float(row["mask_ratio"])) for row in validation}):
+        rows = rows_of(validation, seq_len, ratio)
         ends = {row["phase"]: row["step"] for row in rows}
-        head = "".join(f"<th>end of {html.escape(phase)}</th>" for phase in ends)
         lines = []
         for source in dict.fromkeys(row["source"] for row in rows):
-            at_end = {row["phase"]: row for row in rows if row["source"] == source and ends[row["phase"]] == row["step"]}
-            values = "".join(f"<td>{float(row['loss']):.3f}</td>" for row in at_end.values())
-            accuracy = f"<td>{float(list(at_end.values())[-1]['accuracy']):.1%}</td>"
-            lines.append(f"<tr><td>{html.escape(source)}</td><td>{baseline[source]:.3f}</td>{values}{accuracy}</tr>")
-        title = f"<h3>Rows of {seq_len}, {ratio:.0%} predicted (nats per token)</h3>"
-        header = f"<tr><th>source</th><th>unigram</th>{head}<th>accuracy now</th></tr>"
-        tables.append(f"{title}<table>{header}{''.join(lines)}</table>")
-    return "".join(tables)
+            at_ends = [row for row in rows_of(rows, seq_len, ratio, source) if ends[row["phase"]] == row["step"]]
+            losses = [f"{float(row['loss']):.3f}" for row in at_ends]
+            lines.append([source, f"{unigram[source]:.3f}", *losses, f"{float(at_ends[-1]['accuracy']):.1%}"])
+        header = ["source", "unigram", *(f"end of {phase}" for phase in ends), "accuracy now"]
+        yield f"Rows of {seq_len}, {100 * ratio:.0f} % predicted (nats per token)", header, lines
 
 
-def _task(run: Run, curriculum: Curriculum, task: str, metrics: list[dict[str, str]], scores: list[dict[str, str]]) -> str:
-    """Return the accuracy on a task's held-out items, as a curve and at the end of each phase."""
-    validated = [row for row in scores if row["source"] == task]
-    if not validated:
-        return ""
-    figure = draw_task(curriculum, [row for row in metrics if row["objective"] == task], validated)
-    ends = {row["phase"]: row for row in validated}
-    head = "".join(f"<th>end of {html.escape(phase)}</th>" for phase in ends)
-    cells = "".join(f"<td>{float(row['accuracy']):.1%}</td>" for row in ends.values())
-    table = f"<table><tr><th>items</th>{head}</tr><tr><td>{int(validated[-1]['targets']):,}</td>{cells}</tr></table>"
-    return f"<h2>{html.escape(task)}: which of {CHOICES} endings</h2>{_image(figure)}{table}"
+def _tasks(run: Run, curriculum: Curriculum, metrics: Rows, scores: Rows) -> Iterator[tuple[str, str, list[str], Lines]]:
+    """Yield title, plot and table of each task: the accuracy on held-out items, as a curve and at the end of each phase."""
+    for task in run.tasks:
+        validated = [row for row in scores if row["source"] == task]
+        if validated:
+            figure = plots.draw_task(curriculum, [row for row in metrics if row["objective"] == task], validated)
+            ends = {row["phase"]: f"{float(row['accuracy']):.1%}" for row in validated}
+            header = ["items", *(f"end of {phase}" for phase in ends)]
+            line = [f"{int(validated[-1]['targets']):,}", *ends.values()]
+            yield f"{task}: which of {CHOICES} endings", _png(figure), header, [line]
 
 
-def _token_table(run_dir: Path) -> str:
-    """Return a table of where the tokens of each phase went, up to the newest checkpoint."""
-    checkpoint = checkpoints.newest(run_dir)
-    if checkpoint is None:
-        return "<p>No checkpoint yet.</p>"
-    accounts = checkpoints.read(checkpoint).state.data["token_counts"]
-    lines = []
-    for phase, account in accounts.items():
-        served, drawn = sum(account["served"].values()), sum(account["drawn"].values())
-        capacity = served + account["special"] + account["padding"]
-        shares = ", ".join(
-            f"{name.partition('/')[0]} {tokens / served:.1%}" for name, tokens in sorted(account["served"].items())
-        )
-        numbers = (
-            served,
-            account["special"],
-            account["padding"],
-            drawn - served - account["skipped"],
-            account["skipped"],
-            account["cuts"],
-        )
-        cells = "".join(f"<td>{number:,}</td>" for number in numbers)
-        lines.append(f"<tr><td>{html.escape(phase)}</td>{cells}<td>{1 - account['padding'] / capacity:.2%}</td>"
-                     f"<td>{html.escape(shares)}</td></tr>")  # fmt: skip
-    head = "".join(
-        f"<th>{name}</th>"
-        for name in ("phase", "text", "cls, sep", "padding", "left in buffers", "skipped", "cuts", "fill", "served")
-    )
-    return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
+def _token_counts(checkpoint: Checkpoint) -> Iterator[list[str]]:
+    """Yield a line on where the tokens of each phase went, up to a checkpoint."""
+    for phase, counts in checkpoint.state.data["token_counts"].items():
+        served, drawn = (sum(counts[which].values()) for which in ("served", "drawn"))
+        special, padding, skipped, cuts = (counts[which] for which in ("special", "padding", "skipped", "cuts"))
+        fill = 1 - padding / (served + special + padding)
+        by_source = (f"{name.partition('/')[0]} {tokens / served:.1%}" for name, tokens in sorted(counts["served"].items()))
+        numbers = (served, special, padding, drawn - served - skipped, skipped, cuts)
+        yield [phase, *(f"{number:,}" for number in numbers), f"{fill:.2%}", ", ".join(by_source)]
 
 
-def _lineage(run_dir: Path, curriculum: Curriculum, training: list[dict[str, str]]) -> str:
-    """Return the history of the run as a table, with a picture if it is not a single line."""
-    entries = lineage.read(run_dir)
-    lines = []
-    for entry in entries:
-        notes = [*entry.get("changed", [])]
-        if entry.get("skipped_tokens"):
-            notes.append(f"skipped {entry['skipped_tokens']:,} tokens of data")
-        notes += [f"{word} {entry[key]}" for key, word in (("abandoned", "abandoned into"), ("into", "into")) if key in entry]
-        notes.append(lineage.describe_versions(entry.get("versions", {})))
-        cells = (
-            entry["time"],
-            entry["event"],
-            entry["checkpoint"],
-            f"{entry['tokens_seen']:,}",
-            str(entry["ranks"]),
-            "; ".join(notes),
-        )
-        lines.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
-    head = "".join(f"<th>{name}</th>" for name in ("time", "event", "checkpoint", "at token", "ranks", ""))
-    table = f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
-    forks = {"rollback", "branch", "branched"} & {entry["event"] for entry in entries}
-    return (_image(draw_lineage(run_dir, curriculum, training, entries)) if forks else "") + table
+def _history_row(entry: dict[str, Any]) -> list[str]:
+    """Return an entry of the lineage as the cells of a table."""
+    notes = list(entry.get("changed", []))
+    if entry.get("skipped_tokens"):
+        notes.append(f"skipped {entry['skipped_tokens']:,} tokens of data")
+    notes += [f"{words} {entry[key]}" for key, words in (("abandoned", "abandoned into"), ("into", "into")) if key in entry]
+    notes.append(lineage.describe_versions(entry.get("versions", {})))
+    position = f"{entry['tokens_seen']:,}"
+    return [entry["time"], entry["event"], entry["checkpoint"], position, str(entry["ranks"]), "; ".join(notes)]
 
 
-def _samples(run: Run, run_dir: Path) -> str:
-    """Return one held-out passage per source, with some masked words as the newest checkpoint fills them."""
-    _, checkpoint = locate(run_dir)
-    if checkpoint is None:
-        return "<p>No checkpoint yet.</p>"
-    corpus = Corpus.of(run.data)
+def _fill_masks(run: Run, checkpoint: Checkpoint) -> Iterator[tuple[str, list[tuple[str, str, bool, str]]]]:
+    """Yield each source with one held-out passage, some of whose tokens are masked and filled in by a checkpoint's model.
+
+    A passage is a list of pieces: a text, the model's first guess for the token after it, whether that is right, and its
+    likeliest guesses with the truth. The last piece has a text only.
+    """
+    corpus, model = Corpus.of(run.data), masked_lm_of(run, checkpoint)
     tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))
-    objective = load_masked_lm(run, checkpoint)
-    longest = objective.backbone.max_position - SPECIALS
-    parts = []
+    longest = min(PASSAGE, model.backbone.max_position - SPECIALS)
     for source in corpus.sources:
-        text = corpus.open(f"{source}/{VALIDATION}").read(0, 0).tokens[: min(80, longest)].astype("int64")
-        ids = torch.cat([torch.tensor([corpus.roles.cls]), torch.from_numpy(text), torch.tensor([corpus.roles.sep])])
-        places = torch.arange(8, len(ids) - 1, 12)
-        truth = ids[places].clone()
-        ids[places] = corpus.roles.mask
+        text = corpus.open(f"{source}/{VALIDATION}").read(0, 0).tokens[:longest].tolist()
+        original = torch.tensor([corpus.roles.cls, *text, corpus.roles.sep])
+        places = torch.arange(FIRST_MASK, len(original) - 1, MASK_EVERY)
+        ids = original.index_fill(0, places, corpus.roles.mask)
         with torch.no_grad():
-            logits = objective.logits(ids, torch.tensor([0, len(ids)], dtype=torch.int32), len(ids), places)
+            logits = model.logits(ids, torch.tensor([0, len(ids)], dtype=torch.int32), len(ids), places)
         best = logits.softmax(-1).topk(3)
         pieces, start = [], 1
-        for place, answer, chances, guesses in zip(places.tolist(), truth.tolist(), *best, strict=True):
-            pieces.append(html.escape(tokenizer.decode(ids[start:place].tolist())))
-            hint = ", ".join(
-                f"{tokenizer.decode([g])!r} {p:.0%}" for g, p in zip(guesses.tolist(), chances.tolist(), strict=True)
-            )
-            kind = "" if guesses[0] == answer else " class=wrong"
-            shown = html.escape(tokenizer.decode([int(guesses[0])]))
-            title = html.escape(f"{hint}; truth {tokenizer.decode([answer])!r}", quote=True)
-            pieces.append(f'<mark{kind} title="{title}">{shown}</mark>')
+        for place, chances, guesses in zip(places.tolist(), best.values.tolist(), best.indices.tolist(), strict=True):
+            words = [tokenizer.decode([guess]) for guess in guesses]
+            hint = ", ".join(f"{word!r} {chance:.0%}" for word, chance in zip(words, chances, strict=True))
+            truth = int(original[place])
+            hint += f"; truth {tokenizer.decode([truth])!r}"
+            pieces.append((tokenizer.decode(ids[start:place].tolist()), words[0], guesses[0] == truth, hint))
             start = place + 1
-        pieces.append(html.escape(tokenizer.decode(ids[start:-1].tolist())))
-        parts.append(f"<h3>{html.escape(source)}</h3><p>{''.join(pieces)}</p>")
-    note = "<p>Marked words are the model's first guess: yellow is right, red is wrong; hover for more.</p>"
-    return note + "".join(parts)
+        yield source, [*pieces, (tokenizer.decode(ids[start:-1].tolist()), "", False, "")]
 
 
-def _image(figure: Figure) -> str:
+def _png(figure: Figure) -> str:
+    """Return a figure as a PNG in base64, and close it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     pyplot.close(figure)
-    return f'<img alt="plot" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
-
-def _preformatted(text: str) -> str:
-    return f"<pre>{html.escape(text)}</pre>"
+    return base64.b64encode(buffer.getvalue()).decode()

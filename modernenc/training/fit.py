@@ -63,7 +63,7 @@ def fit(
         choose_determinism(run)
         module = Pretraining(run, curriculum, corpus, checkpoint)
         metrics = MetricsWriter(run)
-        validation = ValidationWriter(run, Validator(run, curriculum, corpus), metrics)
+        validation = ValidationWriter(run, Validator(run, corpus), metrics)
         trainer = L.Trainer(
             accelerator=run.trainer.accelerator,
             devices=run.trainer.devices,

@@ -1,14 +1,12 @@
 """A step on a GPU, traced without one: it never waits for a number, and its products are those that the model needs."""
 
-import numpy as np
 import pytest
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from modernenc.bench.batches import step_work
-from modernenc.bench.roofline import step_of
+from modernenc.bench.ours import step_work
+from modernenc.bench.roofline import trace_step
 from modernenc.bench.settings import register_bench
 from modernenc.config import Run
-from modernenc.data.batch import MicroBatch
 from modernenc.model.build import build_objectives
 from modernenc.objectives.masked_lm import MaskedLM
 from support.runs import composed
@@ -24,11 +22,9 @@ def run(request) -> Run:
 
 
 def test_it_needs_the_products_that_the_formula_says(run):
-    kernels = step_of(run, LENGTH, TOKENS)
+    kernels = trace_step(run, LENGTH, TOKENS)
     model = build_objectives(run).masked_lm
-    positions = np.arange(int(TOKENS * run.phases["decay"].mask_ratio))
-    batch = MicroBatch.of(np.zeros(TOKENS, np.int64), np.arange(0, TOKENS + 1, LENGTH), positions, positions)
-    needed = step_work(model, [batch]).flops
+    needed = step_work(model, [LENGTH] * (TOKENS // LENGTH), int(TOKENS * run.phases["decay"].mask_ratio)).flops
     counted = sum(kernel.flops for kernel in kernels)
     print(f"{len(kernels)} kernels, {counted / needed:.3f} of the formula's FLOPs")
     assert 0.8 < counted / needed < 1.2  # the last layer is not asked everywhere, attention makes its scores again
@@ -44,4 +40,4 @@ def test_a_step_that_waits_is_found_out(run, monkeypatch):
 
     monkeypatch.setattr(MaskedLM, "forward", waits)
     with pytest.raises(DataDependentOutputException):
-        step_of(run, LENGTH, TOKENS)
+        trace_step(run, LENGTH, TOKENS)

@@ -41,7 +41,7 @@ def test_each_name_in_the_glossary_is_in_the_code():
 
 
 def test_no_two_classes_have_one_name():
-    """But for the parts of backbones, each of which has its embeddings, layers and head, in a file of its own."""
+    """Backbones are excepted: each has its embeddings, layers and head in a file of its own."""
     trees = [tree for path, tree in TREES.items() if "backbones" not in str(path)]
     names = Counter(node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef))
     assert [name for name, number in names.items() if number > 1 and not name.startswith("_")] == []
@@ -56,7 +56,7 @@ def test_each_error_message_of_the_troubleshooting_is_in_the_code(heading):
 
 @cache
 def strings() -> list[str]:
-    """Each string of the code in one line, with an ellipsis for each value filled in."""
+    """Return each string of the code as one line, with an ellipsis for each value filled in."""
     found = []
     for tree in TREES.values():
         for node in ast.walk(tree):

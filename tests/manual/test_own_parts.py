@@ -1,6 +1,6 @@
 """A backbone, a phase and an objective of one's own, with no change to the package but what docs/extend.md says.
 
-The backbone also passes the contract of backbones: tests/test_backbones.py.
+The backbone also passes the contract of backbones: tests/model/test_backbones.py.
 """
 
 import re
@@ -60,7 +60,7 @@ def test_a_run_trains_ones_own_objective(small_run, items, monkeypatch):
 
 
 def test_the_page_shows_what_is_tested():
-    """But for indentation and empty lines."""
+    """Indentation and empty lines may differ."""
     files = "\n".join(path.read_text() for path in PARTS.rglob("*") if path.suffix in (".py", ".yaml"))
     blocks = re.findall(r"^```(?:py|yaml)\n(.*?)^```", PAGE.read_text(), re.M | re.S)
     assert len(blocks) > 4

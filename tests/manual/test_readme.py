@@ -48,12 +48,12 @@ OF_HYDRA = {"--help": 0, "--cfg": 1, "--multirun": 0, "--config-dir": 1}
 
 
 def blocks(page: Path) -> Iterator[tuple[str, str]]:
-    """Language and content of each fenced block."""
+    """Yield the language and content of each fenced block."""
     yield from re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), re.M | re.S)
 
 
 def commands(bash: str) -> Iterator[str]:
-    """Each command of a block, without comments, continuations, variables and `taskset`."""
+    """Yield each command of a block, without comments, continuations, variables and `taskset`."""
     for line in bash.replace("\\\n", " ").splitlines():
         command = re.sub(r"^([A-Z_]+=\S+ +)*(taskset -c \S+ +)?", "", re.sub(r"(^|\s+)#.*", "", line).strip())
         if command:
@@ -65,7 +65,7 @@ def module_of(command: str) -> str:
 
 
 def is_run(command: str) -> bool:
-    """Whether the demo's corpus suffices."""
+    """Return whether the demo's corpus suffices to run a command."""
     module = module_of(command)
     if not module or CAPITALS.search(command) or module.startswith("modernenc.bench"):
         return False
@@ -78,20 +78,20 @@ ALL = [command for page in PAGES for language, content in blocks(page) if langua
 
 @pytest.mark.slow
 def test_the_commands_run_in_order(tmp_path):
-    done = []
+    ran = []
     for language, content in [block for page in PAGES for block in blocks_to_run(page)]:
-        if (language, content) not in done:
-            arguments = ["-c", content] if language == "python" else shortened(shlex.split(content)[1:])
+        if (language, content) not in ran:
+            arguments = ["-c", content] if language == "python" else shorten(shlex.split(content)[1:])
             result = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
             assert result.returncode == 0, f"{content}\n{result.stderr}"
-            done.append((language, content))
-    modules = {module_of(content) for language, content in done if language == "bash"}
+            ran.append((language, content))
+    modules = {module_of(content) for language, content in ran if language == "bash"}
     assert {f"modernenc.{name}" for name in ("train", "plan", "resume", "export", "compare", "report", "eta")} <= modules
     assert {"data_prep", "data_prep.verify"} <= modules
 
 
 def blocks_to_run(page: Path) -> Iterator[tuple[str, str]]:
-    """Commands, and blocks of Python, in the order of the page."""
+    """Yield commands and blocks of Python in the order of the page, each with its language."""
     for language, content in blocks(page):
         if language == "python":
             yield language, content
@@ -99,14 +99,14 @@ def blocks_to_run(page: Path) -> Iterator[tuple[str, str]]:
             yield from ((language, command) for command in commands(content) if is_run(command))
 
 
-def shortened(words: list[str]) -> list[str]:
-    """What follows `python`, with budgets cut; a smoke test cuts its own, and what only prints needs none."""
+def shorten(words: list[str]) -> list[str]:
+    """Return what follows `python`, with budgets cut; a smoke test cuts its own, and what only prints needs none."""
     whole = any(word.startswith(("smoke_test=", "--help", "--cfg")) for word in words)
     return words if whole else [*words, *SHORT.get(words[1], [])]
 
 
 @pytest.mark.parametrize("command", [command for command in dict.fromkeys(ALL) if not is_run(command)])
-def test_a_command_that_is_not_run_is_one_that_could_be(command, monkeypatch):
+def test_a_command_that_is_not_run_would_be_accepted(command, monkeypatch):
     first, *rest = shlex.split(command)
     if first == "make":
         targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.M)
@@ -137,9 +137,9 @@ def test_every_extra_that_is_named_in_the_text_exists():
         check_extras(page.read_text())
 
 
-def check_extras(said: str) -> None:
+def check_extras(text: str) -> None:
     extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1], re.M)
-    assert set(re.findall(r"modernenc\[(\w+)\]", said)) <= set(extras)
+    assert set(re.findall(r"modernenc\[(\w+)\]", text)) <= set(extras)
 
 
 def check_planned(module: str, arguments: list[str]) -> None:
@@ -168,7 +168,7 @@ def check_composed(module: str, arguments: list[str]) -> None:
 
 
 def settings(module: str, arguments: list[str]) -> list[str]:
-    """The overrides among the arguments; each flag must be Hydra's or stand in the module."""
+    """Return the overrides among the arguments; each flag must be Hydra's or stand in the module."""
     source = Path(str(import_module(module if module != "data_prep" else "data_prep.__main__").__file__)).read_text()
     overrides, sweep, values = [], "--multirun" in arguments, 0
     for argument in arguments:
@@ -183,7 +183,7 @@ def settings(module: str, arguments: list[str]) -> list[str]:
 
 
 class Parsed(Exception):
-    """What a parser made of a command line."""
+    """Carries what a parser made of a command line."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from support.commands import ROOT
 
 
 def run(*arguments: object, cwd: Path) -> str:
-    """Run a command in isolation from this process's paths; what it printed."""
+    """Run a command in isolation from this process's paths, and return what it printed."""
     words = [str(argument) for argument in arguments]
     result = subprocess.run(words, cwd=cwd, capture_output=True, text=True, check=False)
     assert result.returncode == 0, f"{' '.join(words)}\n{result.stdout}\n{result.stderr}"
@@ -21,7 +21,7 @@ def run(*arguments: object, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Python of an environment that has the wheel, and the libraries of this one, but not the checkout."""
+    """Return the Python of an environment that has the wheel, and the libraries of this one, but not the checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     build = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT]
     run(sys.executable, *build, cwd=folder)

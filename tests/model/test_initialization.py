@@ -15,7 +15,6 @@ from tokenizers import Tokenizer
 from modernenc.backbones.mega import Mega
 from modernenc.backbones.modernbert import ModernBERT
 from modernenc.config import Init, Run
-from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.data.loader import Steps
 from modernenc.data.state import DataState
@@ -88,7 +87,7 @@ def test_a_run_may_begin_with_the_frequencies_of_tokens(small_run, recipe):
     run = small_run("init.unigram=true", "validation.tokens_per_source=4096", recipe=recipe)
     check_run(run)
     corpus, losses = Corpus.of(run.data), {}
-    validator = Validator(run, Curriculum.of(run), corpus)
+    validator = Validator(run, corpus)
     model = build_objectives(run).masked_lm
     for when in ("random", "unigram"):
         losses[when] = {score.source: score.loss for score in validator.scores_at_reference(model)}
