@@ -1,105 +1,135 @@
-"""The account of one source: what became of each document that was read.
+"""The account of a source: what became of each document, and every reason for which one is left out.
 
-For every file, documents read = kept + dropped, and each drop has a reason. A fault is a drop that nobody asked for, such as a
-broken line; a filter's drop is intended. Each part of the reading saves its own account, and the accounts of all parts add up.
+For each file, documents read = kept + dropped, and each drop has a reason. A fault is a drop that nobody asked for, such as a
+broken line; the drop of a filter is intended. Each task writes its counts to a file of its own, and `add_up` sums the files.
 """
 
 import json
-import os
-from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-_Reasons = Mapping[str, Mapping[str, int]]
+NOT_UTF8 = "not UTF-8"
+NOT_JSON = "not JSON"
+NOT_AN_OBJECT = "not a JSON object"
+WITHOUT_KEY = "without text_key={KEY}"
+NULL = "null"
+NOT_A_STRING = "of type {TYPE} in place of a string"
+EMPTY = "empty"
+LONE_SURROGATES = "with lone surrogates"
+UNPARSABLE = "unparsable"
+EMPTIED = "emptied by the tokenizer"
+FAULTS = (NOT_UTF8, NOT_JSON, NOT_AN_OBJECT, WITHOUT_KEY, NULL, NOT_A_STRING, EMPTY, LONE_SURROGATES, UNPARSABLE, EMPTIED)
+"""Reasons why a document is unusable. A reader that is not part of this package may give others."""
+DUPLICATE = "duplicate"
+BELOW, HIDDEN, OTHER_KIND, BEYOND_LIMIT = "in folders below", "hidden", "of other kinds", "beyond limit_mb={LIMIT}"
+PASSED_OVER = (BELOW, HIDDEN, OTHER_KIND, BEYOND_LIMIT)
+"""Reasons why a whole file is not read."""
 
 
-def _by_file() -> defaultdict[str, Counter[str]]:
-    return defaultdict(Counter)
+def fault_of(text: Any) -> str:
+    """Return the reason why a value is not a text to train on; the reason is empty when it is one."""
+    if text is None:
+        return NULL
+    if not isinstance(text, str):
+        return NOT_A_STRING.format(TYPE=type(text).__name__)
+    if not text.strip():
+        return EMPTY
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return LONE_SURROGATES
+    return ""
+
+
+def add(total: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Add nested counts to a total in place; a list is appended to the list in the total."""
+    for key, value in more.items():
+        if isinstance(value, Mapping):
+            add(total.setdefault(key, Counter()), value)
+        elif key in total:
+            total[key] += value
+        else:
+            total[key] = value
+
+
+def add_up(reports: Iterable[Mapping[str, Any]]) -> Any:
+    """Return the sum of nested counts; every dictionary of the result is a Counter."""
+    total: Counter[str] = Counter()
+    for report in reports:
+        add(total, report)
+    return total
+
+
+def save_part(folder: Path, rank: int, report: Any) -> None:
+    """Write the counts of task `rank` to a file in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{rank:05d}.json").write_text(json.dumps(report))
+
+
+def load_parts(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the counts that the tasks wrote to `folder`, in the order of the tasks."""
+    return (json.loads(path.read_text()) for path in sorted(folder.glob("*.json")))
+
+
+def describe(counts: Mapping[str, int]) -> str:
+    """List counts with their names for a message."""
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items())
 
 
 @dataclass
 class Account:
-    """Counts of documents by file; file names are relative to the folder of the reader."""
+    """Counts of documents by file; the names of files are relative to the folder of the reader."""
 
     read: Counter[str] = field(default_factory=Counter)
     """Documents read from each file."""
-    faults: defaultdict[str, Counter[str]] = field(default_factory=_by_file)
+    faults: dict[str, Counter[str]] = field(default_factory=dict)
     """Unusable documents of each file, by reason."""
-    filtered: defaultdict[str, Counter[str]] = field(default_factory=_by_file)
+    filtered: dict[str, Counter[str]] = field(default_factory=dict)
     """Documents of each file that filters dropped, by reason."""
-    first: dict[str, str] = field(default_factory=dict)
-    """Place of the first fault of each reason: file, and line or row."""
+    first: dict[str, list[str]] = field(default_factory=dict)
+    """Places (file, and line or row) of the first fault of each reason, one for each part of the reading."""
     beyond_limit: int = 0
     """Files that were not read because `limit_mb` was reached."""
 
-    def fault(self, file: str, reason: str, place: str = "") -> None:
+    def add_fault(self, file: str, reason: str, place: str = "") -> None:
         """Count an unusable document; `place` is its line or row."""
-        self.faults[file][reason] += 1
-        self.first.setdefault(reason, f"{file} {place}".rstrip())
+        add(self.faults, {file: {reason: 1}})
+        self.first.setdefault(reason, [f"{file} {place}".rstrip()])
 
-    def add(self, other: "Account") -> None:
-        """Add the counts of another part of the same source."""
-        self.read.update(other.read)
-        self._add_reasons(other.faults, other.filtered)
-        self.first = {**other.first, **self.first}
-        self.beyond_limit += other.beyond_limit
-
-    def _add_reasons(self, faults: _Reasons, filtered: _Reasons) -> None:
-        for mine, theirs in ((self.faults, faults), (self.filtered, filtered)):
-            for file, reasons in theirs.items():
-                mine[file].update(reasons)
-
-    def fault_reasons(self) -> Counter[str]:
-        """Return the number of unusable documents by reason, over all files."""
-        return _total(self.faults)
+    def add_filtered(self, file: str, reason: str, count: int = 1) -> None:
+        """Count documents that a filter dropped."""
+        add(self.filtered, {file: {reason: count}})
 
     def dropped(self) -> Counter[str]:
         """Return the number of dropped documents by reason, over all files."""
-        return _total(self.faults) + _total(self.filtered)
+        return add_up([*self.faults.values(), *self.filtered.values()])
 
     def kept(self) -> Counter[str]:
         """Return the number of documents of each file that were not dropped."""
-        dropped = {file: self.faults[file].total() + self.filtered[file].total() for file in list(self.read)}
-        return Counter({file: count - dropped[file] for file, count in self.read.items()})
+        kept = Counter(self.read)
+        for drops in (self.faults, self.filtered):
+            kept.subtract({file: sum(reasons.values()) for file, reasons in drops.items()})
+        return kept
 
     def describe_faults(self) -> str:
         """List the faults for a message: number, reason, and the place of the first."""
-        reasons = self.fault_reasons().most_common()
-        return ", ".join(f"{count:,} {reason} (first: {self.first[reason]})" for reason, count in reasons)
+        faults = add_up(self.faults.values()).most_common()
+        return ", ".join(f"{count:,} {reason} (first: {self.first[reason][0]})" for reason, count in faults)
 
-    def check_faults(self, source: str, max_dropped: float) -> None:
+    def check(self, source: str, max_dropped: float) -> None:
         """Raise ValueError when more than the fraction `max_dropped` of the documents is unusable, or none is left."""
-        read, faults = self.read.total(), self.fault_reasons().total()
+        read, faults = self.read.total(), add_up(self.faults.values()).total()
         if faults > max_dropped * read:
             raise ValueError(
                 f"sources.{source}: {faults:,} of {read:,} documents cannot be used, {faults / read:.2%}, which is more than "
                 f"max_dropped={max_dropped:g}: {self.describe_faults()}; repair the files, or raise max_dropped"
             )
         if not self.kept().total():
-            dropped = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped().most_common())
+            dropped = describe(self.dropped())
             raise ValueError(
                 f"sources.{source}: no document is left of {read:,} that were read{': ' if dropped else ''}{dropped}; "
                 "check its reader and filters"
             )
-
-    def save(self, path: Path) -> None:
-        """Write the account to a file, which appears only when it is complete."""
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(vars(self)))
-        os.replace(unfinished, path)
-
-    @classmethod
-    def load(cls, path: Path) -> "Account":
-        """Read an account that `save` wrote."""
-        saved = json.loads(path.read_text())
-        account = cls(Counter(saved["read"]), first=saved["first"], beyond_limit=saved["beyond_limit"])
-        account._add_reasons(saved["faults"], saved["filtered"])
-        return account
-
-
-def _total(by_file: _Reasons) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for reasons in by_file.values():
-        total.update(reasons)
-    return total

@@ -11,6 +11,7 @@ from modernenc.data.tokenizer import ROLE_NAMES, load_tokenizer
 _LETTERS = r"\p{L}\p{M}" + "\u200c\u200d"  # joiners occur within words of Indic and Persian scripts
 _PIECES = rf"'(?:[sdmt]|ll|ve|re)| ?[{_LETTERS}]+| ?\p{{N}}+| ?[^\s\p{{N}}{_LETTERS}]+|\s+(?!\S)|\s+"
 """GPT-2's pattern of words, with marks counted as letters; without them a Hindi word would be split at each vowel sign."""
+_BATCH_CHARACTERS = 1 << 20
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -55,36 +56,32 @@ def load_given(path: Path) -> Tokenizer:
 
 
 def save(tokenizer: Tokenizer, path: Path) -> None:
-    """Write a tokenizer.json without truncation and padding, which would otherwise end up in exported models."""
+    """Write a tokenizer.json, whole or not at all."""
     unfinished = path.with_suffix(".tmp")
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     tokenizer.save(str(unfinished))
     unfinished.replace(path)
 
 
-def normalized(tokenizer: Tokenizer, text: str) -> str:
-    """Return a text as the tokenizer's normaliser changes it before encoding."""
-    return tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
+def text_size(tokenizer: Tokenizer, text: str) -> dict[str, int]:
+    """Count the bytes and words of a text as the tokenizer's normaliser changes it, and the characters of the original.
+
+    `changed_characters` are those of the original in words that do not occur in the normalised text.
+    """
+    normal = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
+    words = normal.split()
+    kept = set(words)
+    changed = 0 if text == normal else sum(len(word) for word in text.split() if word not in kept)
+    return {"bytes": len(normal.encode()), "words": len(words), "characters": len(text), "changed_characters": changed}
 
 
-def changed_characters(text: str, normal: str) -> int:
-    """Return the number of characters of `text` in words that do not occur in `normal`, its normalised form."""
-    if text == normal:
-        return 0
-    kept = set(normal.split())
-    return sum(len(word) for word in text.split() if word not in kept)
-
-
-def batches(texts: Iterable[str], characters: int = 1 << 20) -> Iterator[list[str]]:
-    """Group texts into lists of about `characters` characters each, so that long texts are not encoded all at once."""
+def token_ids(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[list[int]]:
+    """Yield the token ids of each text, without special tokens around them."""
     batch: list[str] = []
     size = 0
     for text in texts:
         batch.append(text)
         size += len(text)
-        if size >= characters:
-            yield batch
+        if size >= _BATCH_CHARACTERS:  # so that long texts are not encoded all at once
+            yield from (encoding.ids for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False))
             batch, size = [], 0
-    if batch:
-        yield batch
+    yield from (encoding.ids for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False))

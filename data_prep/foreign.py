@@ -28,25 +28,25 @@ class MdsReader(BaseDiskReader):
 
     def read_file(self, filepath: str) -> Iterator[Document]:
         """Yield the documents of the folder of one index, numbered from 1."""
+        samples = enumerate(self._samples(filepath), 1)
+        yield from filter(None, (self.get_document_from_dict(sample, filepath, number) for number, sample in samples))
+
+    def _samples(self, filepath: str) -> Iterator[dict[str, Any]]:
         from streaming.base.format import reader_from_json  # pyright: ignore[reportMissingImports]  # an extra
 
-        number = 0
         with self.data_folder.open(filepath, "rb") as file:
             index = json.load(file)
         for entry in index["shards"]:
             with TemporaryDirectory() as folder:
-                self._unpack(PurePosixPath(filepath).parent, entry, Path(folder) / "shard")
+                (Path(folder) / "shard").write_bytes(self._raw_content(PurePosixPath(filepath).parent, entry))
                 raw = {**entry["raw_data"], "basename": "shard"}
                 shard: Any = reader_from_json(folder, None, {**entry, "raw_data": raw, "zip_data": None, "compression": None})
                 shard.validate(allow_unsafe_types=False)
                 for place in range(entry["samples"]):
-                    number += 1
-                    document = self.get_document_from_dict(dict(shard[place]), filepath, number)
-                    if document:
-                        yield document
+                    yield dict(shard[place])
 
-    def _unpack(self, folder: PurePosixPath, entry: dict[str, Any], out: Path) -> None:
-        """Write the raw content of a shard to `out`, from its raw or its compressed file, whichever exists."""
+    def _raw_content(self, folder: PurePosixPath, entry: dict[str, Any]) -> bytes:
+        """Return the raw content of a shard from its raw or its compressed file, whichever exists."""
         from streaming.base.compression import decompress  # pyright: ignore[reportMissingImports]  # an extra
 
         raw, packed = entry["raw_data"]["basename"], (entry["zip_data"] or {}).get("basename", "")
@@ -55,5 +55,4 @@ class MdsReader(BaseDiskReader):
                 raise ValueError(f"its index names a file outside its folder, {name}")
         whole = self.data_folder.exists(str(folder / raw))
         with self.data_folder.open(str(folder / (raw if whole else packed)), "rb") as file:
-            content = file.read()
-        out.write_bytes(content if whole else decompress(entry["compression"], content))
+            return file.read() if whole else decompress(entry["compression"], file.read())

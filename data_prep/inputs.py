@@ -7,7 +7,7 @@ with any number of workers: a finished part has saved its account, and an unfini
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from fsspec.utils import glob_translate
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 
+from data_prep.account import BELOW, HIDDEN, OTHER_KIND, describe
 from data_prep.config import SourceConfig
 from data_prep.foreign import MdsReader
 from data_prep.readers import COMPRESSED, JsonLines, ParquetRows, TextReader
@@ -24,6 +25,8 @@ from data_prep.readers import COMPRESSED, JsonLines, ParquetRows, TextReader
 _LEAST_PARTS, _PART_BYTES = 16, 1 << 30
 _UNSUPPORTED = ("paths_file", "limit", "skip", "shuffle_files")
 """Arguments of datatrove's readers whose effect depends on how the reading is divided among workers."""
+_REPLACED = {JsonlReader: JsonLines, ParquetReader: ParquetRows}
+"""Readers of datatrove, each with the one that reads the same documents and counts what cannot be read."""
 _ENDINGS: dict[type, tuple[str, ...]] = {
     JsonlReader: (".jsonl", ".json", ".ndjson"),
     ParquetReader: (".parquet", ".parq", ".pq"),
@@ -59,12 +62,8 @@ class Inputs(NamedTuple):
         return max(1, min(len(self.files), max(_LEAST_PARTS, -(-size // _PART_BYTES))))
 
 
-def reader_of(name: str, source: SourceConfig) -> Any:
-    """Create the reader of a source; raises ValueError, naming the key, when that fails.
-
-    datatrove's readers of JSON lines and Parquet are replaced by those of `data_prep.readers`, which read the same documents
-    and count what cannot be read.
-    """
+def create_reader(name: str, source: SourceConfig) -> Any:
+    """Create the reader of a source; raises ValueError, naming the key, when that fails."""
     key = f"sources.{name}.reader"
     for argument in _UNSUPPORTED:
         if argument in source.reader:
@@ -73,71 +72,61 @@ def reader_of(name: str, source: SourceConfig) -> Any:
         raise ValueError(f"{key}.data_folder: no value; name the folder to read: input=DIR, where the corpus says ${{input}}")
     try:
         reader = instantiate(source.reader)
-        ours = {JsonlReader: JsonLines, ParquetReader: ParquetRows}.get(type(reader))
-        if ours:
+        if ours := _REPLACED.get(type(reader)):
             reader = instantiate({**source.reader, "_target_": f"{ours.__module__}.{ours.__name__}"})
     except (HydraException, ImportError, ValueError, OSError) as error:
         raise ValueError(f"{key}: {error}") from error
     return reader
 
 
-def inputs_of(name: str, reader: Any) -> Inputs:
+def list_inputs(name: str, reader: Any) -> Inputs:
     """List the files that a reader reads; raises FileNotFoundError when there are none."""
+    key = f"sources.{name}.reader"
+    endings: tuple[str, ...] = ()
     if isinstance(reader, BaseDiskReader):
-        found = _in_folder(name, reader)
+        plain = next((endings for kind, endings in _ENDINGS.items() if isinstance(reader, kind)), ())
+        endings = (*plain, *(ending + compressed for ending in plain for compressed in COMPRESSED))
+        found = _list_folder(key, reader, endings)
         where = str(reader.data_folder.path)
     elif hasattr(reader, "files"):
         try:
-            found = Inputs([_local(str(path), path) for path in reader.files()], {})
+            found = Inputs([_stat(str(path), path) for path in reader.files()], {})
         except ValueError as error:
-            raise ValueError(f"sources.{name}.reader: {error}") from error
+            raise ValueError(f"{key}: {error}") from error
         where = "the packages named"
     else:
         return Inputs([File("", 0, "")], {})  # a reader without files, such as one of a hub's data sets, is one part
     if not found.files:
-        others = ", ".join(f"{count} {reason}" for reason, count in found.passed_over.items())
-        skipped = f" (passed over: {others})" if others else ""
-        kinds = f"; it reads {', '.join(_endings(reader))}" if _endings(reader) else ""
+        skipped = f" (passed over: {describe(found.passed_over)})" if found.passed_over else ""
+        kinds = f"; it reads {', '.join(endings)}" if endings else ""
         raise FileNotFoundError(
             f"sources.{name}.reader: no files to read in {where}{skipped}{kinds}; check the path, or set glob_pattern"
         )
     return found
 
 
-def _in_folder(name: str, reader: BaseDiskReader) -> Inputs:
+def _list_folder(key: str, reader: BaseDiskReader, endings: tuple[str, ...]) -> Inputs:
     """List the files of a folder by their suffixes, or by the reader's `glob_pattern`; hidden files are skipped."""
     folder = reader.data_folder
     local = Path(folder.path) if folder.is_local() else None
     if local is not None and local.is_file():
-        raise ValueError(f"sources.{name}.reader: {local} is a file; name its folder, and the file by glob_pattern")
+        raise ValueError(f"{key}: {local} is a file; name its folder, and the file by glob_pattern")
     if not (local.is_dir() if local else folder.exists("")):
-        raise FileNotFoundError(f"sources.{name}.reader: {folder.path} does not exist; check the path")
-    pattern = reader.glob_pattern
-    matches = _matcher(pattern) if pattern else None
+        raise FileNotFoundError(f"{key}: {folder.path} does not exist; check the path")
+    pattern = reader.glob_pattern or ""
+    # As in datatrove, a pattern without wildcards is the end of a name.
+    matches = re.compile(glob_translate(pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}")).match
     files, passed_over = [], Counter[str]()
-    listing = _walk(local) if local else _listed(folder)
-    for path, entry in listing:
+    for path, entry in _walk(local) if local else _list_remote(folder):
         if not reader.recursive and "/" in path:
-            passed_over["in folders below"] += 1
-        elif any(part.startswith(".") for part in path.split("/")) and not (pattern or "").startswith("."):
-            passed_over["hidden"] += 1
-        elif entry is None or not (matches(path) if matches else path.lower().endswith(_endings(reader) or "")):
-            passed_over["of other kinds"] += 1
+            passed_over[BELOW] += 1
+        elif any(part.startswith(".") for part in path.split("/")) and not pattern.startswith("."):
+            passed_over[HIDDEN] += 1
+        elif entry is None or not (matches(path) if pattern else path.lower().endswith(endings or "")):
+            passed_over[OTHER_KIND] += 1
         else:
-            files.append(_local(path, entry) if isinstance(entry, Path) else entry)
+            files.append(_stat(path, entry) if isinstance(entry, Path) else entry)
     return Inputs(sorted(files), dict(passed_over))
-
-
-def _endings(reader: Any) -> tuple[str, ...]:
-    plain = next((endings for kind, endings in _ENDINGS.items() if isinstance(reader, kind)), ())
-    return (*plain, *(ending + compressed for ending in plain for compressed in COMPRESSED))
-
-
-def _matcher(pattern: str) -> Callable[[str], Any]:
-    """Return a function that is true for paths that match a glob pattern of fsspec's syntax."""
-    if not any(sign in pattern for sign in "*?["):
-        pattern = f"*{pattern}"
-    return re.compile(glob_translate(pattern)).match
 
 
 def _walk(root: Path) -> Iterator[tuple[str, Path | None]]:
@@ -146,32 +135,29 @@ def _walk(root: Path) -> Iterator[tuple[str, Path | None]]:
     Links are followed, but each folder is entered once only, so links in a circle do no harm.
     """
     entered: set[tuple[int, int]] = set()
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=_refuse):
-        inside = Path(folder)
-        stat = inside.stat()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=_raise):
+        stat = os.stat(folder)
         if (stat.st_dev, stat.st_ino) in entered:
             folders.clear()
             continue
         entered.add((stat.st_dev, stat.st_ino))
         folders.sort()
-        for name in sorted(names):
-            path = inside / name
-            relative = path.relative_to(root).as_posix()
-            yield relative, path if path.is_file() or not path.exists() else None
+        for path in sorted(Path(folder, name) for name in names):
+            yield path.relative_to(root).as_posix(), path if path.is_file() or not path.exists() else None
 
 
-def _refuse(error: OSError) -> None:
+def _raise(error: OSError) -> None:
     """Raise the error of a folder that cannot be listed; without this, `os.walk` would skip it."""
     raise error
 
 
-def _listed(folder: Any) -> Iterator[tuple[str, File | None]]:
+def _list_remote(folder: Any) -> Iterator[tuple[str, File | None]]:
     """Yield every file below a remote folder."""
     for path, info in folder.find("", detail=True).items():
         changed = next((str(info[key]) for key in ("mtime", "LastModified", "updated", "ETag") if info.get(key)), "")
         yield path, File(path, info["size"], changed) if info["type"] == "file" else None
 
 
-def _local(name: str, path: Path) -> File:
+def _stat(name: str, path: Path) -> File:
     stat = path.stat()  # for a broken link, FileNotFoundError names it
     return File(name, stat.st_size, str(stat.st_mtime_ns))

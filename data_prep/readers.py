@@ -11,71 +11,73 @@ import io
 import json
 import lzma
 import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import IO, Any, cast
 
 import orjson
 import pyarrow
 from datatrove.data import Document
-from datatrove.io import DataFolder
 from datatrove.pipeline.readers import JsonlReader, ParquetReader
 from datatrove.pipeline.readers.base import BaseDiskReader
 from pyarrow import parquet
 
+from data_prep.account import NOT_AN_OBJECT, NOT_JSON, NOT_UTF8
+
 FAULT = "\0fault"
 """Key of an unusable row; its value is the reason. No column of a user's file can have this name by accident."""
-NOT_UTF8 = "not UTF-8"
+Row = dict[str, Any]
 _BOM = b"\xef\xbb\xbf"
 _BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
 _OPENERS: dict[str, Callable[[Any], Any]] = {
+    "": lambda raw: raw,
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
     # The stream of the package zstandard ends without an error where a file was cut off, and after the first frame.
     ".zst": lambda raw: io.BufferedReader(cast(Any, pyarrow.CompressedInputStream(raw, "zstd"))),
 }
-COMPRESSED = tuple(_OPENERS)
-"""Suffixes of the compressed files that can be read."""
+COMPRESSED = tuple(_OPENERS)[1:]
+"""Suffixes of the compressed files that can be read. Reading one that was cut off raises an error."""
 
 
-def open_bytes(folder: DataFolder, path: str) -> IO[bytes]:
-    """Open a file as bytes, decompressed according to its suffix; reading a file that was cut off raises an error."""
-    raw = folder.open(path, "rb")
-    ending = next((ending for ending in COMPRESSED if path.endswith(ending)), "")
-    return _OPENERS[ending](raw) if ending else raw
-
-
-class JsonLines(JsonlReader):
-    """Read one document per line; a line is a JSON object with the key `text_key`, and blank lines are skipped."""
+class _RowReader(BaseDiskReader):
+    """A reader that reads a file, decompressed according to its suffix, as numbered rows, each of which is a document."""
 
     def read_file(self, filepath: str) -> Generator[Document, None, None]:
-        """Yield the documents of one file; lines are numbered from 1."""
-        with open_bytes(self.data_folder, filepath) as file:
-            for number, line in enumerate(file, 1):
-                line = (line.removeprefix(_BOM) if number == 1 else line).strip()
-                if not line:
-                    continue
-                document = self.get_document_from_dict(_json_object(line), filepath, number)
-                if document:
-                    yield document
+        """Yield the documents of one file."""
+        ending = next((ending for ending in COMPRESSED if filepath.endswith(ending)), "")
+        with _OPENERS[ending](self.data_folder.open(filepath, "rb")) as file:
+            documents = (self.get_document_from_dict(row, filepath, number) for number, row in self._rows(file))
+            yield from filter(None, documents)
+
+    def _rows(self, file: IO[bytes]) -> Iterable[tuple[int, Row]]:
+        raise NotImplementedError
 
 
-class ParquetRows(ParquetReader):
-    """Read one document per row; the text is in the column `text_key`."""
+class JsonLines(_RowReader, JsonlReader):
+    """Read one document per line, a JSON object with the key `text_key`. Lines count from 1; blank ones are skipped."""
 
-    def read_file(self, filepath: str) -> Generator[Document, None, None]:
-        """Yield the documents of one file; rows are numbered from 1."""
-        number = 0
-        with self.data_folder.open(filepath, "rb") as file, parquet.ParquetFile(file) as opened:
-            for batch in opened.iter_batches(batch_size=self.batch_size):
-                for row in _rows(batch):
-                    number += 1
-                    document = self.get_document_from_dict(row, filepath, number)
-                    if document:
-                        yield document
+    noun = "line"
+
+    def _rows(self, file: IO[bytes]) -> Iterator[tuple[int, Row]]:
+        for number, line in enumerate(file, 1):
+            line = (line.removeprefix(_BOM) if number == 1 else line).strip()
+            if line:
+                yield number, _parse_object(line)
 
 
-class TextReader(BaseDiskReader):
+class ParquetRows(_RowReader, ParquetReader):
+    """Read one document per row; the text is in the column `text_key`. Rows count from 1."""
+
+    noun = "row"
+
+    def _rows(self, file: IO[bytes]) -> Iterator[tuple[int, Row]]:
+        with parquet.ParquetFile(file) as opened:
+            batches = opened.iter_batches(batch_size=self.batch_size)
+            yield from enumerate((row for batch in batches for row in _rows_of(batch)), 1)
+
+
+class TextReader(_RowReader):
     """Read plain text in UTF-8: one document per file, per line, or per paragraph, which blank lines separate.
 
     Raises ValueError when `document` is not file, line or paragraph.
@@ -89,38 +91,24 @@ class TextReader(BaseDiskReader):
             raise ValueError(f"document={document}: expected file, line or paragraph")
         self.document = document
 
-    def read_file(self, filepath: str) -> Iterator[Document]:
-        """Yield the documents of one file, numbered from 1."""
-        with open_bytes(self.data_folder, filepath) as file:
-            for number, row in enumerate(self._rows(file), 1):
-                document = self.get_document_from_dict(row, filepath, number)
-                if document:
-                    yield document
-
-    def _rows(self, file: IO[bytes]) -> Iterator[dict[str, Any]]:
+    def _rows(self, file: IO[bytes]) -> Iterable[tuple[int, Row]]:
         if self.document == "line":
-            for line in file:
-                line = line.rstrip(b"\r\n")
-                if line.strip():
-                    yield self._row(line.removeprefix(_BOM))
-            return
-        row = self._row(file.read().removeprefix(_BOM))
+            lines = (line.rstrip(b"\r\n") for line in file)
+            return enumerate((self._decode(line) for line in lines if line.strip()), 1)
+        row = self._decode(file.read())
         if self.document == "file" or FAULT in row:
-            yield row
-            return
+            return [(1, row)]
         paragraphs = _BLANK_LINES.split(row[self.text_key].replace("\r\n", "\n"))
-        for paragraph in paragraphs:
-            if paragraph.strip():
-                yield {self.text_key: paragraph.strip("\n")}
+        return enumerate(({self.text_key: text.strip("\n")} for text in paragraphs if text.strip()), 1)
 
-    def _row(self, content: bytes) -> dict[str, Any]:
+    def _decode(self, content: bytes) -> Row:
         try:
-            return {self.text_key: content.decode()}
+            return {self.text_key: content.removeprefix(_BOM).decode()}
         except UnicodeDecodeError:
             return {FAULT: NOT_UTF8}
 
 
-def _json_object(line: bytes) -> dict[str, Any]:
+def _parse_object(line: bytes) -> Row:
     """Return the JSON object of a line, or its fault."""
     try:
         row = orjson.loads(line)
@@ -130,11 +118,11 @@ def _json_object(line: bytes) -> dict[str, Any]:
         except UnicodeDecodeError:
             return {FAULT: NOT_UTF8}
         except (ValueError, RecursionError):
-            return {FAULT: "not JSON"}
-    return row if isinstance(row, dict) else {FAULT: "not a JSON object"}
+            return {FAULT: NOT_JSON}
+    return row if isinstance(row, dict) else {FAULT: NOT_AN_OBJECT}
 
 
-def _rows(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any]]:
+def _rows_of(batch: pyarrow.RecordBatch) -> Iterator[Row]:
     """Yield the rows of a batch; where the bytes of one are not UTF-8, the others are still read."""
     try:
         yield from batch.to_pylist()

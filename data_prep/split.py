@@ -1,4 +1,9 @@
-"""The validation split: of each source the documents with the lowest draws, as much text as validation needs.
+"""The second pass over the documents: deduplicate and order each bucket, and decide which documents are held out.
+
+The hash of a text alone decides which bucket it goes to, what is a duplicate, which slice a document belongs to, the order, and
+what is held out. So the result does not depend on how the reading was divided, and duplicates always meet in one bucket.
+
+Of each source the documents with the lowest draws are held out, as much text as validation needs:
 
 1. A survey of each bucket lists the candidates: the documents whose draw is below `validation_share`, or the one with the
    lowest draw if there is none. The tokenizer is not trained on candidates.
@@ -8,30 +13,60 @@
 The draw does not depend on the seed: a document is held out in every preparation that holds out at least as much text.
 """
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from datatrove.data import Document
-from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.readers import JsonlReader
 
-from data_prep.buckets import Bucket, draw, slice_of
+from data_prep.account import add_up, load_parts, save_part
 from data_prep.config import CorpusConfig
 from data_prep.read import FILE
 from modernenc.data.blocks import VALIDATION
+from modernenc.evaluation.standard_error import tokens_for
 
 _MARGIN = 1.05
 """Factor on the text to hold out, since bytes per token are measured on a sample only."""
 _MAX_BYTES_PER_TOKEN = 16
 """Upper bound of the average over a source, for any language and tokenizer."""
+Entry = tuple[float, int, str]
+"""Draw of a document, its size in bytes, and the slice that it joins if it is not held out."""
+
+
+def draw(document: Document, purpose: str) -> float:
+    """Return a number in [0, 1) that depends only on the document's text and on the purpose."""
+    return xxhash.xxh3_64_intdigest((document.metadata["hash"] + purpose).encode()) / 2**64
 
 
 def held_out_draw(document: Document) -> float:
     """Return the number in [0, 1) that decides whether a document is held out."""
     return draw(document, VALIDATION)
+
+
+def slice_of(document: Document, slices: int, seed: int) -> str:
+    """Return the slice, `slice-NNN`, of a document that is not held out."""
+    return f"slice-{int(draw(document, f'slice {seed}') * slices):03d}"
+
+
+def load_bucket(folder: Path, sources: Iterable[str], seed: int) -> tuple[list[Document], dict[str, Counter[str]]]:
+    """Return the distinct documents of a bucket in the order of the seed, and the number of duplicates by source and file.
+
+    Of several equal documents the one in the first source, and there in the first file, is kept.
+    """
+    reader = JsonlReader(str(folder))
+    found: dict[str, Document] = {}
+    duplicates: dict[str, Counter[str]] = {source: Counter() for source in sources}
+    # By source, then by the part of the reading: the order in which documents are kept.
+    for path in sorted(folder.glob("*.jsonl.zst"), key=lambda path: (int(path.name.partition("-")[0]), path.name)):
+        for document in reader.read_file(path.name):
+            metadata = document.metadata
+            if found.setdefault(metadata["hash"], document) is not document:
+                duplicates[metadata["source"]][metadata[FILE]] += 1
+    return sorted(found.values(), key=lambda document: draw(document, f"order {seed}")), duplicates
 
 
 @dataclass
@@ -47,18 +82,11 @@ class Survey:
     slices: Counter[str] = field(default_factory=Counter)
     """Number of documents in each slice, without candidates."""
     candidates: list[Any] = field(default_factory=list)
-    """The candidates in the order of their draws: (draw, bytes, the slice it joins if it is not held out)."""
-
-    def add(self, other: "Survey") -> None:
-        """Add the documents of the source in another bucket."""
-        self.kept.update(other.kept)
-        self.duplicates.update(other.duplicates)
-        self.bytes += other.bytes
-        self.slices.update(other.slices)
-        self.candidates = sorted([*self.candidates, *other.candidates])
+    """The candidates, each an `Entry`; in the order of their draws when the surveys of all buckets are added up."""
 
     def keep_candidates(self, share: float) -> None:
         """Keep as candidates only the documents drawn below `share`, or the lowest one when there is none."""
+        self.candidates.sort()
         most = max(1, sum(entry[0] < share for entry in self.candidates))
         self.slices.update(name for _, _, name in self.candidates[most:])
         del self.candidates[most:]
@@ -92,64 +120,34 @@ class Survey:
         return self.candidates[held_out][0] if held_out < len(self.candidates) else self.first_trained()
 
 
-class SurveyBucket(PipelineStep):
-    """A datatrove step whose task r writes the survey of bucket r to `<work>/surveys/<r>.json`.
+def survey_bucket(corpus: CorpusConfig, work: Path, data: object = None, rank: int = 0, world_size: int = 1) -> None:
+    """Write the survey of bucket `rank` to the folder `surveys` of the work folder.
 
-    `tokens` is how many tokens of each source validation needs.
+    A huge bucket does not list more candidates than would suffice if all other buckets had none.
     """
-
-    type = "📊 - STATS"
-    name = "Survey"
-
-    def __init__(self, corpus: CorpusConfig, work: Path, tokens: float) -> None:
-        super().__init__()
-        self.corpus = corpus
-        self.work = work
-        self.tokens = tokens
-
-    def run(self, data: Iterable[Document] | None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        """Survey one bucket."""
-        slices, seed = self.corpus.slices, self.corpus.seed
-        bucket = Bucket(self.work / "buckets" / f"{rank:05d}", list(self.corpus.sources), seed)
-        surveys = {name: Survey(duplicates=bucket.duplicates[name]) for name in self.corpus.sources}
-        documents: dict[str, list[tuple[float, int, str]]] = {name: [] for name in self.corpus.sources}
-        for document in bucket:
-            name = document.metadata["source"]
-            surveys[name].kept[document.metadata[FILE]] += 1
-            entry = held_out_draw(document), len(document.text.encode()), slice_of(document, slices, seed)
-            surveys[name].bytes += entry[1]
-            documents[name].append(entry)
-        for name, entries in documents.items():
-            entries.sort()
-            most = self._most_candidates(entries)
-            surveys[name].candidates = entries[:most]
-            surveys[name].slices.update(entry[2] for entry in entries[most:])
-        folder = self.work / "surveys"
-        folder.mkdir(exist_ok=True)
-        content = json.dumps({name: vars(survey) for name, survey in surveys.items()})
-        (folder / f"{rank:05d}.json").write_text(content)
-        yield from data or ()  # datatrove runs a step by exhausting its generator
-
-    def _most_candidates(self, entries: list[tuple[float, int, str]]) -> int:
-        """Return how many of the bucket's documents, in the order of their draws, are candidates.
-
-        A huge bucket need not list more than would suffice if all other buckets had none.
-        """
-        most, size = min(1, len(entries)), 0
-        share, enough = self.corpus.validation_share, self.tokens * _MAX_BYTES_PER_TOKEN
-        while most < len(entries) and entries[most][0] < share and size < enough:
-            size += entries[most][1]
+    enough = tokens_for(corpus.validation_error) * _MAX_BYTES_PER_TOKEN
+    documents, duplicates = load_bucket(work / "buckets" / f"{rank:05d}", corpus.sources, corpus.seed)
+    surveys = {name: Survey(duplicates=duplicates[name]) for name in corpus.sources}
+    entries: dict[str, list[Entry]] = {name: [] for name in corpus.sources}
+    for document in documents:
+        survey, size = surveys[document.metadata["source"]], len(document.text.encode())
+        survey.kept[document.metadata[FILE]] += 1
+        survey.bytes += size
+        entry = held_out_draw(document), size, slice_of(document, corpus.slices, corpus.seed)
+        entries[document.metadata["source"]].append(entry)
+    for name, survey in surveys.items():
+        ordered, most, size = sorted(entries[name]), 1, 0
+        while most < len(ordered) and ordered[most][0] < corpus.validation_share and size < enough:
+            size += ordered[most][1]
             most += 1
-        return most
+        survey.candidates = ordered[:most]
+        survey.slices.update(slice_name for _, _, slice_name in ordered[most:])
+    save_part(work / "surveys", rank, {name: vars(survey) for name, survey in surveys.items()})
 
 
-def surveys(work: Path, sources: list[str], share: float) -> dict[str, Survey]:
-    """Return the survey of each source, added up over all buckets."""
-    total = {name: Survey() for name in sources}
-    for path in sorted((work / "surveys").glob("*.json")):
-        for name, saved in json.loads(path.read_text()).items():
-            counts = {key: Counter(saved[key]) for key in ("kept", "duplicates", "slices")}
-            total[name].add(Survey(**counts, bytes=saved["bytes"], candidates=saved["candidates"]))
-    for survey in total.values():
+def load_surveys(work: Path, share: float) -> dict[str, Survey]:
+    """Return the survey of each source, added up over all buckets, with candidates drawn below `share`."""
+    surveys = {name: Survey(**counts) for name, counts in add_up(load_parts(work / "surveys")).items()}
+    for survey in surveys.values():
         survey.keep_candidates(share)
-    return total
+    return surveys

@@ -5,6 +5,7 @@ the first fault that is found.
 """
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from modernenc.cli import one_line_errors
-from modernenc.data.blocks import VALIDATION, Block, Corpus, Shards
+from modernenc.data.blocks import VALIDATION, Block, Corpus
 from modernenc.data.store import Store
 from modernenc.data.tokenizer import load_tokenizer
 
@@ -20,36 +21,26 @@ from modernenc.data.tokenizer import load_tokenizer
 def verify(root: Path) -> None:
     """Raise FileNotFoundError or ValueError, naming the file, for the first fault of the corpus."""
     corpus = Corpus(Store(str(root)), hint="prepare it with: python -m data_prep +corpus=NAME")
-    expected = {
-        f"{source}/{split}": counts
-        for source, entry in corpus.sources.items()
-        for split, counts in {**entry["slices"], VALIDATION: entry[VALIDATION]}.items()
-    }
     load_tokenizer(corpus.tokenizer_file)
+    folders = [f"{source}/{split}" for source, entry in corpus.sources.items() for split in [*entry["slices"], VALIDATION]]
     console = Console(stderr=True)
-    for folder, counts in track(expected.items(), "verify", console=console, transient=True, disable=not console.is_terminal):
-        found = _count(corpus, folder)
-        for name, value in found.items():
-            if value != counts[name]:
-                raise ValueError(f"{root / folder}: {value} {name}, but the manifest says {counts[name]}")
+    for folder in track(folders, "verify", console=console, transient=True, disable=not console.is_terminal):
+        for name, value in _count(corpus, folder).items():
+            if value != corpus.counts(folder)[name]:
+                raise ValueError(f"{root / folder}: {value} {name}, but the manifest says {corpus.counts(folder)[name]}")
 
 
-def _count(corpus: Corpus, folder: str) -> dict[str, int]:
+def _count(corpus: Corpus, folder: str) -> Counter[str]:
     """Check every block of a folder, and return the number of blocks, tokens and cuts."""
-    shards: Shards = corpus.open(folder)
-    counts = {"blocks": 0, "tokens": 0, "cuts": 0}
+    shards = corpus.open(folder)
+    counts = Counter(blocks=0, tokens=0, cuts=0)
     for shard, size in enumerate(shards.sizes):
         shards.check(shard)
         for index in range(size):
             block = shards.read(shard, index)
-            fault = _fault(block, corpus)
-            if fault:
-                raise ValueError(
-                    f"{shards.store.where(shards.folder)} shard {shard} block {index}: {fault}; prepare the data again"
-                )
-            counts["blocks"] += 1
-            counts["tokens"] += len(block.tokens)
-            counts["cuts"] += block.continues
+            if fault := _fault(block, corpus):
+                raise ValueError(f"{shards.where} shard {shard} block {index}: {fault}; prepare the data again")
+            counts.update(blocks=1, tokens=len(block.tokens), cuts=block.continues)
     return counts
 
 

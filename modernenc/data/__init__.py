@@ -23,7 +23,7 @@ Example: two sources, `web` and `books`, in the proportions 3:1; L = 4 lanes; W 
 
 State, all of it plain values in a checkpoint:
 
-- Per lane (`LaneState`): how many buffers it has used up in this phase, how many rows of the open one it has handed out, the
+- Per lane (`LaneState`): how many buffers it has used up in this phase, how many rows of the open one it has served, the
   blocks drawn from each slice and the tokens drawn in this phase before the open buffer, and a checksum of that buffer.
   Resuming reads and packs one buffer per lane again, however far the run is.
 - Per rank (`DataState`): its lanes' states and its token counts per phase. `merge_rank_states` combines the ranks' states at
@@ -31,5 +31,5 @@ State, all of it plain values in a checkpoint:
 - Orders (of shards, blocks, rows, items) and masks are pure functions of seeds and positions, so they are never saved.
 
 A step carries the state *after* it. The trainer saves the state that came with the step it has just taken, so steps that the
-loader process has prepared ahead are made again after a resume.
+loader process has prepared ahead are prepared again after a resume.
 """

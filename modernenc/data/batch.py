@@ -5,7 +5,9 @@ that it has not seen; on a GPU kernels are chosen by shape. So tokens and target
 are made: shapes repeat from step to step, and models and objectives need not know.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,11 +83,28 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Copy to a device, except `cu_seqlens`: layouts derived from it are computed on the CPU."""
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in self._moving()})
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "MicroBatch":
         """Copy into memory from which a GPU can copy while it computes."""
-        return replace(self, **{name: value.pin_memory() for name, value in self._moving()})
+        return self._map(Tensor.pin_memory)
 
-    def _moving(self) -> list[tuple[str, Tensor]]:
-        return [(name, value) for name, value in vars(self).items() if isinstance(value, Tensor) and name != "cu_seqlens"]
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor) and name != "cu_seqlens"}
+        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the tensors as one array of 32 bits, which hold all values: token ids, positions and labels.
+
+        By itself torch would pass each tensor to another process in its own piece of shared memory, of which a container has
+        little, through its own file descriptor, of which a process has few.
+        """
+        tensors = [self.input_ids.numpy(), self.cu_seqlens.numpy(), self.target_positions.numpy(), self.targets.numpy()]
+        others = (self.max_seqlen, self.num_tokens, self.first_row, self.objective)
+        return _unpickle, (np.concatenate(tensors, dtype=np.int32), [len(tensor) for tensor in tensors], *others)
+
+
+def _unpickle(values: np.ndarray, sizes: list[int], max_seqlen: int, *others: Any) -> MicroBatch:
+    """Undo `MicroBatch.__reduce__`."""
+    input_ids, cu_seqlens, target_positions, targets = torch.from_numpy(values).split(sizes)
+    return MicroBatch(input_ids.long(), cu_seqlens, max_seqlen, target_positions.long(), targets.long(), *others)

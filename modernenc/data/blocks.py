@@ -12,7 +12,6 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from jaxtyping import Integer
 
 from modernenc.config import Data
 from modernenc.data.expected import NUMBER, parse
-from modernenc.data.mds import INDEX, SHARD_HASH, TOKEN_DTYPES, Block, Shard, settings
+from modernenc.data.mds import INDEX, SHARD_HASH, TOKEN_DTYPES, Block, Shard, header, settings
 from modernenc.data.store import Store
 from modernenc.hashing import hash_file
 
@@ -38,11 +37,11 @@ class ShardEntry(NamedTuple):
     """One shard as the index of its folder describes it."""
 
     name: str
-    bytes: int
+    size: int
     digest: str
     samples: int
-    settings: dict[str, Any]
-    """Settings with which it was written; see `mds.settings`."""
+    header: bytes
+    """Settings with which it was written; see `mds.header`."""
 
 
 class Shards:
@@ -56,27 +55,28 @@ class Shards:
     def __init__(self, store: Store, folder: str) -> None:
         self.store = store
         self.folder = folder
+        self.where = store.where(folder)
+        """Address of the folder for messages."""
         content = store.file(f"{folder}/{INDEX}").read_bytes()
         self.digest = xxhash.xxh3_64_hexdigest(content)
         """Hash of the index, which in turn contains the hashes of the shards."""
-        index = parse(content, _INDEX, store.where(f"{folder}/{INDEX}"), REMEDY)
-        self._settings: list[dict[str, Any]] = []
-        self._entries = [self._entry(entry) for entry in index["shards"]]
+        self._headers: dict[bytes, bytes] = {}
+        index = parse(content, _INDEX, f"{self.where}/{INDEX}", REMEDY)
+        self._entries = [self._check_entry(entry) for entry in index["shards"]]
         self.sizes = [entry.samples for entry in self._entries]
         """Number of blocks in each shard."""
         self._opened: dict[int, Shard] = {}
-        self._first = [0, *accumulate(self.sizes)]
 
     def __len__(self) -> int:
         """Return the number of blocks in the folder."""
-        return self._first[-1]
+        return sum(self.sizes)
 
     def read(self, shard: int, index: int) -> Block:
         """Return the block at position `index` of shard number `shard`."""
         if shard not in self._opened:
             self.check(shard)
             entry = self._entries[shard]
-            self._opened[shard] = Shard(self.store.path(entry.name), entry.samples, entry.settings)
+            self._opened[shard] = Shard(self.store.path(entry.name), entry.samples, entry.header)
         return self._opened[shard][index]
 
     def check(self, shard: int) -> None:
@@ -95,33 +95,35 @@ class Shards:
         if shard not in self._opened:
             self.store.prefetch(*self._entries[shard][:3])
 
-    def _entry(self, entry: dict[str, Any]) -> ShardEntry:
+    def _check_entry(self, entry: dict[str, Any]) -> ShardEntry:
         """Check one entry of the index and, where the corpus is local, the size of its file."""
-        index, raw, samples = self.store.where(f"{self.folder}/{INDEX}"), entry["raw_data"], entry["samples"]
+        index, raw, samples = f"{self.where}/{INDEX}", entry["raw_data"], entry["samples"]
+        basename, size = raw["basename"], raw["bytes"]
         if entry.get("zip_data") is not None or entry.get("compression"):
             raise ValueError(
                 f"{index} names compressed shards ({entry.get('compression')}), but blocks are read raw; decompress them and "
                 "set compression and zip_data to null in the index"
             )
         written = {key: value for key, value in entry.items() if key not in ("samples", "raw_data", "zip_data")}
-        # All shards of a folder normally share one dictionary of settings: an index may have 10,000 entries.
-        if written not in self._settings:
+        head = header(written)
+        if head not in self._headers:
             _check_kind(written, index)
-            self._settings.append(written)
-        name = f"{self.folder}/{raw['basename']}"
+        # All shards of a folder normally share one header: an index may have 10,000 entries.
+        head = self._headers.setdefault(head, head)
         if SHARD_HASH not in raw["hashes"]:
-            raise ValueError(f"{index} has no {SHARD_HASH} for {raw['basename']}; prepare the data again")
-        if {"", ".."} & set(raw["basename"].split("/")):
-            raise ValueError(f"{index} names {raw['basename']}, which is not in its folder; {REMEDY}")
+            raise ValueError(f"{index} has no {SHARD_HASH} for {basename}; prepare the data again")
+        if {"", ".."} & set(basename.split("/")):
+            raise ValueError(f"{index} names {basename}, which is not in its folder; {REMEDY}")
+        name = f"{self.folder}/{basename}"
         if self.store.cache is None:
             path = self.store.path(name)
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is named by {index} but absent; restore it")
-            if (size := path.stat().st_size) != raw["bytes"]:
-                raise ValueError(f"{path} has {size} bytes, expected {raw['bytes']}; restore it from a copy")
-        if 4 * samples > raw["bytes"]:  # a sample takes more than the four bytes of its offset
-            raise ValueError(f"{index}: {samples} samples in the {raw['bytes']} bytes of {raw['basename']}; {REMEDY}")
-        return ShardEntry(name, raw["bytes"], raw["hashes"][SHARD_HASH], samples, self._settings[self._settings.index(written)])
+            if (found := path.stat().st_size) != size:
+                raise ValueError(f"{path} has {found} bytes, expected {size}; restore it from a copy")
+        if 4 * samples > size:  # a sample takes more than the four bytes of its offset
+            raise ValueError(f"{index}: {samples} samples in the {size} bytes of {basename}; {REMEDY}")
+        return ShardEntry(name, size, raw["hashes"][SHARD_HASH], samples, head)
 
 
 def _check_kind(written: dict[str, Any], index: str) -> None:
@@ -171,9 +173,12 @@ class Corpus:
         except FileNotFoundError:
             raise FileNotFoundError(f"data.root={store}: no {MANIFEST} there; {hint}") from None
         self.manifest: dict[str, Any] = parse(self._manifest, _MANIFEST, store.where(MANIFEST), REMEDY)
+        self.sources: dict[str, dict[str, Any]] = self.manifest["sources"]
+        """The entry of each source in the manifest."""
         self.block_tokens: int = self.manifest["block_tokens"]
-        self.vocab_size: int = self.manifest["tokenizer"]["vocab_size"]
-        self.roles = Roles(**{role.name: self.manifest["tokenizer"]["roles"][role.name] for role in fields(Roles)})
+        self._tokenizer = self.manifest["tokenizer"]
+        self.vocab_size: int = self._tokenizer["vocab_size"]
+        self.roles = Roles(**{role.name: self._tokenizer["roles"][role.name] for role in fields(Roles)})
         for role, token in vars(self.roles).items():
             if token >= self.vocab_size:
                 raise ValueError(f"{store.where(MANIFEST)}: {role} is token {token} of {self.vocab_size}; {REMEDY}")
@@ -185,15 +190,10 @@ class Corpus:
         return cls(Store(data.root, data.cache, data.timeout_s), data.hint)
 
     @property
-    def sources(self) -> dict[str, dict[str, Any]]:
-        """The entry of each source in the manifest."""
-        return self.manifest["sources"]
-
-    @property
     def tokenizer_file(self) -> Path:
         """Path of the tokenizer that made the token ids; raises ValueError when the file there is another one."""
         path = self.store.file("tokenizer.json")
-        expected = self.manifest["tokenizer"].get("sha256")
+        expected = self._tokenizer.get("sha256")
         if expected and (found := hashlib.sha256(path.read_bytes()).hexdigest()) != expected:
             raise ValueError(
                 f"{self.store.where(path.name)} is not the tokenizer that made the token ids: sha256 {found}, "
@@ -204,7 +204,7 @@ class Corpus:
     @cached_property
     def ordinary_ids(self) -> Integer[np.ndarray, " ids"]:
         """All token ids except those of special tokens."""
-        return np.setdiff1d(np.arange(self.vocab_size), self.manifest["tokenizer"]["special_ids"])
+        return np.setdiff1d(np.arange(self.vocab_size), self._tokenizer["special_ids"])
 
     def fingerprint(self, mixes: Iterable[dict[str, float]]) -> str:
         """Return a hash of the manifest and of the index of every slice in the mixes; it changes with any of their tokens."""
@@ -226,19 +226,19 @@ class Corpus:
                 continue
             source, _, wanted = name.partition("/")
             known = self.sources.get(source, {"slices": {}})["slices"]
-            chosen = {n: entry["tokens"] for n, entry in known.items() if wanted in ("", n)}
+            chosen = {f"{source}/{n}": entry["tokens"] for n, entry in known.items() if wanted in ("", n)}
             if not chosen:
                 have = ", ".join(self.sources) if not known else ", ".join(f"{source}/{n}" for n in known)
                 raise ValueError(f"{key}.{name}: {self.store} has no such source; it has {have}")
-            for slice_name, tokens in chosen.items():
-                path = f"{source}/{slice_name}"
+            for path, tokens in chosen.items():
                 proportions[path] = proportions.get(path, 0.0) + weight / total * tokens / sum(chosen.values())
         return proportions
 
-    def counts(self, path: str) -> dict[str, int]:
-        """Return the counts of the slice `source/slice-NNN` in the manifest."""
-        source, _, name = path.partition("/")
-        return self.sources[source]["slices"][name]
+    def counts(self, folder: str) -> dict[str, int]:
+        """Return the counts of the folder `source/slice-NNN` or `source/validation` in the manifest."""
+        source, _, name = folder.partition("/")
+        entry = self.sources[source]
+        return entry[VALIDATION] if name == VALIDATION else entry["slices"][name]
 
     def open(self, folder: str) -> Shards:
         """Open the folder `source/slice-NNN` or `source/validation`.
@@ -246,12 +246,8 @@ class Corpus:
         Raises the errors of `Shards`, and ValueError when the number of blocks is not the one in the manifest.
         """
         if folder not in self._opened:
-            shards = Shards(self.store, folder)
-            source, _, name = folder.partition("/")
-            entry = self.sources[source]
-            expected = (entry[VALIDATION] if name == VALIDATION else entry["slices"][name])["blocks"]
+            shards, expected = Shards(self.store, folder), self.counts(folder)["blocks"]
             if len(shards) != expected:
-                index = self.store.where(f"{folder}/{INDEX}")
-                raise ValueError(f"{index} has {len(shards)} blocks, but {MANIFEST} says {expected}; {REMEDY}")
+                raise ValueError(f"{shards.where}/{INDEX} has {len(shards)} blocks, but {MANIFEST} says {expected}; {REMEDY}")
             self._opened[folder] = shards
         return self._opened[folder]

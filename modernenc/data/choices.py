@@ -7,13 +7,11 @@
 """
 
 import csv
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import xxhash
-from tokenizers import Tokenizer
 
 from modernenc.config import Task
 from modernenc.curriculum import CHOICES
@@ -26,6 +24,8 @@ COLUMNS = ("sent1", "sent2", *(f"ending{number}" for number in range(CHOICES)), 
 """The columns that are read: the context, the beginning that all endings share, the endings, and the right one's number."""
 SPECIALS = 3
 """Special tokens added to each choice: cls and two sep."""
+# In each process: a pickled tokenizer loses the setting that special tokens in text are text.
+_load_tokenizer = lru_cache(1)(load_tokenizer)
 
 
 class Item(NamedTuple):
@@ -51,26 +51,21 @@ def read(path: Path, key: str) -> list[Item]:
     Raises FileNotFoundError or ValueError; the message begins with `key`, the setting that gave the path, and names the line
     that is not an item.
     """
+    where = f"{key}={path}"
     if not path.is_file():
-        raise FileNotFoundError(f"{key}={path} does not exist; expected a CSV file with the columns {', '.join(COLUMNS)}")
+        raise FileNotFoundError(f"{where} does not exist; expected a CSV file with the columns {', '.join(COLUMNS)}")
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         try:
             rows = [(reader.line_num, row) for row in reader]
         except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{key}={path} is not a CSV file in UTF-8: {error}") from error
+            raise ValueError(f"{where} is not a CSV file in UTF-8: {error}") from error
     missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
     if missing:
-        raise ValueError(f"{key}={path}: no column {missing[0]}; expected {', '.join(COLUMNS)}, as SWAG has them")
-    items = [_item(row, f"{key}={path}, line {line}") for line, row in rows]
-    if not items:
-        raise ValueError(f"{key}={path} has no items")
-    return items
-
-
-def fingerprint(path: Path) -> str:
-    """Return the hash of a task's file."""
-    return xxhash.xxh3_64_hexdigest(path.read_bytes())
+        raise ValueError(f"{where}: no column {missing[0]}; expected {', '.join(COLUMNS)}, as SWAG has them")
+    if not rows:
+        raise ValueError(f"{where} has no items")
+    return [_item(row, f"{where}, line {line}") for line, row in rows]
 
 
 class Choices:
@@ -84,45 +79,34 @@ class Choices:
         self.seq_len = task.seq_len
         self.roles = corpus.roles
         path, key = (task.validation, "validation") if validation else (task.train, "train")
-        self.items = read(Path(path), f"tasks.{name}.{key}")
-        if validation:
-            self.items = self.items[: task.validation_items]
+        self.items = read(Path(path), f"tasks.{name}.{key}")[: task.validation_items if validation else None]
         self._tokenizer_file = corpus.tokenizer_file
         self._seed = (seed, seed_of(name))
         self._order: tuple[int, list[int]] = (-1, [])
         """The pass of the last item drawn, and its permutation: consecutive items need the same one."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the tokenizer: a pickled one loses the setting that special tokens in text are text."""
-        return {name: value for name, value in vars(self).items() if name != "_tokenizer"}
-
-    @cached_property
-    def _tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self._tokenizer_file)
-
-    def drawn(self, number: int) -> Item:
+    def draw(self, number: int) -> Item:
         """Return item `number` of a run; numbers continue from pass to pass."""
         epoch, place = divmod(number, len(self.items))
         if self._order[0] != epoch:
             self._order = (epoch, np.random.default_rng([*self._seed, epoch]).permutation(len(self.items)).tolist())
         return self.items[self._order[1][place]]
 
-    def encoded(self, item: Item) -> list[Choice]:
+    def encode(self, item: Item) -> list[Choice]:
         """Tokenize an item into its choices.
 
         Where context and ending are too long for a row, the beginning of the context is dropped; an ending is truncated only
         beyond half a row.
         """
         # Texts are encoded one by one: `encode_batch` uses threads, which do not exist in a loader process after a fork.
-        texts = (item.context, *item.endings)
-        context, *endings = (self._tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
+        tokenizer = _load_tokenizer(self._tokenizer_file)
+        context, *endings = (tokenizer.encode(text, add_special_tokens=False).ids for text in (item.context, *item.endings))
         longest = self.seq_len - SPECIALS
         choices = []
         for ending in endings:
             kept = ending[: max(longest - len(context), longest // 2)]
             room = longest - len(kept)
-            shown = context[-room:] if room else []
-            choices.append(Choice(shown, kept, len(context) + len(ending) > longest))
+            choices.append(Choice(context[-room:] if room else [], kept, len(context) + len(ending) > longest))
         return choices
 
     def collate(self, items: list[list[Choice]], labels: list[int], first: int) -> MicroBatch:
@@ -142,6 +126,7 @@ class Choices:
 
 
 def _item(row: dict[str, str | None], place: str) -> Item:
+    """Return the item of a row of a CSV file; raises ValueError when it is none."""
     missing = [name for name in COLUMNS if row[name] is None]
     if missing:
         raise ValueError(f"{place}: no value for {missing[0]}; expected as many fields as columns")

@@ -22,42 +22,31 @@ def parse(content: bytes, shape: Any, name: str, remedy: str) -> Any:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         raise ValueError(f"{name} is not a JSON file: {error}; {remedy}") from error
-    fault = _fault(value, shape, "")
-    if fault:
+    if fault := _fault(value, shape, ""):
         raise ValueError(f"{name}: {fault}; {remedy}")
     return value
 
 
 def _fault(value: Any, shape: Any, place: str) -> str:
     """Describe the first mismatch between value and shape; empty when there is none."""
-    if isinstance(shape, range):
-        if isinstance(value, bool) or not isinstance(value, int) or value not in shape:
-            return _mismatch(value, place, f"an integer from {shape.start} to {shape.stop - 1}")
-    elif shape is float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            return _mismatch(value, place, "a number")
-    elif shape is str:
-        if not isinstance(value, str):
-            return _mismatch(value, place, "text")
-    elif isinstance(shape, list):
-        if not isinstance(value, list):
-            return _mismatch(value, place, "a list")
-        for at, item in enumerate(value):
-            if found := _fault(item, shape[0], f"{place}[{at}]"):
-                return found
-    else:
-        if not isinstance(value, dict):
-            return _mismatch(value, place, "a dictionary")
-        named = shape if str not in shape else dict.fromkeys(value, shape[str])
-        for key, inner in named.items():
+    parts: list[tuple[str, Any, Any]] = []
+    if isinstance(shape, dict):
+        fits, expected = isinstance(value, dict), "a dictionary"
+        for key in (shape if str not in shape else value) if fits else ():
             at = f"{place}.{key}" if place else key
             if key not in value:
                 return f"no {at}"
-            if found := _fault(value[key], inner, at):
-                return found
-    return ""
-
-
-def _mismatch(value: Any, place: str, expected: str) -> str:
-    found = {dict: "a dictionary", list: "a list"}.get(type(value)) or json.dumps(value)
-    return f"{place or 'the content'} is {found if len(found) < 40 else found[:40] + '...'}, expected {expected}"
+            parts.append((at, value[key], shape.get(key, shape.get(str))))
+    elif isinstance(shape, list):
+        fits, expected = isinstance(value, list), "a list"
+        parts = [(f"{place}[{at}]", item, shape[0]) for at, item in enumerate(value)] if fits else []
+    elif isinstance(shape, range):  # `type`, since a bool is an int too
+        fits, expected = type(value) is int and value in shape, f"an integer from {shape.start} to {shape.stop - 1}"
+    elif shape is float:
+        fits, expected = type(value) in (int, float) and abs(value) < math.inf, "a number"
+    else:
+        fits, expected = isinstance(value, str), "text"
+    if not fits:
+        found = {dict: "a dictionary", list: "a list"}.get(type(value)) or json.dumps(value)
+        return f"{place or 'the content'} is {found if len(found) < 40 else found[:40] + '...'}, expected {expected}"
+    return next(filter(None, (_fault(part, inner, at) for at, part, inner in parts)), "")

@@ -1,9 +1,9 @@
-"""Lanes are the unit of order: a lane draws blocks by the mix, packs a buffer of them, and hands out its rows.
+"""Lanes are the unit of order: a lane draws blocks by the mix, packs a buffer of them, and serves its rows.
 
 1. `BlockOrder.block_at` orders the blocks of one slice; it is a pure function of (seed, slice, lane, blocks drawn).
 2. A `Lane` draws blocks from the slice with the largest token deficit until its packing buffer is full, then cuts and packs
    them, and shuffles the rows.
-3. Its state says where the open buffer began and how many of its rows were handed out, so resuming fills one buffer again.
+3. Its state says where the open buffer began and how many of its rows were served, so resuming fills one buffer again.
 """
 
 import zlib
@@ -40,10 +40,10 @@ def seed_of(name: str) -> int:
 
 
 class BlockOrder:
-    """The order in which the lanes walk the blocks of one slice, pass after pass.
+    """The order in which the lanes read the blocks of one slice, pass after pass.
 
     A pass is a seeded permutation of the shards, then of the blocks within groups of `SHUFFLE_SHARDS` shards. It is cut
-    into one contiguous span per lane; spans differ by at most one block. In pass p lane l walks span (l + p) mod lanes, so
+    into one contiguous span per lane; spans differ by at most one block. In pass p lane l reads span (l + p) mod lanes, so
     each pass contains each block once.
     """
 
@@ -54,8 +54,8 @@ class BlockOrder:
         self.seed = (seed, seed_of(name))
         self._arguments = (sizes, lanes, seed, name)
         # Small caches suffice: a lane fills its whole buffer from few groups before the next lane draws.
-        self._shards = lru_cache(4)(self._shard_order)
-        self._group = lru_cache(16)(self._group_order)
+        self._shards = lru_cache(4)(self._permute_shards)
+        self._group = lru_cache(16)(self._permute_group)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the arguments alone: another process builds its own caches."""
@@ -64,15 +64,10 @@ class BlockOrder:
     def block_at(self, lane: int, drawn: int) -> tuple[int, int]:
         """Return shard and index of the block that `lane` takes after it has drawn `drawn` blocks of this slice."""
         # The spans of successive passes, laid end to end, form one line. A lane starts at the beginning of its own span and
-        # walks on: at the end of the span it enters the next span of the next pass.
-        position = self._span_start(lane) + drawn
-        span = (self.lanes * (position + 1) - 1) // self.blocks
-        return self._permuted(span - lane, position % self.blocks)
-
-    def _span_start(self, span: int) -> int:
-        return self.blocks * span // self.lanes
-
-    def _permuted(self, epoch: int, position: int) -> tuple[int, int]:
+        # goes on: at the end of the span it enters the next span of the next pass.
+        place = self.blocks * lane // self.lanes + drawn
+        span = (self.lanes * (place + 1) - 1) // self.blocks
+        epoch, position = span - lane, place % self.blocks
         _, ends = self._shards(epoch)
         # Only the group that holds the position is permuted: a pass may have millions of blocks.
         group = int(np.searchsorted(ends[SHUFFLE_SHARDS - 1 :: SHUFFLE_SHARDS], position, side="right"))
@@ -80,16 +75,16 @@ class BlockOrder:
         shard, index = self._group(epoch, group)[position - first].tolist()
         return shard, index
 
-    def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shards in the order of a pass, and the number of blocks up to the end of each."""
         shards = np.random.default_rng([*self.seed, epoch]).permutation(len(self.sizes))
         return shards, self.sizes[shards].cumsum()
 
-    def _group_order(self, epoch: int, group: int) -> np.ndarray:
-        shards, _ = self._shards(epoch)
-        members = shards[group * SHUFFLE_SHARDS : (group + 1) * SHUFFLE_SHARDS]
-        blocks = np.concatenate(
-            [np.stack([np.full(n, s), np.arange(n)], 1) for s, n in zip(members, self.sizes[members], strict=True)]
-        )
+    def _permute_group(self, epoch: int, group: int) -> np.ndarray:
+        """Return shard and index of each block of a group of shards, in the order of a pass."""
+        members = self._shards(epoch)[0][group * SHUFFLE_SHARDS : (group + 1) * SHUFFLE_SHARDS]
+        sizes = self.sizes[members]
+        blocks = np.stack([members.repeat(sizes), np.concatenate([np.arange(size) for size in sizes])], 1)
         return np.random.default_rng([*self.seed, epoch, group]).permutation(blocks)
 
 
@@ -141,7 +136,7 @@ class LaneState:
     buffer: int = 0
     """Number of buffers used up in this phase before the open one."""
     row: int = 0
-    """Number of rows of the open buffer that were handed out."""
+    """Number of rows of the open buffer that were served."""
     blocks: dict[str, int] = field(default_factory=dict)
     """Blocks drawn from each slice since the run started, without those of the open buffer."""
     tokens: dict[str, int] = field(default_factory=dict)
@@ -160,14 +155,7 @@ class Lane:
     """
 
     def __init__(
-        self,
-        lane: int,
-        lanes: int,
-        mix: Mix,
-        seq_len: int,
-        buffer_rows: int,
-        seed: tuple[int, int],
-        state: LaneState,
+        self, lane: int, lanes: int, mix: Mix, seq_len: int, buffer_rows: int, seed: tuple[int, int], state: LaneState
     ) -> None:
         self.lane = lane
         self.lanes = lanes
@@ -182,10 +170,16 @@ class Lane:
         # Blocks and tokens drawn up to the end of the open buffer; `_state` has those up to its beginning.
         self._blocks, self._tokens = Counter(state.blocks), Counter(state.tokens)
         if state.checksum:
-            self._refill_open_buffer()
+            self._fill_buffer()
+            self.drawn, self.cuts = Counter(), 0  # they were counted when the buffer was first filled
+            if _checksum(self._rows) != state.checksum:
+                raise ValueError(
+                    f"lane {lane}: the packing buffer that was open at the checkpoint cannot be rebuilt identically; "
+                    "the data or the packing code changed since, so the run cannot go on exactly"
+                )
 
     def next_row(self) -> Row:
-        """Return the next row, and fill the buffer again when all its rows were handed out."""
+        """Return the next row, and fill the buffer again when all its rows were served."""
         state = self._state
         if state.row == len(self._rows):
             if self._rows:
@@ -194,9 +188,8 @@ class Lane:
             self._fill_buffer()
             state.row = 0
             state.checksum = _checksum(self._rows)
-        row = self._rows[state.row]
         state.row += 1
-        return row
+        return self._rows[state.row - 1]
 
     def state(self) -> dict[str, Any]:
         """Return the lane's state as plain values."""
@@ -208,15 +201,6 @@ class Lane:
         Those of the open buffer are included, because its remaining rows are dropped when the phase ends.
         """
         return dict(self._blocks)
-
-    def _refill_open_buffer(self) -> None:
-        self._fill_buffer()
-        self.drawn, self.cuts = Counter(), 0  # they were counted when the buffer was first filled
-        if _checksum(self._rows) != self._state.checksum:
-            raise ValueError(
-                f"lane {self.lane}: the packing buffer that was open at the checkpoint cannot be rebuilt identically; "
-                "the data or the packing code changed since, so the run cannot go on exactly"
-            )
 
     def _fill_buffer(self) -> None:
         # A remote shard takes seconds to fetch, so the downloads begin one buffer ahead.
@@ -243,8 +227,7 @@ class Lane:
             chunks = cut(block, self.seq_len)
             self.cuts += len(chunks) - len(block.ends) + block.continues
             wanted -= len(block.tokens) + SPECIALS * len(chunks)
-            for tokens in chunks:
-                yield Chunk(tokens, name)
+            yield from (Chunk(tokens, name) for tokens in chunks)
 
     def _prefetch(self, capacity: int) -> None:
         """Start to download the shards of the next `capacity` tokens; this does nothing for a local corpus."""
@@ -252,8 +235,7 @@ class Lane:
         for _ in range(-(-capacity // self.mix.block_tokens)):
             name = self.mix.largest_deficit(tokens)
             source = self.mix.slices[name]
-            shard, _ = source.order.block_at(self.lane, blocks[name])
-            source.shards.prefetch(shard)
+            source.shards.prefetch(source.order.block_at(self.lane, blocks[name])[0])
             blocks[name] += 1
             tokens[name] += self.mix.block_tokens
 

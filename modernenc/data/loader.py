@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from modernenc.config import Run
 from modernenc.curriculum import MASKED_LM, Curriculum, StepSpec, items_per_micro_batch, reads_text
-from modernenc.data import choices
 from modernenc.data.batch import MicroBatch
 from modernenc.data.blocks import Corpus
+from modernenc.data.choices import Choices
 from modernenc.data.lanes import Lane, LaneState, Mix, Row
 from modernenc.data.masking import Masker
 from modernenc.data.state import DataState, TokenCounts
+from modernenc.hashing import hash_file
 
 
 @dataclass
@@ -39,35 +39,6 @@ class Step:
         """Return a copy in pinned memory, from which a GPU copies while it computes."""
         return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle a step as one array per field, however many micro-batches it has.
-
-        By itself torch would pass each tensor in its own piece of shared memory, of which a container has little, through
-        its own file descriptor, of which a process has few.
-        """
-        tensors = [[getattr(batch, name) for batch in self.micro_batches] for name in _TENSORS]
-        arrays = [np.concatenate([tensor.numpy() for tensor in same], dtype=np.int32) for same in tensors]
-        sizes = [[len(tensor) for tensor in same] for same in tensors]
-        others = [{name: getattr(batch, name) for name in _NUMBERS} for batch in self.micro_batches]
-        return _unpickled_step, (arrays, sizes, others, self.targets, self.tokens, self.state)
-
-
-_TENSORS = {"input_ids": torch.int64, "cu_seqlens": torch.int32, "target_positions": torch.int64, "targets": torch.int64}
-"""The tensors of a micro-batch and their types. All values fit into 32 bits: they are token ids, or positions in it."""
-_NUMBERS = ("max_seqlen", "num_tokens", "first_row", "objective")
-"""The other fields of a micro-batch."""
-
-
-def _unpickled_step(arrays: list[np.ndarray], sizes: list[list[int]], others: list[dict[str, Any]], *rest: Any) -> Step:
-    """Undo `Step.__reduce__`; the tensors of the micro-batches are views of the arrays."""
-    whole = [torch.from_numpy(array).to(dtype) for array, dtype in zip(arrays, _TENSORS.values(), strict=True)]
-    parts = [tensor.split(own) for tensor, own in zip(whole, sizes, strict=True)]
-    micro_batches = [
-        MicroBatch(**dict(zip(_TENSORS, tensors, strict=True)), **numbers)
-        for *tensors, numbers in zip(*parts, others, strict=True)
-    ]
-    return Step(micro_batches, *rest)
-
 
 class Steps:
     """The steps of one rank, in order, from a state to the end of the curriculum."""
@@ -80,18 +51,18 @@ class Steps:
         self.world_size = world_size
         self.state = state
         self.mixes = open_mixes(run, corpus)
-        self.tasks = {name: choices.Choices(name, task, corpus, run.seed) for name, task in run.tasks.items()}
+        self.tasks = {name: Choices(name, task, corpus, run.seed) for name, task in run.tasks.items()}
 
     def __iter__(self) -> Iterator[Step]:
         """Yield the steps; each iteration starts again from the state that was given."""
         state = DataState.from_dict(self.state.to_dict())
         if self.rank:  # the counts of a saved state are sums over all ranks, and only rank 0 continues them
             state.token_counts = {phase: TokenCounts() for phase in state.token_counts}
-        lanes = self._restored_lanes(state)
+        lanes = self._restore_lanes(state)
         for spec in self.curriculum.steps(state.tokens_seen):
             counts = state.token_counts.setdefault(spec.phase, TokenCounts())
             if spec.objective == MASKED_LM:
-                lanes = self._lanes_in_phase(spec.phase, state, lanes)
+                lanes = self._enter_phase(spec.phase, state, lanes)
                 micro_batches = self._text_batches(spec, lanes, counts)
             else:
                 micro_batches = self._task_batches(spec, counts)
@@ -107,7 +78,7 @@ class Steps:
 
     def check(self) -> None:
         """Rebuild the open buffers of the state; raises ValueError when one does not come out identical."""
-        self._restored_lanes(self.state)
+        self._restore_lanes(self.state)
 
     def skip(self, tokens: int) -> DataState:
         """Return the state after skipping the next rows, as many as `tokens` of row capacity take.
@@ -119,25 +90,20 @@ class Steps:
         spec = self.curriculum.at(state.tokens_seen)
         if not reads_text(self.run.phases[spec.phase]):
             raise ValueError(f"--skip-tokens {tokens}: phases.{spec.phase}, where the checkpoint is, reads no text")
-        lanes = self._lanes_in_phase(spec.phase, state, self._restored_lanes(state))
+        lanes = self._enter_phase(spec.phase, state, self._restore_lanes(state))
         counts = state.token_counts.setdefault(spec.phase, TokenCounts())
         rows = -(-tokens // spec.seq_len)
         for row in range(spec.first_row, spec.first_row + rows):
-            lane = lanes[row % self.run.data.lanes]
-            counts.skipped += sum(len(chunk.tokens) for chunk in lane.next_row())
-            counts.add_draws(lane)
+            counts.skipped += sum(len(chunk.tokens) for chunk in self._next_row(lanes, row, counts))
         state.lanes = {number: lane.state() for number, lane in lanes.items()}
         return state
 
-    def _restored_lanes(self, state: DataState) -> dict[int, Lane]:
-        """This rank's lanes, at the positions that the state gives."""
-        return {
-            lane: self._lane(lane, state.phase, LaneState(**saved))
-            for lane, saved in state.lanes.items()
-            if lane % self.world_size == self.rank
-        }
+    def _restore_lanes(self, state: DataState) -> dict[int, Lane]:
+        """Return this rank's lanes, at the positions that the state gives."""
+        own = {lane: saved for lane, saved in state.lanes.items() if lane % self.world_size == self.rank}
+        return {lane: self._lane(lane, state.phase, LaneState(**saved)) for lane, saved in own.items()}
 
-    def _lanes_in_phase(self, phase: str, state: DataState, lanes: dict[int, Lane]) -> dict[int, Lane]:
+    def _enter_phase(self, phase: str, state: DataState, lanes: dict[int, Lane]) -> dict[int, Lane]:
         """Return the given lanes, or lanes for a new phase where `phase` begins.
 
         A lane of a new phase continues its pass over each slice after the last block that the same lane drew; the rows left in
@@ -153,23 +119,26 @@ class Steps:
         return entered
 
     def _lane(self, lane: int, phase: str, state: LaneState) -> Lane:
-        data = self.run.data
+        data, seq_len = self.run.data, self.run.phases[phase].seq_len
         seed = (self.run.seed, list(self.run.phases).index(phase))
-        seq_len = self.run.phases[phase].seq_len
         return Lane(lane, data.lanes, self.mixes[phase], seq_len, data.buffer_rows, seed, state)
 
+    def _next_row(self, lanes: dict[int, Lane], number: int, counts: TokenCounts) -> Row:
+        """Take row `number` of the phase from its lane, and count what the lane drew for it."""
+        lane = lanes[number % self.run.data.lanes]
+        row = lane.next_row()
+        counts.add_draws(lane)
+        return row
+
     def _text_batches(self, spec: StepSpec, lanes: dict[int, Lane], counts: TokenCounts) -> list[MicroBatch]:
-        """The micro-batches of a masked-LM step."""
+        """Return the micro-batches of a masked-LM step."""
         masker = Masker(self.corpus.roles, self.corpus.ordinary_ids, spec.mask_ratio)
         phase = list(self.run.phases).index(spec.phase)
         all_rows = range(spec.first_row, spec.first_row + spec.batch_rows)
         numbers = [row for row in all_rows if row % self.run.data.lanes in lanes]
-        rows: list[Row] = []
-        for number in numbers:
-            lane = lanes[number % self.run.data.lanes]
-            rows.append(lane.next_row())
-            counts.add_row(rows[-1], spec.seq_len)
-            counts.add_draws(lane)
+        rows = [self._next_row(lanes, number, counts) for number in numbers]
+        for row in rows:
+            counts.add_row(row, spec.seq_len)
         seeds = [(self.run.seed, phase, number) for number in numbers]
         size = max(1, self.run.trainer.micro_batch_tokens // spec.seq_len)
         micro_batches = [
@@ -177,16 +146,18 @@ class Steps:
         ]
         # All ranks run the same number of micro-batches, even where one has a row less: the collectives of a forward pass
         # (FSDP2 gathers weights in it) must pair up.
-        idle = -(-most_rows(spec, self.run.data.lanes, self.world_size) // size) - len(micro_batches)
+        ranks = np.array(all_rows) % self.run.data.lanes % self.world_size
+        most_rows = int(np.bincount(ranks).max())
+        idle = -(-most_rows // size) - len(micro_batches)
         return micro_batches + [masker.batch([], [], first_row=0)] * idle
 
     def _task_batches(self, spec: StepSpec, counts: TokenCounts) -> list[MicroBatch]:
-        """The micro-batches of a step that trains a task."""
+        """Return the micro-batches of a step that trains a task."""
         task, source = self.run.tasks[spec.objective], self.tasks[spec.objective]
         all_items = range(spec.first_item, spec.first_item + task.batch_items)
         numbers = [number for number in all_items if number % self.world_size == self.rank]
-        drawn = [source.drawn(number) for number in numbers]
-        items = [source.encoded(item) for item in drawn]
+        drawn = [source.draw(number) for number in numbers]
+        items = [source.encode(item) for item in drawn]
         for item in items:
             for choice in item:
                 counts.add_choice(spec.objective, choice, task.seq_len)
@@ -199,12 +170,6 @@ class Steps:
         ]
 
 
-def most_rows(spec: StepSpec, lanes: int, world_size: int) -> int:
-    """Return the number of rows of the rank that has the most in a step."""
-    rows = np.arange(spec.first_row, spec.first_row + spec.batch_rows)
-    return int(np.bincount(rows % lanes % world_size).max())
-
-
 def open_mixes(run: Run, corpus: Corpus) -> dict[str, Mix]:
     """Open the mix of each phase that reads text.
 
@@ -215,5 +180,5 @@ def open_mixes(run: Run, corpus: Corpus) -> dict[str, Mix]:
 
 def fingerprint(run: Run, corpus: Corpus) -> dict[str, Any]:
     """Return hashes of all data that the run reads; they change with any token, and with the file of any task."""
-    tasks = {name: choices.fingerprint(Path(task.train)) for name, task in run.tasks.items()}
+    tasks = {name: hash_file(Path(task.train)) for name, task in run.tasks.items()}
     return {"corpus": corpus.fingerprint(phase.mix for phase in run.phases.values()), "tasks": tasks}

@@ -44,11 +44,9 @@ class Masker:
         for tokens, start in zip(chunks, starts.tolist(), strict=True):
             input_ids[start + 1 : start + 1 + len(tokens)] = tokens
         input_ids[starts], input_ids[ends - 1] = self.roles.cls, self.roles.sep
-        words = np.zeros(ends[-1], np.uint64)
-        first = 0
-        for last, seed in zip(ends[np.cumsum([len(row) for row in rows], dtype=int) - 1].tolist(), seeds, strict=True):
-            words[first:last] = self._words(seed, last - first)
-            first = last
+        sizes = [sum(len(chunk.tokens) + SPECIALS for chunk in row) for row in rows]
+        drawn_words = [self._draw_words(seed, size) for seed, size in zip(seeds, sizes, strict=True)]
+        words = np.concatenate(drawn_words or [np.zeros(SPECIALS, np.uint64)])
         chosen = words < self._threshold
         chosen[starts], chosen[ends - 1] = False, False
         positions = chosen.nonzero()[0]
@@ -61,7 +59,7 @@ class Masker:
         input_ids[positions[random]] = self.ordinary_ids[drawn]
         return MicroBatch.of(input_ids, np.concatenate(([0], ends)), positions, targets, first_row)
 
-    def _words(self, seed: tuple[int, ...], count: int) -> Integer[np.ndarray, " count"]:
+    def _draw_words(self, seed: tuple[int, ...], count: int) -> Integer[np.ndarray, " count"]:
         """Draw 64-bit random words from the counter-based generator of Salmon et al. 2011, keyed by a hash of the seed."""
         key = xxhash.xxh3_128_digest(np.asarray(seed, np.int64).tobytes())
         self._fresh["state"]["key"] = np.frombuffer(key, np.uint64)

@@ -30,21 +30,17 @@ class TokenCounts:
 
     def add_row(self, row: Row, seq_len: int) -> None:
         """Count one row that was served."""
-        text = 0
         for chunk in row:
             self.served[chunk.slice] += len(chunk.tokens)
-            text += len(chunk.tokens)
-        self.special += SPECIALS * len(row)
-        self.padding += seq_len - text - SPECIALS * len(row)
+        self._add_capacity(seq_len, sum(len(chunk.tokens) for chunk in row), SPECIALS * len(row))
 
     def add_choice(self, task: str, choice: choices.Choice, seq_len: int) -> None:
         """Count one choice of an item, which is drawn and served at once."""
         text = len(choice.context) + len(choice.ending)
         self.drawn[task] += text
         self.served[task] += text
-        self.special += choices.SPECIALS
-        self.padding += seq_len - text - choices.SPECIALS
         self.cuts += choice.cut
+        self._add_capacity(seq_len, text, choices.SPECIALS)
 
     def add_draws(self, lane: Lane) -> None:
         """Count what a lane has drawn since the last call, and reset the counters of the lane."""
@@ -56,10 +52,12 @@ class TokenCounts:
         """Add the counts of another rank."""
         self.drawn.update(other.drawn)
         self.served.update(other.served)
-        self.skipped += other.skipped
-        self.special += other.special
-        self.padding += other.padding
-        self.cuts += other.cuts
+        for name in ("skipped", "special", "padding", "cuts"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def _add_capacity(self, seq_len: int, text: int, special: int) -> None:
+        self.special += special
+        self.padding += seq_len - text - special
 
 
 @dataclass
@@ -79,7 +77,7 @@ class DataState:
             phase: {**vars(counts), "drawn": dict(counts.drawn), "served": dict(counts.served)}
             for phase, counts in self.token_counts.items()
         }
-        return {"tokens_seen": self.tokens_seen, "phase": self.phase, "lanes": self.lanes, "token_counts": counts}
+        return {**vars(self), "token_counts": counts}
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> "DataState":
@@ -88,7 +86,7 @@ class DataState:
             phase: TokenCounts(**{**saved, "drawn": Counter(saved["drawn"]), "served": Counter(saved["served"])})
             for phase, saved in state["token_counts"].items()
         }
-        return cls(state["tokens_seen"], state["phase"], dict(state["lanes"]), counts)
+        return cls(**{**state, "lanes": dict(state["lanes"]), "token_counts": counts})
 
 
 def merge_rank_states(states: Sequence[DataState]) -> DataState:

@@ -12,7 +12,6 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -49,12 +48,12 @@ class Store:
         if remote and not cache:
             raise ValueError(f"data.root={root} is remote: give data.cache=FOLDER, on a fast disk of this machine")
         if remote:
-            _check_scheme(root)
+            _check_remote(root)
         self.root = root.rstrip("/") if remote else str(Path(root).resolve())
         # Corpora may share a cache: each has a folder in it, named after its root.
         self.cache = Path(cache).resolve() / xxhash.xxh3_64_hexdigest(self.root.encode()) if cache else None
         self.timeout_s = timeout_s
-        self._forget()
+        self._downloads: _Downloads | None = None
         if self.cache is not None:
             _sweep(self.cache.parent)
 
@@ -63,11 +62,7 @@ class Store:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what another process needs; threads and connections stay here."""
-        return {"root": self.root, "cache": self.cache, "timeout_s": self.timeout_s}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._forget()
+        return {**vars(self), "_downloads": None}
 
     def where(self, name: str) -> str:
         """Return the address of a file for messages."""
@@ -78,13 +73,12 @@ class Store:
 
         Raises FileNotFoundError or ConnectionError, naming the file, when it is missing or cannot be fetched.
         """
-        if self.cache is None:
-            path = Path(self.root) / name
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing")
-            return path
-        self._renew()
-        return self._fetch(name)
+        if self.cache is not None:
+            return self._here().fetch(name)
+        path = Path(self.root) / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing")
+        return path
 
     def path(self, name: str) -> Path:
         """Return where a shard is on this machine, or will be once it is fetched."""
@@ -92,52 +86,66 @@ class Store:
 
     def shard(self, name: str, size: int, digest: str) -> Path:
         """Return the path of a shard; unless a file of its size is there, it is fetched and compared with its hash."""
-        path = self.path(name)
-        self._renew()
-        if name in self._ahead:
-            self._ahead.pop(name).result()
-        if self.cache is not None and not (path.is_file() and path.stat().st_size == size):
-            self._fetch(name, size, digest)
-        return path
+        if self.cache is not None:
+            if future := self._here().ahead.pop(name, None):
+                future.result()
+            if not self._is_cached(name, size):
+                self._here().fetch(name, size, digest)
+        return self.path(name)
 
     def replace(self, name: str, size: int, digest: str) -> None:
         """Fetch a shard again whose copy in the cache is damaged; a process that has the old copy open can still read it."""
-        self._renew()
-        self._fetch(name, size, digest)
+        self._here().fetch(name, size, digest)
 
     def prefetch(self, name: str, size: int, digest: str) -> None:
         """Start to fetch a shard in the background; if that fails, `shard` raises the error."""
-        self._renew()
-        path = self.path(name)
-        if self.cache is not None and name not in self._ahead and not (path.is_file() and path.stat().st_size == size):
-            self._ahead[name] = self._threads.submit(self._fetch, name, size, digest)
+        if self.cache is not None and name not in self._here().ahead and not self._is_cached(name, size):
+            here = self._here()
+            here.ahead[name] = here.threads.submit(here.fetch, name, size, digest)
 
     def close(self) -> None:
         """Cancel all background downloads."""
-        if self._process == os.getpid():
-            self._closed = True
-            self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._downloads and self._downloads.process == os.getpid():
+            self._downloads.closed = True
+            self._downloads.threads.shutdown(wait=False, cancel_futures=True)
+            self._downloads = None
 
-    def _forget(self) -> None:
-        self._process = 0
-        self._closed = False
+    def _is_cached(self, name: str, size: int) -> bool:
+        path = self.path(name)
+        return path.is_file() and path.stat().st_size == size
+
+    def _here(self) -> "_Downloads":
+        """Return the downloads of this process: threads and connections of a parent do not survive a fork."""
+        if self._downloads is None or self._downloads.process != os.getpid():
+            assert self.cache is not None
+            self._downloads = _Downloads(self.root, self.cache, self.timeout_s)
+        return self._downloads
+
+
+class _Downloads:
+    """Downloads from a root to a cache, in one process."""
+
+    def __init__(self, root: str, cache: Path, timeout_s: float) -> None:
+        self.root = root
+        self.cache = cache
+        self.timeout_s = timeout_s
+        self.process = os.getpid()
+        self.closed = False
+        self.threads = ThreadPoolExecutor(_PREFETCH_THREADS, "prefetch")
+        self.ahead: dict[str, Future[Path]] = {}
+        """Shards that are fetched in the background, or were and have not been asked for."""
         self._connection: Any = None
-        self._ahead: dict[str, Future[Path]] = {}
 
-    def _renew(self) -> None:
-        """Make new threads and connections in a new process: those of the parent do not survive a fork."""
-        if self._process != os.getpid() or self._closed:
-            self._forget()
-            self._process = os.getpid()
-            self._threads = ThreadPoolExecutor(_PREFETCH_THREADS, "prefetch")
+    def fetch(self, name: str, size: int | None = None, digest: str = "") -> Path:
+        """Copy a file to the cache, and return its path there.
 
-    def _fetch(self, name: str, size: int | None = None, digest: str = "") -> Path:
-        assert self.cache is not None
+        Raises OSError when the local disk is full, and ConnectionError when all attempts fail.
+        """
         target = self.cache / name
         fault = ""
         for attempt in range(ATTEMPTS):
             if attempt:
-                if self._closed:
+                if self.closed:
                     break
                 time.sleep(_FIRST_PAUSE_S * 2 ** (attempt - 1))
             # Each attempt has its own file name: the thread of an attempt that timed out may still write to the old one.
@@ -156,19 +164,30 @@ class Store:
             finally:
                 part.unlink(missing_ok=True)
             self._connection = None
-        raise ConnectionError(f"{self.where(name)} could not be fetched, tried {ATTEMPTS} times: {fault}")
+        raise ConnectionError(f"{self.root}/{name} could not be fetched, tried {ATTEMPTS} times: {fault}")
 
     def _download(self, name: str, part: Path) -> str:
         """Copy a file, and return what went wrong, or nothing; raises OSError when the local disk is full."""
-        copying = _CopyThread(lambda: self._copy(name, part))
-        copying.start()
+        errors: list[Exception] = []
+
+        def copy() -> None:
+            try:
+                self._copy(name, part)
+            except Exception as error:  # the errors of botocore, aiohttp, paramiko, Google and Azure share no narrower class
+                errors.append(error)
+
+        # In a thread of its own, since a library's call may never return.
+        thread = threading.Thread(target=copy, daemon=True)
+        thread.start()
         last_progress, seen = time.monotonic(), ()
-        while not self._closed:
-            copying.join(_POLL_S)
-            if not copying.is_alive():
-                if isinstance(copying.error, OSError) and copying.error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise copying.error
-                return _text(copying.error) if copying.error else ""
+        while not self.closed:
+            thread.join(_POLL_S)
+            if not thread.is_alive():
+                if not errors:
+                    return ""
+                if isinstance(errors[0], OSError) and errors[0].errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise errors[0]
+                return " ".join(f"{type(errors[0]).__name__}: {errors[0]}".split())
             stat = part.stat() if part.exists() else None
             if stat and seen != (stat.st_size, stat.st_mtime_ns):
                 last_progress, seen = time.monotonic(), (stat.st_size, stat.st_mtime_ns)
@@ -186,24 +205,9 @@ class Store:
         files.get_file(f"{folder}/{name}", str(part))
 
 
-class _CopyThread(threading.Thread):
-    """A thread for a library call that may never return and may raise anything; the caller can stop waiting for it."""
-
-    def __init__(self, call: Callable[[], None]) -> None:
-        super().__init__(daemon=True)
-        self.call = call
-        self.error: Exception | None = None
-
-    def run(self) -> None:
-        """Make the call, and keep the error that it raises."""
-        try:
-            self.call()
-        except Exception as error:  # the errors of botocore, aiohttp, paramiko, Google and Azure share no narrower class
-            self.error = error
-
-
-def _check_scheme(root: str) -> None:
-    scheme = root.partition("://")[0]
+def _check_remote(root: str) -> None:
+    """Raise ValueError when a URL cannot be read, or when its contents may change."""
+    scheme, _, path = root.partition("://")
     try:
         get_filesystem_class(scheme)
     except ImportError as error:
@@ -214,14 +218,8 @@ def _check_scheme(root: str) -> None:
         raise ValueError(
             f"data.root={root}: no file system for {scheme}://; expected {known}, hf:// or another of fsspec"
         ) from error
-    if scheme == "hf":
-        _check_revision(root)
-
-
-def _check_revision(root: str) -> None:
-    kind, *rest = root.removeprefix("hf://").strip("/").split("/")
-    _, _, revision = "/".join(rest[:2]).partition("@")
-    if kind != "datasets" or len(rest) < 2 or not revision:
+    kind, _, name, *_ = [*path.strip("/").split("/"), "", ""]
+    if scheme == "hf" and (kind != "datasets" or not name.partition("@")[2]):
         raise ValueError(
             f"data.root={root}: expected hf://datasets/<org>/<name>@<revision>/<folder>; without a revision, such as a commit, "
             "the data may change under the run"
@@ -229,7 +227,7 @@ def _check_revision(root: str) -> None:
 
 
 def _options(root: str) -> dict[str, Any]:
-    """Arguments for fsspec's file system; it takes all others from its own configuration and the environment."""
+    """Return the arguments for fsspec's file system; it takes all others from its own configuration and the environment."""
     if not root.startswith("s3://"):
         return {}
     endpoint = os.environ.get("S3_ENDPOINT_URL")
@@ -266,9 +264,5 @@ def _is_alive(process: int) -> bool:
 
 
 def _part_prefix() -> str:
-    """The beginning of the names of this process's unfinished downloads."""
+    """Return the beginning of the names of this process's unfinished downloads."""
     return f".{socket.gethostname()}@{os.getpid()}"
-
-
-def _text(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

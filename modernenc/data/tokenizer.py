@@ -16,7 +16,10 @@ ROLE_NAMES = {
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Load a tokenizer that encodes text in full and treats the literal name of a special token as text."""
+    """Load a tokenizer that encodes text in full and treats the literal name of a special token as text.
+
+    Its settings of truncation and padding, which would end up in exported models, are removed.
+    """
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()

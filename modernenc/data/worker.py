@@ -1,6 +1,6 @@
 """The loader process: it makes steps ahead of the trainer and sends them through one pipe.
 
-A step crosses the pipe as a few arrays, so neither shared memory nor the number of open files grows with its micro-batches.
+A step crosses the pipe as arrays, so neither shared memory nor the number of open files grows with its micro-batches.
 A thread of the trainer receives, so the process can send a step while the trainer is busy with the one before.
 """
 
@@ -49,11 +49,11 @@ class StepLoader:
     def __iter__(self) -> Iterator[Step]:
         """Yield the steps."""
         if self.workers:
-            return _steps_of_worker(self.steps, torch.cuda.current_device() if self.pin_memory else None)
+            return _receive_steps(self.steps, torch.cuda.current_device() if self.pin_memory else None)
         return (step.pin_memory() for step in self.steps) if self.pin_memory else iter(self.steps)
 
 
-def _steps_of_worker(steps: Steps, pin_for: int | None) -> Iterator[Step]:
+def _receive_steps(steps: Steps, pin_for: int | None) -> Iterator[Step]:
     """Start a loader process and yield its steps, pinned for the CUDA device `pin_for` if there is one."""
     reads, writes = multiprocessing.Pipe(duplex=False)
     worker = multiprocessing.Process(target=_send_steps, args=(steps, reads, writes), name="loader", daemon=True)
@@ -68,7 +68,7 @@ def _steps_of_worker(steps: Steps, pin_for: int | None) -> Iterator[Step]:
     atexit.register(worker.kill)  # at exit Python would wait for the worker, which may wait for room in the pipe
     received: queue.SimpleQueue[Any] = queue.SimpleQueue()
     room = threading.Semaphore(_AHEAD)
-    threading.Thread(target=_receive, args=(reads, received, room, pin_for), name="loader", daemon=True).start()
+    threading.Thread(target=_fill_queue, args=(reads, received, room, pin_for), name="loader", daemon=True).start()
     try:
         while isinstance(item := received.get(), Step):
             room.release()
@@ -86,11 +86,18 @@ def _steps_of_worker(steps: Steps, pin_for: int | None) -> Iterator[Step]:
 
 
 def _send_steps(steps: Steps, reads: Connection, writes: Connection) -> None:
-    """Run the loader process: send all steps, then `_DONE`, or the error that the data raise."""
+    """Run the loader process: send all steps, then `_DONE`, or the error that the data raise.
+
+    The process ends when the trainer ends, and not before: a worker that outlives a killed trainer would keep its network
+    connections open, and other ranks would wait for it.
+    """
     # A fork leaves the reading end open here too. Closed, the pipe has no reader once the trainer is gone, so that a write
     # fails and the worker ends.
     reads.close()
-    _init_worker()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         for step in steps:
             writes.send(step)
@@ -101,7 +108,7 @@ def _send_steps(steps: Steps, reads: Connection, writes: Connection) -> None:
         writes.send(error)
 
 
-def _receive(reads: Connection, received: "queue.SimpleQueue[Any]", room: threading.Semaphore, pin_for: int | None) -> None:
+def _fill_queue(reads: Connection, received: "queue.SimpleQueue[Any]", room: threading.Semaphore, pin_for: int | None) -> None:
     """Move items from the pipe to the queue, at most `_AHEAD` steps ahead; the last item is `_ENDED`, whatever happens."""
     try:
         if pin_for is not None:
@@ -123,17 +130,5 @@ def _death_message(code: int | None) -> str:
     why = ", as when there is not enough memory" if code == -signal.SIGKILL else ", as its own output says"
     return (
         f"data.workers=1: the loader process {how}{why}; saved checkpoints are whole: go on with python -m modernenc.resume "
-        f"RUN_DIR, "
-        "with data.workers=0 if this happens again"
+        "RUN_DIR, with data.workers=0 if this happens again"
     )
-
-
-def _init_worker() -> None:
-    """Make the loader process end when the trainer ends, and not before.
-
-    A worker that outlives a killed trainer would keep its network connections open, and other ranks would wait for it.
-    """
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

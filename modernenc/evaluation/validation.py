@@ -95,7 +95,7 @@ class Validator:
             source = Choices(name, task, self.corpus, self.run.seed, validation=True)
             size = items_per_micro_batch(task, self.run.trainer.micro_batch_tokens)
             self._items[name] = [
-                source.collate([source.encoded(item) for item in items], [item.label for item in items], at)
+                source.collate([source.encode(item) for item in items], [item.label for item in items], at)
                 for at in range(0, len(source.items), size)
                 for items in [source.items[at : at + size]]
             ]

@@ -90,7 +90,7 @@ def test_lanes_begin_apart_in_the_sequence_of_sources(corpus_root):
 
 
 @pytest.mark.parametrize("served", [0, 1, 5, 23, 24, 25, 60])
-def test_a_lane_goes_on_from_its_state(corpus_root, served):
+def test_a_lane_continues_from_its_state(corpus_root, served):
     (lane, *_), shares = lanes_of(corpus_root)
     for _ in range(served):
         lane.next_row()
@@ -114,7 +114,7 @@ def test_a_row_holds_what_fits_and_a_lane_counts_what_it_drew(corpus_root):
             assert lane.drawn[name] == sum(len(block.tokens) for block in read)
 
 
-def test_the_next_phase_goes_on_after_the_blocks_of_the_open_window(corpus_root):
+def test_the_next_phase_continues_after_the_blocks_of_the_open_buffer(corpus_root):
     (lane, *_), mix = lanes_of(corpus_root)
     lane.next_row()
     assert lane.blocks_drawn() != lane.state()["blocks"]
@@ -141,7 +141,7 @@ class Recorded:
         return self.shards.read(shard, index)
 
 
-def test_every_shard_is_fetched_ahead_of_its_first_block(corpus_root):
+def test_every_shard_is_prefetched_before_its_first_block_is_read(corpus_root):
     lanes, mix = lanes_of(corpus_root)
     recorded: dict[str, Any] = {name: Recorded(source.shards) for name, source in mix.slices.items()}
     mix.slices = {name: source._replace(shards=recorded[name]) for name, source in mix.slices.items()}
@@ -151,7 +151,7 @@ def test_every_shard_is_fetched_ahead_of_its_first_block(corpus_root):
     assert all(len(shards.ahead) > 1 for shards in recorded.values())
 
 
-def test_a_window_that_comes_out_otherwise_is_an_error(corpus_root):
+def test_a_buffer_that_cannot_be_rebuilt_identically_is_an_error(corpus_root):
     (lane, *_), shares = lanes_of(corpus_root)
     lane.next_row()
     state = LaneState(**{**lane.state(), "checksum": "0" * 16})
@@ -159,7 +159,7 @@ def test_a_window_that_comes_out_otherwise_is_an_error(corpus_root):
         Lane(0, 4, shares, 64, 8, (1, 0), state)
 
 
-def test_windows_are_refilled_at_different_times(corpus_root):
+def test_buffers_are_refilled_at_different_times(corpus_root):
     lanes, _ = lanes_of(corpus_root, buffer_rows=40)
     rows_of_first_window = []
     for lane in lanes:
@@ -186,7 +186,7 @@ def contents(step):
     ]
 
 
-def test_every_token_drawn_is_served_or_in_an_open_window(small_run):
+def test_every_token_drawn_is_served_or_in_an_open_buffer(small_run):
     run = small_run()
     steps = list(steps_of(run))
     accounts = steps[-1].state["token_counts"]
@@ -204,7 +204,7 @@ def test_every_token_drawn_is_served_or_in_an_open_window(small_run):
     assert padding / (text + special + padding) < 0.2  # windows of 8 rows; see the test of windows of 512
 
 
-def test_steps_go_on_from_any_state(small_run):
+def test_steps_continue_from_any_state(small_run):
     run = small_run()
     everything = list(steps_of(run))
     for at in range(0, len(everything) - 1, 4):
@@ -236,7 +236,7 @@ def test_ranks_together_see_what_one_rank_sees(small_run, world_size):
 
 
 @pytest.mark.parametrize("world_size", [6, 7])
-def test_numbers_of_ranks_that_divide_nothing_see_the_same(small_run, world_size):
+def test_numbers_of_ranks_that_divide_neither_lanes_nor_rows_see_the_same_text(small_run, world_size):
     rows = [f"phases.{phase}.batch_rows=20" for phase in ("stable", "extend", "decay")]
     run = small_run("data.lanes=10", "phases.stable.ramp.tokens=0", "trainer.micro_batch_tokens=128", *rows)
     alone = steps_of(small_run("data.lanes=10", "phases.stable.ramp.tokens=0", "trainer.micro_batch_tokens=1", *rows))
@@ -254,7 +254,7 @@ def split(batch):
     return [ids.tolist() for ids in batch.input_ids.split(batch.cu_seqlens.diff().tolist())]
 
 
-def test_other_numbers_of_ranks_go_on_from_the_same_state(small_run):
+def test_any_number_of_ranks_continues_from_the_same_state(small_run):
     run = small_run("trainer.micro_batch_tokens=1", "phases.stable.ramp.tokens=0", "phases.stable.batch_rows=5")
     alone = list(steps_of(run))
     state, done = None, 0

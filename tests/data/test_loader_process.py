@@ -59,7 +59,7 @@ def whole(corpus_root: Path, items: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-def test_a_run_is_the_same_however_its_worker_starts(corpus_root, items, tmp_path, whole, method):
+def test_weights_do_not_depend_on_the_start_method_of_the_worker(corpus_root, items, tmp_path, whole, method):
     result = train_by(method, *settings(corpus_root, items, tmp_path / "run"), "data.workers=1")
     assert result.returncode == 0, result.stderr
     assert same(tmp_path / "run" / FINAL, whole)
@@ -75,7 +75,7 @@ def unshared(shell: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_mac_trains(corpus_root, items, tmp_path, whole):
+def test_training_works_by_spawn_without_proc_and_shared_memory(corpus_root, items, tmp_path, whole):
     """As far as Linux can be one: `spawn`, no /proc, no shared memory at all."""
     shell = unshared("mount -t tmpfs tmpfs /proc && mount -t tmpfs -o ro tmpfs /dev/shm")
     result = train_by("spawn", *settings(corpus_root, items, tmp_path / "run"), "data.workers=1", shell=shell)
@@ -151,7 +151,7 @@ def steps(small_run, items) -> Steps:
     return Steps(run, *check_run(run), 0, 1, DataState())
 
 
-def test_steps_and_what_makes_them_cross_to_another_process_whole(steps):
+def test_steps_and_their_source_can_be_pickled_without_loss(steps):
     there = pickle.loads(pickle.dumps(steps))
     made = list(steps)
     assert {batch.objective for step in made for batch in step.micro_batches} == {"masked_lm", "next"}
@@ -160,13 +160,13 @@ def test_steps_and_what_makes_them_cross_to_another_process_whole(steps):
     assert all(equal(step, other) for step, other in zip(made, StepLoader(steps, 1, pin_memory=False), strict=True))
 
 
-def test_what_is_written_like_a_special_token_is_text_in_another_process_too(steps):
+def test_names_of_special_tokens_in_text_stay_text_in_another_process(steps):
     """A tokenizer forgets on its way that it is to take them so."""
     here = steps.tasks["next"]
     there: Choices = pickle.loads(pickle.dumps(here))
     item = Item("what [MASK] is", ("a [SEP] b", "[CLS]", "c", "d"), 0)
-    assert there.encoded(item) == here.encoded(item)
-    assert not {*here.encoded(item)[0].context} & {*vars(here.roles).values()}
+    assert there.encode(item) == here.encode(item)
+    assert not {*here.encode(item)[0].context} & {*vars(here.roles).values()}
 
 
 def taken(steps: Any) -> list[int]:
@@ -184,7 +184,7 @@ ENDINGS = [
 
 @pytest.mark.wall_clock
 @pytest.mark.parametrize(("how", "kind", "message"), ENDINGS)
-def test_the_end_of_a_worker_is_told_at_once(how, kind, message, capfd):
+def test_the_end_of_a_worker_is_reported_at_once(how, kind, message, capfd):
     started = time.monotonic()
     with pytest.raises(kind, match=message):
         taken(Ends(how))
@@ -192,7 +192,7 @@ def test_the_end_of_a_worker_is_told_at_once(how, kind, message, capfd):
 
 
 @pytest.mark.parametrize(("how", "kind", "message"), ENDINGS)
-def test_the_end_of_a_worker_is_told_and_leaves_no_thread(how, kind, message, capfd):
+def test_the_end_of_a_worker_is_reported_and_leaves_no_thread(how, kind, message, capfd):
     threads = threading.active_count()
     with pytest.raises(kind, match=message):
         taken(Ends(how))
@@ -202,7 +202,7 @@ def test_the_end_of_a_worker_is_told_and_leaves_no_thread(how, kind, message, ca
     assert threading.active_count() <= threads
 
 
-def test_a_signal_to_stop_is_for_the_trainer_alone():
+def test_the_worker_ignores_a_signal_to_stop():
     assert taken(Ends("a signal to stop")) == [0, 1]
 
 

@@ -54,7 +54,7 @@ def test_masks_depend_on_seed_and_row_alone():
     assert not torch.equal(first.target_positions, other.target_positions)
 
 
-def test_masks_are_those_that_the_rows_have_alone():
+def test_masks_of_a_row_do_not_depend_on_the_other_rows():
     documents, seeds = [row(5, 9), row(30), row(1, 200, 2)], [(4,), (1, 2), (7,)]
     together = Masker(ROLES, ORDINARY, 0.3).batch(documents, seeds, first_row=0).unpadded()
     alone = [masked(one, *seed) for one, seed in zip(documents, seeds, strict=True)]
@@ -82,7 +82,7 @@ def test_a_row_without_a_predicted_token_is_no_error():
     assert Masker(ROLES, ORDINARY, 0.9).batch([], [], first_row=0).unpadded().input_ids.tolist() == [ROLES.cls, ROLES.sep]
 
 
-def test_masks_are_the_same_bits_in_every_version():
+def test_masks_do_not_change_between_versions():
     """What was trained with one version goes on with the next: a hash of what `(seed, row)` gives."""
     batch = Masker(ROLES, ORDINARY, 0.3).batch([row(300), row(20, 500)], [(17, 0, 3), (17, 1, 4)], first_row=0).unpadded()
     digest = xxhash.xxh3_64()
@@ -101,7 +101,7 @@ def test_random_tokens_are_drawn_from_all_ordinary_ones_alike():
     assert counts[6:].max() / counts[6:].min() < 1.25
 
 
-def test_what_moves_to_a_device_is_all_that_a_model_reads_there():
+def test_everything_but_cu_seqlens_moves_to_a_device():
     batch = masked(row(30, 9), 1)
     moved = batch.to(torch.device("meta"))
     on_meta = {name for name, value in vars(moved).items() if isinstance(value, torch.Tensor) and value.is_meta}

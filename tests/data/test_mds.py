@@ -14,7 +14,7 @@ import zstandard
 
 from data_prep.blocks import BlockWriter
 from modernenc.data.blocks import Corpus, Shards
-from modernenc.data.mds import SHARD_HASH, Block, Shard, Writer
+from modernenc.data.mds import SHARD_HASH, Block, Shard, Writer, header
 from modernenc.data.store import Store
 from modernenc.hashing import hash_file
 from support.corpora import corpus, stored
@@ -70,7 +70,7 @@ def test_blocks_are_read_as_they_were_written(tmp_path, dtype, seed):
     assert len(found) == len(written) and all(map(same, found, written))
 
 
-def test_a_folder_without_blocks_is_one(tmp_path):
+def test_a_folder_without_blocks_can_be_read(tmp_path):
     assert read(write(tmp_path / "x", [], "uint16")) == []
 
 
@@ -112,7 +112,7 @@ def test_both_readers_read_the_same_blocks(tmp_path, dtype):
     assert len(found) == len(theirs) and all(map(same, found, theirs))
 
 
-def test_streaming_opens_our_shards_and_leaves_them(tmp_path):
+def test_streaming_reads_our_shards_without_changing_them(tmp_path):
     streaming = pytest.importorskip("streaming", reason="opens our shards with MosaicML streaming's: the extra [streaming]")
     from streaming.base.util import clean_stale_shared_memory  # pyright: ignore[reportMissingImports]
 
@@ -128,7 +128,7 @@ def test_streaming_opens_our_shards_and_leaves_them(tmp_path):
 
 
 @pytest.mark.parametrize("compression", [None, "zstd"])
-def test_what_another_program_wrote_is_refused_by_what_it_is_and_left_as_it_is(tmp_path, compression):
+def test_shards_of_another_program_are_refused_with_the_reason_and_not_changed(tmp_path, compression):
     """streaming's own reader deletes the raw shards of a folder whose index names compressed ones."""
     streaming = pytest.importorskip(
         "streaming", reason="writes a foreign folder with MosaicML streaming: the extra [streaming]"
@@ -146,7 +146,7 @@ def test_what_another_program_wrote_is_refused_by_what_it_is_and_left_as_it_is(t
 
 
 @pytest.mark.parametrize("kept", ["raw", "packed", "both"])
-def test_text_in_shards_of_another_program_is_prepared_and_the_shards_are_left(tmp_path, kept):
+def test_text_in_shards_of_another_program_is_prepared_without_changing_the_shards(tmp_path, kept):
     """Whichever files its index names, and whichever are there."""
     streaming = pytest.importorskip("streaming", reason="reads what MosaicML streaming writes: the extra [streaming]")
     from data_prep.build import build
@@ -172,14 +172,14 @@ def test_text_in_shards_of_another_program_is_prepared_and_the_shards_are_left(t
     assert contents(tmp_path / "in") == before
 
 
-def test_shards_of_our_columns_that_others_wrote_are_read(tmp_path):
+def test_shards_with_our_columns_from_another_writer_are_read(tmp_path):
     """With further hashes, in shards of another size."""
     written = blocks(2, "uint32")
     found = read(by_streaming(tmp_path / "x", written, "uint32", size_limit="1mb", hashes=["sha1", SHARD_HASH]))
     assert len(found) == len(written) and all(map(same, found, written))
 
 
-def test_the_writer_takes_no_folder_that_holds_something(tmp_path):
+def test_the_writer_refuses_a_folder_that_exists(tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "shard.00000.mds").write_bytes(b"another's")
     with pytest.raises(FileExistsError):
@@ -187,7 +187,7 @@ def test_the_writer_takes_no_folder_that_holds_something(tmp_path):
     assert (tmp_path / "x" / "shard.00000.mds").read_bytes() == b"another's"
 
 
-def test_a_block_writer_makes_shards_of_whole_blocks(tmp_path):
+def test_a_block_writer_fills_every_block_but_the_last(tmp_path):
     writer = BlockWriter(tmp_path / "x", 100, "uint16", 1)
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 1000, int(size)).astype(np.uint16) for size in rng.integers(1, 400, 50)]
@@ -223,7 +223,7 @@ def damage(content: bytes, rng: np.random.Generator) -> bytes:
     return content[: int(rng.integers(0, len(content)))]
 
 
-def test_damaged_shards_end_in_a_line_that_names_them_or_in_what_their_bytes_say(tmp_path):
+def test_a_damaged_shard_is_named_or_read_as_its_bytes_say(tmp_path):
     """Though hash and size agree. What is read of them is read by a few plain lines too."""
     whole = write(tmp_path / "whole", blocks(5, "uint16", 12), "uint16")
     rng = np.random.default_rng(7)
@@ -271,7 +271,7 @@ def shard_of(tmp_path: Path, change: Any) -> Shard:
     content[8:12] = len(content).to_bytes(4, "little")
     path.write_bytes(content)
     written = {key: value for key, value in entry.items() if key not in ("samples", "raw_data", "zip_data")}
-    return Shard(path, 1, written)
+    return Shard(path, 1, header(written))
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def shard_of(tmp_path: Path, change: Any) -> Shard:
         lambda sample: sample.__delitem__(slice(5, None)),
     ],
 )
-def test_a_sample_that_does_not_add_up_is_named(tmp_path, change):
+def test_an_inconsistent_sample_is_named(tmp_path, change):
     with pytest.raises(ValueError, match=r"one/shard.00000.mds is damaged: .*sample 0.*; restore it"):
         shard_of(tmp_path, change)[0]
 

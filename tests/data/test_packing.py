@@ -63,7 +63,7 @@ def test_each_item_goes_where_it_leaves_the_least_room(seed):
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED.exists(), reason="the shared text is not here")
 @pytest.mark.parametrize(("seq_len", "least"), [(1024, 0.995), (8192, 0.998)])
-def test_windows_of_512_rows_of_real_text_leave_few_gaps(seq_len, least):
+def test_buffers_of_512_rows_of_real_text_leave_few_gaps(seq_len, least):
     """Whole documents in random order, windows as lanes draw them; also the book-length ones."""
     zstandard = pytest.importorskip("zstandard")
     from tokenizers import Tokenizer

@@ -105,7 +105,7 @@ def test_a_run_from_s3_is_the_run_from_disk(s3, corpus_root, small_run, tmp_path
 
 
 @pytest.mark.slow
-def test_a_missing_object_is_named_after_some_tries(s3, tmp_path):
+def test_a_missing_object_is_named_after_three_attempts(s3, tmp_path):
     store = Store("s3://corpora/small", str(tmp_path), timeout_s=2)
     with pytest.raises(
         ConnectionError, match=r"s3://corpora/small/nothing.mds could not be fetched, tried 3 times: .*does not exist"
@@ -115,7 +115,7 @@ def test_a_missing_object_is_named_after_some_tries(s3, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_server_killed_in_the_midst_of_a_transfer_leaves_nothing(s3, tmp_path):
+def test_a_server_killed_during_a_transfer_leaves_no_file(s3, tmp_path):
     source = tmp_path / "big"
     source.write_bytes(os.urandom(BIG))
     upload(s3, "small/big", source)
@@ -138,7 +138,7 @@ def test_a_server_killed_in_the_midst_of_a_transfer_leaves_nothing(s3, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_server_that_falls_silent_is_given_up_on(s3, tmp_path):
+def test_a_silent_server_times_out(s3, tmp_path):
     give_up_on_silence(s3, tmp_path)
 
 
@@ -156,14 +156,14 @@ def give_up_on_silence(server: Server, cache: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.wall_clock
-def test_a_server_that_falls_silent_is_given_up_on_in_some_seconds(s3, tmp_path):
+def test_a_silent_server_times_out_in_seconds(s3, tmp_path):
     started = time.monotonic()
     give_up_on_silence(s3, tmp_path)
     assert time.monotonic() - started < 30
 
 
 @pytest.mark.slow
-def test_a_run_stops_with_the_name_of_what_s3_lacks(s3, small_run, tmp_path, corpus_root):
+def test_a_run_stops_and_names_the_object_that_is_missing(s3, small_run, tmp_path, corpus_root):
     """In the trainer's process and in a loader worker."""
     import boto3
 
@@ -215,7 +215,7 @@ def test_a_damaged_copy_is_fetched_again(corpus_root, tmp_path, damage):
 
 
 @pytest.mark.parametrize("damage", [truncate, flip])
-def test_what_is_damaged_at_the_source_is_refused(corpus_root, tmp_path, shard, damage, pauses):
+def test_a_shard_damaged_at_its_source_is_refused(corpus_root, tmp_path, shard, damage, pauses):
     root = tmp_path / "root"
     shutil.copytree(corpus_root, root)
     for path in root.glob("code/slice-000/bucket-*/*.mds"):
@@ -226,7 +226,7 @@ def test_what_is_damaged_at_the_source_is_refused(corpus_root, tmp_path, shard, 
     assert not [name for name in files(tmp_path / "cache") if ".mds" in name]
 
 
-def test_what_killed_processes_left_is_swept_and_what_live_ones_hold_is_not(tmp_path):
+def test_unfinished_downloads_of_killed_processes_are_deleted_and_those_of_live_ones_are_not(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     host = socket.gethostname()
@@ -250,7 +250,7 @@ def test_two_corpora_may_share_a_cache(corpus_root, tmp_path):
     assert stores[1].file("manifest.json") != stores[0].file("manifest.json")
 
 
-def test_a_full_cache_disk_is_said(corpus_root, small_disk):
+def test_a_full_disk_of_the_cache_is_reported(corpus_root, small_disk):
     disk = small_disk(1)
     (disk / "ballast").write_bytes(bytes(1000 << 10))
     with pytest.raises(OSError, match=rf"data.cache={disk}: No space left on device, wanted for .*make room"):
@@ -269,12 +269,12 @@ def test_a_full_cache_disk_is_said(corpus_root, small_disk):
         ("simplecache::s3://small", r"data.root=simplecache::s3://small: no file system for simplecache::s3://"),
     ],
 )
-def test_a_remote_needs_a_cache_and_a_dataset_its_revision_and_both_a_file_system(root, message, tmp_path):
+def test_a_remote_without_cache_revision_or_file_system_is_refused(root, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         Store(root, "" if root.startswith("s3") else str(tmp_path))
 
 
-def test_a_library_that_is_missing_is_named_with_what_to_install(tmp_path):
+def test_a_missing_library_is_named_with_the_extra_to_install(tmp_path):
     """In a process of its own, in which none can be imported."""
     libraries = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "sftp": "paramiko"}
     code = (
@@ -297,13 +297,13 @@ def odd(pauses: list[float]) -> None:
     fsspec.register_implementation("odd", Odd, clobber=True)
 
 
-def test_whatever_a_library_raises_is_a_try_that_failed(odd, tmp_path):
+def test_any_error_of_a_library_counts_as_a_failed_attempt(odd, tmp_path):
     with pytest.raises(ConnectionError, match=r"odd://x/a could not be fetched, tried 3 times: OddError: out of tokens"):
         Store("odd://x", str(tmp_path)).file("a")
     assert files(tmp_path) == []
 
 
-def test_a_library_that_never_returns_is_given_up_on(odd, tmp_path):
+def test_a_library_that_never_returns_times_out(odd, tmp_path):
     with pytest.raises(
         ConnectionError, match=r"odd://x/silent could not be fetched, tried 3 times: silent for data.timeout_s="
     ):
@@ -311,14 +311,14 @@ def test_a_library_that_never_returns_is_given_up_on(odd, tmp_path):
 
 
 @pytest.mark.wall_clock
-def test_a_library_that_never_returns_is_given_up_on_in_some_timeouts(odd, tmp_path):
+def test_a_library_that_never_returns_times_out_in_seconds(odd, tmp_path):
     started = time.monotonic()
     with pytest.raises(ConnectionError, match=r"silent for data\.timeout_s="):
         Store("odd://x", str(tmp_path), timeout_s=0.3).file("silent")
     assert time.monotonic() - started < 5
 
 
-def test_a_process_ends_though_a_remote_is_silent(tmp_path):
+def test_a_process_can_end_while_a_remote_is_silent(tmp_path):
     """Neither what is fetched now nor what is fetched ahead holds it."""
     code = (
         "import sys, fsspec; from support.remotes import Odd; from modernenc.data.store import Store;"
@@ -328,7 +328,7 @@ def test_a_process_ends_though_a_remote_is_silent(tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=importing(), check=True, timeout=40)
 
 
-def test_a_store_goes_to_another_process_with_nothing_under_way(corpus_root, tmp_path, shard):
+def test_a_pickled_store_has_no_downloads(corpus_root, tmp_path, shard):
     store = Store(str(corpus_root), str(tmp_path))
     store.prefetch(shard, (corpus_root / shard).stat().st_size, hash_file(corpus_root / shard))
     other = pickle.loads(pickle.dumps(store))
@@ -395,7 +395,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.mark.slow
-def test_a_revision_of_a_hub_dataset_is_a_root(corpus_root, tmp_path):
+def test_a_revision_of_a_hub_dataset_can_be_the_root(corpus_root, tmp_path):
     """In a process of its own: the hub's address is read when its library is imported."""
     handler: Callable = type("Small", (Hub,), {"root": corpus_root})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

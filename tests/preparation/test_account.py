@@ -3,24 +3,29 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import unicodedata
+from dataclasses import fields
 from pathlib import Path
 
 import pyarrow
 import pytest
 import zstandard
+from omegaconf import OmegaConf
 from pyarrow import parquet
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
+from data_prep import account, encode
 from data_prep import build as preparation
-from data_prep import encode
 from data_prep.build import block_size, build
 from data_prep.config import RolesConfig, SourceConfig, TokenizerConfig
-from data_prep.inputs import inputs_of, reader_of
-from data_prep.split import SurveyBucket
+from data_prep.environment import SHORTEST_DOCSTRING
+from data_prep.inputs import create_reader, list_inputs
+from modernenc.config import CONF_DIR, Task
+from modernenc.data.state import TokenCounts
 from modernenc.evaluation.standard_error import standard_error, tokens_for
 from support import many_documents
 from support.commands import ROOT, command
@@ -41,7 +46,7 @@ def documents(root: Path, name: str = "a") -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [3])
-def test_documents_of_every_oddity_are_accounted_for_under_kill_and_other_workers(tmp_path, kills):
+def test_every_odd_document_is_counted_when_preparation_is_killed_and_continued_with_other_workers(tmp_path, kills):
     written = many_documents.write(tmp_path / "in", 1500)
     many_documents.prepare(tmp_path, kills, seed=1)
     many_documents.compare(tmp_path / "out", written)
@@ -60,8 +65,14 @@ LINES = {
 }
 
 
+def test_every_reason_for_an_unusable_document_has_a_test():
+    elsewhere = {account.UNPARSABLE, account.EMPTIED}
+    known = {reason.format(KEY="text", TYPE=kind) for reason in account.FAULTS for kind in ("list", "bool")}
+    assert {*LINES, *elsewhere} == known
+
+
 @pytest.mark.parametrize("reader", ["data_prep.readers.JsonLines", "datatrove.pipeline.readers.JsonlReader"])
-def test_a_line_that_is_of_no_use_is_counted_and_those_after_it_are_read(tmp_path, reader):
+def test_an_unusable_line_is_counted_and_the_lines_after_it_are_read(tmp_path, reader):
     good = list(dict.fromkeys(texts(60, 1)))
     lines = [json.dumps({"text": text}).encode() for text in good]
     lines[10:10] = LINES.values()
@@ -77,7 +88,7 @@ def test_a_line_that_is_of_no_use_is_counted_and_those_after_it_are_read(tmp_pat
 
 
 @pytest.mark.parametrize("reason", LINES)
-def test_more_faults_than_allowed_end_the_preparation_with_the_first_one_named(tmp_path, reason):
+def test_more_faults_than_allowed_stop_the_preparation_and_the_first_is_named(tmp_path, reason):
     write_jsonl(tmp_path / "a" / "0.jsonl", texts(50, 1))
     (tmp_path / "a" / "1.jsonl").write_bytes(b'{"text": "fine"}\n' + LINES[reason] + b"\n")
     with pytest.raises(
@@ -88,7 +99,7 @@ def test_more_faults_than_allowed_end_the_preparation_with_the_first_one_named(t
     assert manifest(tmp_path / "out")["dropped"][reason] == 1
 
 
-def test_what_other_tools_write_is_read_as_it_is_meant(tmp_path):
+def test_json_lines_with_the_variations_of_other_tools_are_read(tmp_path):
     """A byte order mark, Windows' line ends, NaN, huge numbers, blank lines, no line end at the end of the file."""
     good = ["first", "second \u2028 line", "third\r\nwith a line end", "fourth", "fifth"]
     lines = [
@@ -100,7 +111,7 @@ def test_what_other_tools_write_is_read_as_it_is_meant(tmp_path):
     assert manifest(tmp_path / "out")["read"] == 5
 
 
-def test_a_text_at_a_path_of_keys_is_found(tmp_path):
+def test_text_below_nested_keys_is_found(tmp_path):
     lines = [json.dumps({"doc": {"text": text}}) for text in dict.fromkeys(texts(30, 1))]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     build(corpus(tmp_path / "out", {"a": source("data_prep.readers.JsonLines", tmp_path, text_key="doc.text")}))
@@ -133,7 +144,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_file_that_cannot_be_read_to_its_end_is_named_from_any_process(tmp_path, name):
+def test_a_file_that_cannot_be_read_to_its_end_is_named_by_any_process(tmp_path, name):
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / name).write_bytes(BROKEN[name])
@@ -160,7 +171,7 @@ def test_compressed_files_of_several_members_are_read_whole(tmp_path):
 
 
 @pytest.mark.parametrize("reader", ["data_prep.readers.ParquetRows", "datatrove.pipeline.readers.ParquetReader"])
-def test_rows_of_parquet_that_are_of_no_use_are_counted(tmp_path, reader):
+def test_unusable_rows_of_parquet_are_counted(tmp_path, reader):
     good = list(dict.fromkeys(texts(40, 2)))
     values = [*(text.encode() for text in good), None, b"", b"na\xefve"]
     table = pyarrow.table(
@@ -172,7 +183,7 @@ def test_rows_of_parquet_that_are_of_no_use_are_counted(tmp_path, reader):
     assert manifest(tmp_path / "out")["dropped"] == {"null": 1, "empty": 1, "not UTF-8": 1, "duplicate": 0}
 
 
-def test_a_reader_of_datatroves_that_is_not_ours_is_accounted_for_too(tmp_path):
+def test_documents_of_another_reader_of_datatrove_are_counted(tmp_path):
     good = list(dict.fromkeys(texts(40, 2)))
     (tmp_path / "a.csv").write_text("id,text\n" + "".join(f"{n},{text}\n" for n, text in enumerate([*good, "", " "])))
     build(corpus(tmp_path / "out", {"a": source("datatrove.pipeline.readers.CSVReader", tmp_path)}, max_dropped=0.5))
@@ -190,7 +201,7 @@ def test_a_reader_of_datatroves_that_is_not_ours_is_accounted_for_too(tmp_path):
         ("{'text': 'x'}\n".encode("utf-16") * 4, r"none of the first \d+ documents has text: \d+ not UTF-8"),
     ],
 )  # fmt: skip
-def test_a_source_without_text_is_found_before_the_work(tmp_path, content, message):
+def test_a_source_without_text_is_refused_before_anything_is_written(tmp_path, content, message):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "a.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=rf"sources.a: {message}"):
@@ -198,7 +209,7 @@ def test_a_source_without_text_is_found_before_the_work(tmp_path, content, messa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_filter_that_drops_all_is_named(tmp_path):
+def test_a_filter_that_drops_every_document_is_named(tmp_path):
     write_jsonl(tmp_path / "a" / "0.jsonl", texts(30, 1))
     everything = {"_target_": "datatrove.pipeline.filters.RegexFilter", "regex_exp": "."}
     with pytest.raises(
@@ -207,7 +218,7 @@ def test_a_filter_that_drops_all_is_named(tmp_path):
         build(corpus(tmp_path / "out", {"a": jsonl(tmp_path / "a", filters=[everything])}))
 
 
-def test_files_of_other_kinds_and_hidden_ones_are_left_alone_and_linked_folders_are_read_once(tmp_path):
+def test_hidden_files_and_files_of_other_kinds_are_skipped_and_linked_folders_are_read_once(tmp_path):
     folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
     good = list(dict.fromkeys(texts(60, 4)))
     write_jsonl(folder / "a.jsonl", good[:20])
@@ -226,7 +237,7 @@ def test_files_of_other_kinds_and_hidden_ones_are_left_alone_and_linked_folders_
     assert manifest(tmp_path / "out")["dropped"] == {"duplicate": 0}
 
 
-def test_a_pattern_chooses_files_and_a_folder_without_any_says_what_is_there(tmp_path):
+def test_a_pattern_chooses_files_and_an_error_without_any_lists_what_was_found(tmp_path):
     write_jsonl(tmp_path / "in" / "x" / "train.data", ["one", "two", "three"])
     write_jsonl(tmp_path / "in" / "x" / "test.data", ["four"])
     with pytest.raises(
@@ -249,7 +260,7 @@ def test_a_pattern_chooses_files_and_a_folder_without_any_says_what_is_there(tmp
         ({"_target_": "data_prep.readers.Nothing"}, r"sources.a.reader: .*Nothing"),
     ],
 )
-def test_a_source_that_is_not_described_rightly_is_refused_by_its_key(tmp_path, change, message):
+def test_a_wrong_setting_of_a_source_is_refused_with_its_key(tmp_path, change, message):
     write_jsonl(tmp_path / "a" / "0.jsonl", texts(30, 1))
     described = jsonl(tmp_path / "a")
     if "licence" in change:
@@ -261,20 +272,20 @@ def test_a_source_that_is_not_described_rightly_is_refused_by_its_key(tmp_path, 
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "a*", "all", "a b", "ä", ""])
-def test_a_source_whose_name_is_no_name_of_a_folder_is_refused(tmp_path, name):
+def test_a_source_whose_name_cannot_be_a_folder_is_refused(tmp_path, name):
     write_jsonl(tmp_path / "a" / "0.jsonl", texts(30, 1))
     with pytest.raises(ValueError, match=r"sources=.*: expected names of letters"):
         build(corpus(tmp_path / "out", {name: jsonl(tmp_path / "a")}))
 
 
-def test_a_source_whose_name_begins_like_anothers_has_no_part_in_it(tmp_path):
+def test_sources_whose_names_begin_alike_are_counted_apart(tmp_path):
     for number, name in enumerate(("wiki", "wiki-en", "wiki-en-2")):
         write_jsonl(tmp_path / name / "0.jsonl", [f"{text} {number}" for text in texts(30, number)])
     build(corpus(tmp_path / "out", {name: jsonl(tmp_path / name) for name in ("wiki-en", "wiki", "wiki-en-2")}))
     assert all(manifest(tmp_path / "out", name)["dropped"] == {"duplicate": 0} for name in ("wiki", "wiki-en", "wiki-en-2"))
 
 
-def test_the_american_spelling_of_licence_is_taken(tmp_path):
+def test_the_american_spelling_of_licence_is_accepted(tmp_path):
     write_jsonl(tmp_path / "a" / "0.jsonl", texts(30, 1))
     described = jsonl(tmp_path / "a")
     described.licence, described.license = "", "MIT"
@@ -282,7 +293,7 @@ def test_the_american_spelling_of_licence_is_taken(tmp_path):
     assert manifest(tmp_path / "out")["licence"] == "MIT"
 
 
-def test_how_much_is_read_does_not_depend_on_the_workers(tmp_path):
+def test_limit_mb_reads_the_same_text_with_any_number_of_workers(tmp_path):
     for number in range(7):
         write_jsonl(tmp_path / "a" / f"{number}.jsonl", texts(60, number))
     for workers in (1, 3):
@@ -290,16 +301,14 @@ def test_how_much_is_read_does_not_depend_on_the_workers(tmp_path):
     assert stored(tmp_path / "1") == stored(tmp_path / "3")
 
 
-@pytest.mark.parametrize(
-    ("owner", "name"), [(SurveyBucket, "run"), (preparation, "role_ids")], ids=["before the survey", "after the tokenizer"]
-)
-def test_unfinished_work_on_other_settings_leaves_nothing_behind_and_no_shard_is_deleted(tmp_path, monkeypatch, owner, name):
+@pytest.mark.parametrize("name", ["survey_bucket", "role_ids"], ids=["before the survey", "after the tokenizer"])
+def test_unfinished_work_on_other_settings_is_replaced_but_shards_are_never_deleted(tmp_path, monkeypatch, name):
     def die(*arguments, **settings):
         raise KeyboardInterrupt
 
     write_jsonl(tmp_path / "a" / "0.jsonl", texts(100, 1))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(owner, name, die)
+        patch.setattr(preparation, name, die)
         build(corpus(tmp_path / "out", {"a": jsonl(tmp_path / "a")}, buckets=4))
     settings = dict(buckets=1, tokenizer=TokenizerConfig(vocab_size=280, train_mb=1))
     shard = tmp_path / "out" / "a" / "slice-000" / "bucket-00000" / "shard.00000.mds"
@@ -329,7 +338,7 @@ def wordpiece(path: Path, words: list[str]) -> TokenizerConfig:
     return TokenizerConfig(file=str(path))
 
 
-def test_a_tokenizer_that_does_not_know_a_character_is_used_and_what_it_wrote_is_said(tmp_path, caplog):
+def test_the_manifest_counts_special_tokens_and_changed_characters_of_a_given_tokenizer(tmp_path, caplog):
     good = list(dict.fromkeys(texts(60, 1)))
     write_jsonl(tmp_path / "a" / "0.jsonl", [*good, "the \U0001f600 [MASK] fox", "The QUICK Brown Fox"])
     settings = wordpiece(tmp_path / "tokenizer.json", [*sorted(set(" ".join(good).split())), "[", "]", "mask"])
@@ -341,7 +350,7 @@ def test_a_tokenizer_that_does_not_know_a_character_is_used_and_what_it_wrote_is
     assert saved.truncation is None and saved.padding is None
 
 
-def test_what_a_tokenizer_leaves_nothing_of_is_counted(tmp_path):
+def test_a_document_without_a_token_is_counted(tmp_path):
     good = list(dict.fromkeys(texts(60, 1)))
     write_jsonl(tmp_path / "a" / "0.jsonl", [*good, "\u0301\u0302"])
     settings = wordpiece(tmp_path / "tokenizer.json", sorted(set(" ".join(good).split())))
@@ -378,7 +387,7 @@ def test_a_tokenizer_that_cannot_be_used_is_refused_before_anything_is_read(tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_as_much_is_held_out_as_the_standard_error_takes_and_the_rest_is_trained_on(tmp_path):
+def test_as_much_text_is_held_out_as_the_standard_error_needs(tmp_path):
     write_jsonl(tmp_path / "a" / "0.jsonl", texts(2000, 1))
     error = standard_error(3000)
     assert tokens_for(error) == pytest.approx(3000)
@@ -412,8 +421,8 @@ def test_the_smallest_source_has_a_document_held_out_and_one_to_train_on(tmp_pat
 @pytest.mark.parametrize(("document", "expected"), [("line", 4), ("paragraph", 2), ("file", 1)])
 def test_one_file_can_be_many_documents(tmp_path, document, expected):
     (tmp_path / "a.txt").write_bytes(b"first\r\nsecond\r\n \r\nthird\r\nfourth")
-    reader = reader_of("a", source("data_prep.readers.TextReader", tmp_path, document=document))
-    assert [file.path for file in inputs_of("a", reader).files] == ["a.txt"]
+    reader = create_reader("a", source("data_prep.readers.TextReader", tmp_path, document=document))
+    assert [file.path for file in list_inputs("a", reader).files] == ["a.txt"]
     assert len(list(reader.read_file("a.txt"))) == expected
 
 
@@ -443,7 +452,7 @@ def test_marks_stay_in_words_and_a_word_has_one_spelling(script):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_preparing_works_however_processes_are_started(tmp_path, method):
+def test_preparation_works_with_every_start_method_of_processes(tmp_path, method):
     for number in range(4):
         write_jsonl(tmp_path / "in" / f"{number}.jsonl", texts(60, number))
     code = (
@@ -465,7 +474,7 @@ def test_preparing_works_however_processes_are_started(tmp_path, method):
 
 
 @pytest.mark.parametrize(("tokens", "size"), [(10_000, 4096), (3_000_000, 4096), (8_400_000, 16_384), (2e12, 32_768)])
-def test_blocks_are_as_large_as_leaves_the_smallest_source_many(tokens, size):
+def test_the_block_size_depends_on_the_smallest_source(tokens, size):
     assert block_size(tokens) == size
 
 
@@ -475,3 +484,31 @@ def test_a_block_is_the_largest_power_of_two_of_which_a_source_has_512(tokens):
     assert size in (4_096, 8_192, 16_384, 32_768)
     assert size == 4_096 or tokens / size >= 512
     assert size == 32_768 or tokens / (2 * size) < 512
+
+
+SECTION = (ROOT / "docs" / "prepare.md").read_text().partition("## What is left out, cut or changed")[2].partition("\n## ")[0]
+LINES_OF_TABLES = [line for line in SECTION.splitlines() if line.startswith("| ") and "key that changes it" not in line]
+ROWS = [line.strip("| ").split(" | ") for line in LINES_OF_TABLES]
+KEYS = re.findall(r"^- `([\w.]+)`", (ROOT / "docs" / "configuration.md").read_text(), re.M)
+
+
+def test_the_manual_lists_every_name_of_the_accounts():
+    placeholders = {name: name for name in ("KEY", "TYPE", "LIMIT")}
+    reasons = {reason.format(**placeholders) for reason in (*account.FAULTS, account.DUPLICATE, *account.PASSED_OVER)}
+    named = {row[0].strip("`") for row in ROWS if row[0].startswith("`")}
+    counted = {field.name for field in fields(TokenCounts)}
+    assert named - {"limit_mb"} == reasons | counted
+
+
+def test_the_manual_says_where_something_is_left_out_and_by_which_key():
+    for row in ROWS:
+        paths = re.findall(r"`([\w/]+\.py)`", " ".join(row))
+        assert paths and all((ROOT / path).is_file() for path in paths), row
+        for key in re.findall(r"`([a-z][\w.]+)`", row[-1]):
+            assert key == "modernenc.resume" or any(key == known or key.startswith(f"{known}.") for known in KEYS), key
+
+
+def test_the_manual_gives_the_defaults_of_the_code():
+    share, items = OmegaConf.load(CONF_DIR / "prepare.yaml").validation_share, Task.validation_items
+    for default in (f"less than {SHORTEST_DOCSTRING} characters", f"{items:,} are used", f"at most {100 * share:g} %"):
+        assert default in SECTION

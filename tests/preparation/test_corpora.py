@@ -24,7 +24,7 @@ GROUPS = {
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_shipped_file_is_yaml_and_is_said_what_it_is_for(path):
+def test_every_shipped_file_is_yaml_and_has_a_comment_on_its_purpose(path):
     assert OmegaConf.load(path)
     if path.parent == RECIPES_DIR:
         assert path.read_text().startswith("# ")
@@ -70,7 +70,7 @@ def inputs(kind: str, folder: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(path.stem for path in (CONF_DIR / "corpus").glob("*.yaml")))
-def test_every_corpus_is_prepared_by_what_its_comment_says(kind, tmp_path):
+def test_every_corpus_is_prepared_by_the_command_in_its_comment(kind, tmp_path):
     result = command("data_prep", f"+corpus={kind}", f"out={tmp_path / 'out'}", *inputs(kind, tmp_path / "in"))
     assert result.returncode == 0, result.stderr
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
@@ -79,7 +79,7 @@ def test_every_corpus_is_prepared_by_what_its_comment_says(kind, tmp_path):
         assert source["read"] == source["stored"] + sum(source["dropped"].values())
 
 
-def test_what_must_be_given_is_asked_for(tmp_path):
+def test_a_corpus_without_a_tokenizer_asks_for_one(tmp_path):
     result = command("data_prep", "+corpus=base", f"input={tmp_path}", f"out={tmp_path / 'out'}")
     assert result.returncode == 2
     assert result.stderr.endswith("expected more than 261 (bytes and special tokens), or tokenizer.file=PATH\n")

@@ -42,7 +42,7 @@ def test_every_document_is_stored_once_whole_and_shuffled(tmp_path):
     assert not set(found["a/validation"]) & set(found["a/slice-000"] + found["a/slice-001"])
 
 
-def test_the_result_does_not_depend_on_how_the_work_is_shared_out(tmp_path):
+def test_the_result_does_not_depend_on_the_number_of_workers(tmp_path):
     for part in range(4):
         write_jsonl(tmp_path / "a" / f"{part}.jsonl", texts(60, part))
     build(corpus(tmp_path / "one", {"a": jsonl(tmp_path / "a")}, workers=1))
@@ -50,7 +50,7 @@ def test_the_result_does_not_depend_on_how_the_work_is_shared_out(tmp_path):
     assert stored(tmp_path / "one") == stored(tmp_path / "many")
 
 
-def test_a_document_is_held_out_whatever_the_rest_of_the_corpus_is(tmp_path):
+def test_which_documents_are_held_out_does_not_depend_on_the_rest_of_the_corpus(tmp_path):
     write_jsonl(tmp_path / "a" / "0.jsonl", texts(200, 1))
     write_jsonl(tmp_path / "more" / "0.jsonl", texts(200, 1) + texts(300, 5))
     build(corpus(tmp_path / "small", {"a": jsonl(tmp_path / "a")}))
@@ -59,7 +59,7 @@ def test_a_document_is_held_out_whatever_the_rest_of_the_corpus_is(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "text"])
-def test_other_readers(tmp_path, kind):
+def test_parquet_and_plain_text_are_stored_whole(tmp_path, kind):
     documents = list(dict.fromkeys(texts(80, 3)))
     folder = tmp_path / "in"
     folder.mkdir()
@@ -79,7 +79,7 @@ def test_other_readers(tmp_path, kind):
     assert sorted(found["a/slice-000"] + found["a/validation"]) == sorted(documents)
 
 
-def test_filters_drop_with_their_reason(tmp_path):
+def test_documents_dropped_by_filters_are_counted_by_reason(tmp_path):
     write_jsonl(tmp_path / "a" / "0.jsonl", [*texts(100, 1), *(f"{text} FORBIDDEN" for text in texts(20, 2))])
     forbidden = {"_target_": "datatrove.pipeline.filters.RegexFilter", "regex_exp": "FORBIDDEN"}
     build(corpus(tmp_path / "out", {"a": jsonl(tmp_path / "a", filters=[forbidden])}))
@@ -88,7 +88,7 @@ def test_filters_drop_with_their_reason(tmp_path):
     assert manifest["sources"]["a"]["dropped"] == {"regex": 20, "duplicate": 0}
 
 
-def test_the_same_again_does_nothing_and_other_inputs_are_refused(tmp_path, capsys):
+def test_preparing_again_does_nothing_and_other_inputs_are_refused(tmp_path, capsys):
     write_jsonl(tmp_path / "a" / "0.jsonl", texts(100, 1))
     settings = corpus(tmp_path / "out", {"a": jsonl(tmp_path / "a")})
     build(settings)
@@ -102,7 +102,7 @@ def test_the_same_again_does_nothing_and_other_inputs_are_refused(tmp_path, caps
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
 
-def test_an_interrupted_preparation_is_not_a_corpus_and_goes_on(tmp_path, monkeypatch):
+def test_an_interrupted_preparation_is_no_corpus_and_can_be_continued(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "a" / "0.jsonl", texts(100, 1))
     settings = corpus(tmp_path / "out", {"a": jsonl(tmp_path / "a")})
     build(corpus(tmp_path / "whole", {"a": jsonl(tmp_path / "a")}))
@@ -148,7 +148,7 @@ def one_shard(root: Path) -> Path:
     return sorted(root.glob("code/slice-000/bucket-*/*.mds"))[0]
 
 
-def test_a_whole_corpus_is_verified(corpus_root):
+def test_a_whole_corpus_passes_verify(corpus_root):
     verify(corpus_root)
 
 
@@ -177,7 +177,7 @@ def test_a_tokenizer_that_is_not_the_one_that_made_the_ids_is_found(damaged):
         verify(damaged)
 
 
-def test_a_manifest_that_counts_otherwise_is_found(damaged):
+def test_wrong_counts_in_a_manifest_are_found(damaged):
     path = damaged / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["sources"]["code"]["slices"]["slice-000"]["tokens"] += 1
@@ -186,7 +186,7 @@ def test_a_manifest_that_counts_otherwise_is_found(damaged):
         verify(damaged)
 
 
-def test_a_foreign_folder_whose_index_names_absent_files_loses_nothing(tmp_path):
+def test_opening_a_foreign_folder_deletes_no_shard(tmp_path):
     """The stock reader deletes the raw shards of such a folder when it opens it."""
     streaming = pytest.importorskip(
         "streaming", reason="writes a foreign folder with MosaicML streaming: the extra [streaming]"

@@ -169,7 +169,7 @@ def index(rng: random.Random, folder: Path) -> str:
 def shard(rng: random.Random, folder: Path) -> str:
     """A shard, as a run opens it, whose hash finds all damage; and below that hash."""
     from modernenc.data.blocks import Corpus
-    from modernenc.data.mds import Shard
+    from modernenc.data.mds import Shard, header
     from modernenc.data.store import Store
 
     root = copy_of(folder)
@@ -187,7 +187,7 @@ def shard(rng: random.Random, folder: Path) -> str:
     written = {key: value for key, value in entry.items() if key not in ("samples", "raw_data", "zip_data")}
 
     def ours() -> Any:
-        opened = Shard(path, entry["samples"], written)
+        opened = Shard(path, entry["samples"], header(written))
         return [
             [block.tokens.tolist(), block.ends.tolist(), block.continues]
             for block in map(opened.__getitem__, range(entry["samples"]))
@@ -241,21 +241,22 @@ def tokenizer(rng: random.Random, folder: Path) -> str:
 
 def reading(folder: Path, kind: str) -> Any:
     """What our reading keeps of a folder, and how many documents it accounts for."""
-    from data_prep.account import Account
-    from data_prep.buckets import Bucket
+    from data_prep.account import Account, add_up, load_parts
     from data_prep.config import SourceConfig
-    from data_prep.inputs import inputs_of, reader_of
+    from data_prep.inputs import create_reader, list_inputs
     from data_prep.read import Read
+    from data_prep.split import load_bucket
 
     source = SourceConfig(
         reader={"_target_": f"data_prep.readers.{kind}", "data_folder": str(folder / "in")}, licence="x", url="x"
     )
-    files = [file.path for file in inputs_of("a", reader_of("a", source)).files]
+    files = [file.path for file in list_inputs("a", create_reader("a", source)).files]
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)
-    list(Read("a", source, files, work, number=0, buckets=1).run())
-    account = Account.load(work / "accounts" / "000" / "00000.json")
-    kept = sorted(document.text for document in Bucket(work / "buckets" / "00000", ["a"], 0)) if account.kept().total() else []
+    Read("a", source, files, work, number=0, buckets=1)()
+    account = Account(**add_up(load_parts(work / "accounts" / "000")))
+    documents = load_bucket(work / "buckets" / "00000", ["a"], 0)[0] if account.kept().total() else []
+    kept = sorted(document.text for document in documents)
     assert account.read.total() == account.kept().total() + account.dropped().total()
     return kept, account.read.total()
 

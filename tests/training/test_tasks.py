@@ -140,13 +140,13 @@ def test_a_choice_is_a_document_and_its_beginning_is_cut(mixed_run, items):
     source = Choices("next", run.tasks["next"], corpus, run.seed, validation=True)
     assert len(source.items) == 20
     item = source.items[0]
-    choices = source.encoded(item)
+    choices = source.encode(item)
     batch = source.collate([choices], [item.label], 0).unpadded()
     starts = batch.cu_seqlens[:-1].tolist()
     assert batch.target_positions.tolist() == starts and len(starts) == 4
     assert (batch.input_ids[starts] == corpus.roles.cls).all()
     assert (batch.input_ids[batch.cu_seqlens[1:].long() - 1] == corpus.roles.sep).all()
-    long = source.encoded(item._replace(context=" ".join(["graph"] * 90) + " end", endings=("a", "b b b", "c " * 200, "d")))
+    long = source.encode(item._replace(context=" ".join(["graph"] * 90) + " end", endings=("a", "b b b", "c " * 200, "d")))
     assert all(choice.cut and len(choice.context) + len(choice.ending) == 29 for choice in long)
     tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))
     whole = tokenizer.encode(" ".join(["graph"] * 90) + " end", add_special_tokens=False).ids
