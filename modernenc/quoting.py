@@ -19,8 +19,8 @@ _MEANT_FOR_HYDRA = re.compile(r"[\[{'\"]|\w+\(")
 def quoted(arguments: Sequence[str]) -> list[str]:
     """Return the arguments of a Hydra program with quotes around the values that it could not parse without them.
 
-    Values that it can parse stay unchanged; a mapping gets the `+` that lets it bring new keys. Raises ValueError for an argument that quotes cannot repair, or that has several
-    meanings: a list, a dict, a sweep.
+    Values that it can parse stay unchanged; a mapping gets the `+` that lets it bring new keys. Raises ValueError for an
+    argument that quotes cannot repair, or that has several meanings: a list, a dict, a sweep.
     """
     parser = OverridesParser.create()
     sweeps = bool({"--multirun", "-m"} & set(arguments))

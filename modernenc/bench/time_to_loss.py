@@ -35,7 +35,7 @@ from modernenc.hugging_face import converter_of
 from modernenc.hugging_face.tokenizer import pretrained_tokenizer
 from modernenc.model.build import build_objectives
 from modernenc.objectives import Objectives
-from modernenc.training.recorder import MetricsWriter
+from modernenc.training.recorder import ValidationWriter
 
 ROW, ROWS = 512, 4
 """Row length of the Trainer in tokens, and its rows per step."""
@@ -135,8 +135,8 @@ class ClockedValidator(Validator, L.Callback):
     training: Training
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        (recorder,) = (callback for callback in cast(Any, trainer).callbacks if isinstance(callback, MetricsWriter))
-        recorder.validator = self
+        (writer,) = (callback for callback in cast(Any, trainer).callbacks if isinstance(callback, ValidationWriter))
+        writer.validator = self
 
     def scores(self, objectives: Objectives, phase: str) -> list[Score]:
         scores: list[Score] = []
