@@ -160,6 +160,8 @@ class Data:
     """Settings that were 0 and were chosen by the corpus; filled in by the program, for readers of config.yaml."""
     workers: Annotated[int, Literal[0, 1]] = field(default=MISSING, metadata=_RESUMABLE)
     """Loader processes per rank: 0 or 1. The data do not depend on it."""
+    loader_timeout_s: Annotated[float, Gt(0)] = field(default=900, metadata=_RESUMABLE)
+    """Seconds without a step from the loader process after which the run ends: longer than all tries of a remote take."""
     hint: str = field(
         default="prepare it with: python -m data_prep +corpus=jsonl input=DIR out=data/NAME sources.text.licence=LICENCE",
         metadata=_RESUMABLE,

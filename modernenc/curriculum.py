@@ -204,6 +204,11 @@ def reads_text(phase: Phase) -> bool:
     return MASKED_LM in objectives_of(phase)
 
 
+def sources_of(run: Run) -> list[str]:
+    """Return the sources that a run reads, each of which is validated."""
+    return sorted({name.partition("/")[0] for phase in run.phases.values() for name, share in phase.mix.items() if share})
+
+
 def cycle_tokens(phase: Phase, tasks: dict[str, Task]) -> dict[str, int]:
     """Return the row capacity of each objective in one cycle of full steps."""
     sizes = {name: task.batch_items * CHOICES * task.seq_len for name, task in tasks.items()}

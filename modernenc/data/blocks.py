@@ -52,9 +52,10 @@ class Shards:
     when it does not match.
     """
 
-    def __init__(self, store: Store, folder: str) -> None:
+    def __init__(self, store: Store, folder: str, vocab_size: int = 1 << 32) -> None:
         self.store = store
         self.folder = folder
+        self.vocab_size = vocab_size
         self.where = store.where(folder)
         """Address of the folder for messages."""
         content = store.file(f"{folder}/{INDEX}").read_bytes()
@@ -72,12 +73,19 @@ class Shards:
         return sum(self.sizes)
 
     def read(self, shard: int, index: int) -> Block:
-        """Return the block at position `index` of shard number `shard`."""
+        """Return the block at position `index` of shard number `shard`; ValueError names both if its content is no text."""
         if shard not in self._opened:
             self.check(shard)
             entry = self._entries[shard]
             self._opened[shard] = Shard(self.store.path(entry.name), entry.samples, entry.header)
-        return self._opened[shard][index]
+        block = self._opened[shard][index]
+        whole = len(block.ends) and len(block.tokens) and block.ends[-1] == len(block.tokens)
+        if not whole or (np.diff(block.ends.astype(np.int64), prepend=0) <= 0).any() or block.tokens.max() >= self.vocab_size:
+            raise ValueError(
+                f"{self.store.path(self._entries[shard].name)}: block {index} holds documents without tokens, or tokens beyond "
+                f"the vocabulary of {self.vocab_size}; {REMEDY}"
+            )
+        return block
 
     def check(self, shard: int) -> None:
         """Compare a shard's hash with the index, after fetching a remote one; raises ValueError when they differ."""
@@ -175,6 +183,9 @@ class Corpus:
         self.manifest: dict[str, Any] = parse(self._manifest, _MANIFEST, store.where(MANIFEST), REMEDY)
         self.sources: dict[str, dict[str, Any]] = self.manifest["sources"]
         """The entry of each source in the manifest."""
+        for name in [*self.sources, *(one for source in self.sources.values() for one in source["slices"])]:
+            if "/" in name or name in ("", ".", ".."):
+                raise ValueError(f"{store.where(MANIFEST)} names {name}, which is no folder of it; {REMEDY}")
         self.block_tokens: int = self.manifest["block_tokens"]
         self._tokenizer = self.manifest["tokenizer"]
         self.vocab_size: int = self._tokenizer["vocab_size"]
@@ -246,7 +257,7 @@ class Corpus:
         Raises the errors of `Shards`, and ValueError when the number of blocks is not the one in the manifest.
         """
         if folder not in self._opened:
-            shards, expected = Shards(self.store, folder), self.counts(folder)["blocks"]
+            shards, expected = Shards(self.store, folder, self.vocab_size), self.counts(folder)["blocks"]
             if len(shards) != expected:
                 raise ValueError(f"{shards.where}/{INDEX} has {len(shards)} blocks, but {MANIFEST} says {expected}; {REMEDY}")
             self._opened[folder] = shards

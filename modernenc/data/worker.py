@@ -31,7 +31,8 @@ _DONE, _ENDED = "done", "ended"
 class StepLoader:
     """An iterable of whole steps, made in this process (`workers=0`) or ahead of it in another one (`workers=1`).
 
-    Iterating raises what making the steps raises, and ChildProcessError when the loader process ends before its time.
+    Iterating raises what making the steps raises, ChildProcessError when the loader process ends before its time, and
+    TimeoutError when it gives nothing for `data.loader_timeout_s`.
     """
 
     def __init__(self, steps: Steps, workers: int, pin_memory: bool) -> None:
@@ -49,12 +50,16 @@ class StepLoader:
     def __iter__(self) -> Iterator[Step]:
         """Yield the steps."""
         if self.workers:
-            return _receive_steps(self.steps, torch.cuda.current_device() if self.pin_memory else None)
+            pin_for = torch.cuda.current_device() if self.pin_memory else None
+            return _receive_steps(self.steps, pin_for, self.steps.run.data.loader_timeout_s)
         return (step.pin_memory() for step in self.steps) if self.pin_memory else iter(self.steps)
 
 
-def _receive_steps(steps: Steps, pin_for: int | None) -> Iterator[Step]:
-    """Start a loader process and yield its steps, pinned for the CUDA device `pin_for` if there is one."""
+def _receive_steps(steps: Steps, pin_for: int | None, timeout_s: float) -> Iterator[Step]:
+    """Start a loader process and yield its steps, pinned for the CUDA device `pin_for` if there is one.
+
+    Raises TimeoutError if it gives none for `timeout_s`.
+    """
     reads, writes = multiprocessing.Pipe(duplex=False)
     worker = multiprocessing.Process(target=_send_steps, args=(steps, reads, writes), name="loader", daemon=True)
     # A signal to stop is meant for the trainer alone: if the worker ended first, the run would take that for a failure. The
@@ -70,7 +75,7 @@ def _receive_steps(steps: Steps, pin_for: int | None) -> Iterator[Step]:
     room = threading.Semaphore(_AHEAD)
     threading.Thread(target=_fill_queue, args=(reads, received, room, pin_for), name="loader", daemon=True).start()
     try:
-        while isinstance(item := received.get(), Step):
+        while isinstance(item := received.get(timeout=timeout_s), Step):
             room.release()
             yield item
         if isinstance(item, Exception):
@@ -78,6 +83,11 @@ def _receive_steps(steps: Steps, pin_for: int | None) -> Iterator[Step]:
         if item == _ENDED:
             worker.join(10)
             raise ChildProcessError(_death_message(worker.exitcode))
+    except queue.Empty:
+        raise TimeoutError(
+            f"data.loader_timeout_s={timeout_s:g}: the loader process gave no step for so long, as when a disk or a network does "
+            "not answer; raise it, or train with data.workers=0 to see where it waits"
+        ) from None
     finally:
         worker.kill()
         worker.join(10)

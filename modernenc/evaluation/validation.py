@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from modernenc.config import Run
-from modernenc.curriculum import items_per_micro_batch, objectives_of
+from modernenc.curriculum import items_per_micro_batch, objectives_of, sources_of
 from modernenc.data.batch import MicroBatch
 from modernenc.data.blocks import VALIDATION, Corpus
 from modernenc.data.choices import Choices
@@ -38,11 +38,6 @@ class Score:
         """Return the score that follows from the sums of losses, of correct answers and of all answers."""
         loss, correct, targets = sums.tolist()
         return cls(source, seq_len, mask_ratio, loss / max(1, targets), correct / max(1, targets), int(targets))
-
-
-def sources_of(run: Run) -> list[str]:
-    """Return the sources that a run reads, each of which is validated."""
-    return sorted({name.partition("/")[0] for phase in run.phases.values() for name, share in phase.mix.items() if share})
 
 
 def settings_of(run: Run, phase: str) -> list[tuple[int, float]]:

@@ -8,13 +8,16 @@ from typing import Any, get_type_hints
 
 from modernenc import ranges
 from modernenc.config import Run
-from modernenc.curriculum import Curriculum, reads_text
-from modernenc.data.blocks import Corpus
+from modernenc.curriculum import Curriculum, reads_text, sources_of
+from modernenc.data.blocks import VALIDATION, Corpus
 from modernenc.planning.devices import DEVICES
 
 
 def check_run(run: Run) -> tuple[Curriculum, Corpus]:
-    """Return the curriculum and the corpus of a run; ValueError or FileNotFoundError names what it cannot train with."""
+    """Return the curriculum and the corpus of a run; ValueError or FileNotFoundError names what it cannot train with.
+
+    Every index that training and validation read is opened, with its shards' sizes, and so is the tokenizer.
+    """
     curriculum = check_settings(run)
     corpus = Corpus.of(run.data)
     if corpus.vocab_size > run.backbone["vocab_size"]:
@@ -33,12 +36,16 @@ def check_run(run: Run) -> tuple[Curriculum, Corpus]:
         if not reads_text(phase):
             continue
         for path in corpus.slices(phase.mix, f"phases.{name}.mix"):
+            corpus.open(path)
             blocks = corpus.counts(path)["blocks"]
             if blocks < run.data.lanes:
                 raise ValueError(
                     f"data.lanes={run.data.lanes} exceeds the {blocks} blocks of {path} in phases.{name}.mix; "
                     f"use fewer lanes, as data.lanes=0 does, or prepare with smaller blocks than {corpus.block_tokens} tokens"
                 )
+    for source in sources_of(run):
+        corpus.open(f"{source}/{VALIDATION}")
+    _ = corpus.tokenizer_file
     return curriculum, corpus
 
 
@@ -72,6 +79,12 @@ def _check_combinations(run: Run) -> None:
     """Raise ValueError for a setting that is legal by itself and not beside another, or that this installation lacks."""
     if run.estimate.device not in ("", *DEVICES):
         raise ValueError(f"estimate.device={run.estimate.device}: expected one of {', '.join(DEVICES)}, or nothing")
+    tries = 3 * run.data.timeout_s + 10
+    if run.data.workers and "://" in run.data.root and run.data.loader_timeout_s < tries:
+        raise ValueError(
+            f"data.loader_timeout_s={run.data.loader_timeout_s:g}: a read of {run.data.root} may take {tries:g} seconds, three "
+            "times data.timeout_s and the pauses; expected more"
+        )
     if run.init.unigram and not any(reads_text(phase) for phase in run.phases.values()):
         raise ValueError("init.unigram=True: expected false where no phase reads text")
     if run.trainer.strategy == "fsdp" and str(run.optim.get("_target_")).endswith(".muon"):

@@ -6,7 +6,6 @@ from pathlib import Path
 from modernenc.config import Run, from_plain
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
-from modernenc.data.loader import open_mixes
 from modernenc.model.init_source import check_source, read_source
 from modernenc.planning.branch import branched
 from modernenc.planning.checks import check_run, check_settings
@@ -42,7 +41,6 @@ def _check_with(corpus: Corpus, run: Run) -> tuple[Run, list[str]]:
     A branch is returned with the finished phases of its checkpoint.
     """
     check_run(run)
-    open_mixes(run, corpus)
     if run.branch_from:
         return from_plain(branched(run, corpus).run), []
     return run, check_init(run, corpus)

@@ -11,11 +11,11 @@ from rich.table import Table
 
 from modernenc.cli import recipe
 from modernenc.config import Phase, Run, differences, plain
-from modernenc.curriculum import MASKED_LM, Curriculum, reads_text
+from modernenc.curriculum import MASKED_LM, Curriculum, reads_text, sources_of
 from modernenc.data import choices
 from modernenc.data.blocks import VALIDATION, Corpus
 from modernenc.evaluation.standard_error import standard_error
-from modernenc.evaluation.validation import settings_of, sources_of
+from modernenc.evaluation.validation import settings_of
 from modernenc.planning.checks import check_settings
 from modernenc.planning.estimate import parameters
 from modernenc.planning.resolve import resolve

@@ -7,7 +7,6 @@ from pathlib import Path
 from modernenc.config import Run, from_plain
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
-from modernenc.data.loader import open_mixes
 from modernenc.planning.branch import branched
 from modernenc.planning.checks import check_settings
 from modernenc.planning.model_checks import check_backbone, check_init, check_optim
@@ -33,7 +32,6 @@ def start(run: Run, curriculum: Curriculum, corpus: Corpus, numbered: bool) -> N
     check_optim(run)
     if not run.branch_from:
         check_init(run, corpus)
-    open_mixes(run, corpus)
     run = _with_absolute_paths(run, corpus)
     parent = Path(run.branch_from).resolve()
     checkpoint, event = None, Event("start")
