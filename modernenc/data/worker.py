@@ -85,8 +85,8 @@ def _receive_steps(steps: Steps, pin_for: int | None, timeout_s: float) -> Itera
             raise ChildProcessError(_death_message(worker.exitcode))
     except queue.Empty:
         raise TimeoutError(
-            f"data.loader_timeout_s={timeout_s:g}: the loader process gave no step for so long, as when a disk or a network does "
-            "not answer; raise it, or train with data.workers=0 to see where it waits"
+            f"data.loader_timeout_s={timeout_s:g}: the loader process gave no step for so long, as when a disk or a network "
+            "does not answer; raise it, or train with data.workers=0 to see where it waits"
         ) from None
     finally:
         worker.kill()

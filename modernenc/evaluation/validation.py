@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from modernenc.config import Run
 from modernenc.curriculum import items_per_micro_batch, objectives_of, sources_of
@@ -123,11 +125,20 @@ class Validator:
 
 @torch.no_grad()
 def _sum_over(model: Objectives | MaskedLM, batches: Iterable[MicroBatch]) -> torch.Tensor:
-    """Return the sums of losses, of correct answers and of all answers over batches."""
+    """Return the sums of losses, of correct answers and of all answers over batches.
+
+    Ranks that hold the whole model share the batches. Where each holds a part (FSDP2), all must run every forward pass.
+    """
     device = next(model.parameters()).device
     sums = torch.zeros(3, dtype=torch.float64)
-    for batch in batches:
+    shared = torch.distributed.is_initialized() and not isinstance(model, FSDPModule)
+    rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if shared else (0, 1)
+    for batch in islice(batches, rank, None, ranks):
         batch = batch.to(device)
         loss, correct = model(batch)
         sums += torch.tensor([loss.item(), correct.item(), len(batch.targets)], dtype=torch.float64)
-    return sums
+    if ranks == 1:
+        return sums
+    sums = sums.to(device)
+    torch.distributed.all_reduce(sums)
+    return sums.cpu()
