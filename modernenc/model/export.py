@@ -44,7 +44,7 @@ def export(paths: Sequence[Path], out: Path, average_by: str | None = None) -> f
     model.save_pretrained(partial)
     pretrained_tokenizer(corpus, run.backbone["max_position"]).save_pretrained(partial)
     difference = logit_difference(objective, converter_of(objective.backbone).load(partial), corpus.vocab_size)
-    if difference > TOLERANCE:
+    if not difference <= TOLERANCE:  # which a difference that is no number is not either
         raise ValueError(f"{partial}: its logits differ from the checkpoint's by {difference:.1e}; not exported")
     os.replace(partial, out)
     return difference
