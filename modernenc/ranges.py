@@ -33,7 +33,9 @@ def check(key: str, kind: Any, value: Any) -> None:
     elif get_origin(kind) is dict and isinstance(value, dict):
         for name, item in value.items():
             check(f"{key}.{name}", get_args(kind)[1], item)
-    elif get_origin(kind) is list and isinstance(value, list):
+    elif get_origin(kind) is list:
+        if not isinstance(value, list):
+            raise ValueError(f"{key}={value}: expected a list")
         for number, item in enumerate(value):
             check(f"{key}[{number}]", get_args(kind)[0], item)
     elif kind in _NUMBERS:

@@ -1,11 +1,12 @@
-"""The shape annotations of jaxtyping, for code that also runs where jaxtyping is not installed.
+"""Annotations of shapes and ranges, for code that also runs where jaxtyping and annotated-types are not installed.
 
-An exported MEGA carries its code along (`modernenc.hugging_face.remote_code`); without jaxtyping the shapes are ignored.
+An exported MEGA carries its code along (`modernenc.hugging_face.remote_code`); there they have no effect.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 try:
+    from annotated_types import Ge, Gt, Interval, MultipleOf
     from jaxtyping import Bool, Float, Int
 except ImportError:
 
@@ -14,5 +15,11 @@ except ImportError:
             return item[0]
 
     Bool = Float = Int = _Any
+    Ge = Gt = Interval = MultipleOf = lambda *bounds, **more_bounds: None
 
-__all__ = ["Bool", "Float", "Int"]
+Count = Annotated[int, Ge(1)]
+Even = Annotated[int, Ge(2), MultipleOf(2)]
+Positive = Annotated[float, Gt(0)]
+DropoutRate = Annotated[float, Interval(ge=0, lt=1)]
+
+__all__ = ["Bool", "Count", "DropoutRate", "Even", "Float", "Int", "Positive"]

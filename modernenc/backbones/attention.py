@@ -8,6 +8,8 @@ Device and precision alone decide which one is used; `select_backend` names it.
 """
 
 import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -22,7 +24,7 @@ _HAS_FLASH = importlib.util.find_spec("flash_attn") is not None  # a constant, s
 
 
 class VarlenInfo:
-    """Where documents begin and end, on the device of the tokens, and what the backends derive from it once per batch."""
+    """The ends of packed documents on the device of the tokens, and what the backends derive from them once per batch."""
 
     def __init__(self, cu_seqlens: Int[Tensor, " docs_plus_1"], max_seqlen: int, tokens: int, device: torch.device) -> None:
         self.cu_seqlens = cu_seqlens if cu_seqlens.device == device else to_device(cu_seqlens.numpy(), device)
@@ -49,46 +51,43 @@ def select_backend(device: torch.device, dtype: torch.dtype) -> str:
     return "flash" if _HAS_FLASH else "varlen"
 
 
-def attention(
-    qkv: Float[Tensor, "tokens 3 heads head_dim"], rotation: Rotation, varlen_info: VarlenInfo, window: int | None
-) -> Float[Tensor, "tokens heads head_dim"]:
+QKV = Float[Tensor, "tokens 3 heads head_dim"]
+Attended = Float[Tensor, "tokens heads head_dim"]
+
+
+def attention(qkv: QKV, rotation: Rotation, varlen_info: VarlenInfo, window: int | None) -> Attended:
     """Rotate queries and keys, then attend within each document, to at most `window` tokens on each side, or to all if None."""
     return BACKENDS[select_backend(qkv.device, qkv.dtype)](qkv, rotation, varlen_info, window)
 
 
-def flash(
-    qkv: Float[Tensor, "tokens 3 heads head_dim"], rotation: Rotation, varlen_info: VarlenInfo, window: int | None
-) -> Float[Tensor, "tokens heads head_dim"]:
-    """Attention by flash-attn's kernel: Dao 2023, arXiv:2307.08691."""
+def flash(qkv: QKV, rotation: Rotation, varlen_info: VarlenInfo, window: int | None) -> Attended:
+    """Compute attention by flash-attn's kernel: Dao 2023, arXiv:2307.08691."""
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
-    q, k, v = qkv.unbind(1)
-    ends, longest = varlen_info.cu_seqlens, varlen_info.max_seqlen
-    sides = (-1, -1) if window is None else (window, window)
     strict = torch.are_deterministic_algorithms_enabled()  # torch's own kernels look at this themselves
-    q, k = rotate(q, rotation), rotate(k, rotation)
-    return flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, window_size=sides, deterministic=strict)
+    return _call_kernel(flash_attn_varlen_func, qkv, rotation, varlen_info, window, deterministic=strict)
 
 
-def varlen(
-    qkv: Float[Tensor, "tokens 3 heads head_dim"], rotation: Rotation, varlen_info: VarlenInfo, window: int | None
-) -> Float[Tensor, "tokens heads head_dim"]:
-    """Attention by the kernel that comes with torch."""
+def varlen(qkv: QKV, rotation: Rotation, varlen_info: VarlenInfo, window: int | None) -> Attended:
+    """Compute attention by the kernel that comes with torch."""
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = qkv.unbind(1)
-    ends, longest = varlen_info.cu_seqlens, varlen_info.max_seqlen
-    sides = (-1, -1) if window is None else (window, window)
-    out = varlen_attn(rotate(q, rotation), rotate(k, rotation), v, ends, ends, longest, longest, window_size=sides)
-    assert isinstance(out, Tensor)
-    return out
+    return _call_kernel(varlen_attn, qkv, rotation, varlen_info, window)
 
 
-def tiled(
-    qkv: Float[Tensor, "tokens 3 heads head_dim"], rotation: Rotation, varlen_info: VarlenInfo, window: int | None
-) -> Float[Tensor, "tokens heads head_dim"]:
-    """Attention by plain matrix products."""
+def tiled(qkv: QKV, rotation: Rotation, varlen_info: VarlenInfo, window: int | None) -> Attended:
+    """Compute attention by plain matrix products."""
     return tiled_attention(qkv, rotation.cos, rotation.sin, varlen_info.tiles(window, qkv.dtype))
 
 
 BACKENDS = {"flash": flash, "varlen": varlen, "tiled": tiled}
+
+
+def _call_kernel(
+    kernel: Callable[..., Any], qkv: QKV, rotation: Rotation, varlen_info: VarlenInfo, window: int | None, **settings: bool
+) -> Attended:
+    q, k, v = qkv.unbind(1)
+    ends, longest = varlen_info.cu_seqlens, varlen_info.max_seqlen
+    sides = (-1, -1) if window is None else (window, window)
+    q, k = rotate(q, rotation), rotate(k, rotation)
+    return kernel(q, k, v, ends, ends, longest, longest, window_size=sides, **settings)

@@ -1,4 +1,4 @@
-"""What may be known of a backbone besides its forward pass."""
+"""The facts about a backbone that other parts of the package need besides its forward pass."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ class Description:
     resizable: frozenset[str] = frozenset()
     """Arguments that may differ from those of a model whose weights it starts from: sizes, and what no logit depends on."""
     backend: Callable[[torch.device, torch.dtype], str] = lambda device, dtype: "attention backend of its own"
-    """Which of several equal implementations it takes on a device and in a precision, for the log."""
+    """The name of the implementation, among several equal ones, for a device and a precision; it is logged."""
 
     def split_sizes(self, name: str) -> Sequence[int]:
         """Return the rows of each matrix stacked in the named weight; empty if it is a single one."""

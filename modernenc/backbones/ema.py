@@ -1,4 +1,4 @@
-"""Multi-dimensional damped EMA in both directions, restarted at each document: Ma et al. 2022, arXiv:2209.10655, equation 2.
+"""Multi-dimensional damped EMA in both directions, restarted at each document: Ma et al. 2022, arXiv:2209.10655, section 3.1.
 
 Every channel x of the input drives some scalar states h, in the paper's symbols
 
@@ -8,11 +8,8 @@ with alpha and delta in (0, 1): how much of the input enters, and how much of th
 input but through this sum, so y is a convolution of x with the kernel k[l] = sum over states of gain q^l, where
 q = 1 - alpha delta and gain = alpha beta eta. An encoder runs it in both directions and adds the two.
 
-Three backends with equal results, all in fp32:
-
-- `scan`: segments of 64 tokens by matrix products, and states passed from segment to segment. Linear in length, the default.
-- `fft`: each document by a circular convolution.
-- `recurrence`: the definition, token by token.
+`scan` computes it in fp32, at a cost that is linear in length: by matrix products inside segments of 64 tokens, and by states
+that pass from segment to segment.
 """
 
 import math
@@ -39,12 +36,11 @@ class EMACoefficients(NamedTuple):
 class MultiDimensionDampedEMA(nn.Module):
     """`silu(EMA(x) + omega x)`; parameter names and initial values are those of transformers' MEGA.
 
-    `states` is the number of states per channel and direction, the paper's h. `backend` is one of `BACKENDS`.
+    `states` is the number of states per channel and direction, the paper's h.
     """
 
-    def __init__(self, hidden_size: int, states: int, backend: str = "scan") -> None:
+    def __init__(self, hidden_size: int, states: int) -> None:
         super().__init__()
-        self.backend = backend
         self.damping_factor = nn.Parameter(torch.empty(2 * hidden_size, states, 1))  # alpha, before its sigmoid
         self.decay_factor = nn.Parameter(torch.empty(2 * hidden_size, states, 1))  # delta, before its sigmoid
         self.ema_expansion_matrix = nn.Parameter(torch.empty(2 * hidden_size, states, 1))  # beta
@@ -67,7 +63,7 @@ class MultiDimensionDampedEMA(nn.Module):
         """Return the output in fp32 at least: powers of a q next to 1 need it, whatever the precision of the input."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-            ema = BACKENDS[self.backend](x, self.coefficients(x.dtype), documents)
+            ema = scan(x, self.coefficients(x.dtype), documents)
             return F.silu(ema + x * self.residual_weight.to(x.dtype))
 
     def coefficients(self, dtype: torch.dtype) -> EMACoefficients:
@@ -109,44 +105,6 @@ def scan(x: Float[Tensor, "tokens hidden"], ema: EMACoefficients, documents: Doc
         out.register_hook(Tensor.contiguous)
     flat = out.permute(2, 1, 0).reshape(-1, x.shape[1])
     return flat if documents.slot is None else flat.index_select(0, documents.slot)
-
-
-def fft(x: Float[Tensor, "tokens hidden"], ema: EMACoefficients, documents: Documents) -> Float[Tensor, "tokens hidden"]:
-    """Convolve each document in the frequency domain, with the kernels of both directions laid on one ring."""
-    longest = -(-max(documents.lengths) // SEGMENT)
-    # q^l with l = 64 a + b is q^(64 a) q^b: a small matrix product in place of an exponential per state and distance.
-    within, between = (torch.arange(count, device=x.device) * step for count, step in ((SEGMENT, 1), (longest, SEGMENT)))
-    fine = (ema.log_decay[..., None] * within).exp()
-    coarse = ema.gain[..., None] * (ema.log_decay[..., None] * between).exp()
-    back, ahead = (coarse.transpose(-1, -2) @ fine).flatten(-2)  # each (hidden, longest x SEGMENT)
-    outs = []
-    for document in x.split(documents.lengths):
-        length = len(document)
-        size = 1 << (2 * length - 2).bit_length()  # a power of two, at least 2 length - 1, so that nothing wraps around
-        gap = back.new_zeros(back.shape[0], size - 2 * length + 1)
-        ring = torch.cat((back[:, :1] + ahead[:, :1], back[:, 1:length], gap, ahead[:, 1:length].flip(-1)), dim=-1)
-        spectrum = torch.fft.rfft(document.T, n=size) * torch.fft.rfft(ring)
-        outs.append(torch.fft.irfft(spectrum, n=size)[:, :length].T)
-    return torch.cat(outs)
-
-
-def recurrence(x: Float[Tensor, "tokens hidden"], ema: EMACoefficients, documents: Documents) -> Float[Tensor, "tokens hidden"]:
-    """Follow the definition token by token, with alpha, beta and eta multiplied into one gain at the output."""
-    change = ema.log_decay.expm1()  # q - 1, which keeps the bits that q next to 1 would lose
-    outs = []
-    for document in x.split(documents.lengths):
-        sums = []
-        for direction, tokens in enumerate((document, document.flip(0))):
-            state, out = torch.zeros_like(change[direction]), []
-            for token in tokens:
-                state = state + (change[direction] * state + token[:, None])
-                out.append((ema.gain[direction] * state).sum(-1))
-            sums.append(torch.stack(out))
-        outs.append(sums[0] + sums[1].flip(0))
-    return torch.cat(outs)
-
-
-BACKENDS = {"scan": scan, "fft": fft, "recurrence": recurrence}
 
 
 def _to_segments(x: Tensor, documents: Documents) -> Tensor:

@@ -1,16 +1,17 @@
-"""MEGA's gated attention: equations 5 to 17 of Ma et al. 2022, arXiv:2209.10655, and the two relative biases that it takes.
+"""MEGA's gated attention: Ma et al. 2022, arXiv:2209.10655, section 3.2, and the two relative biases that it takes.
 
-With x the normalised input and stream the input itself, in the paper's symbols (`*` is elementwise):
+With x the normalised input and X the input itself, in the paper's symbols (`*` is elementwise). The numbers are those of
+Megalodon (arXiv:2404.08801), whose appendix A restates these equations:
 
-    x'    = EMA(x)                                           (5)
-    z     = silu(x' W_z + b_z)               shared          (6)
-    q, k  = kappa_q * z + mu_q, kappa_k * z + mu_k           (7, 8)
-    v     = silu(x W_v + b_v)                                (9)
-    o     = softmax(q k^T / tau + bias) v    within a chunk  (10)
-    gamma = silu(x' W_gamma + b_gamma)       reset gate      (11)
-    phi   = sigmoid(x' W_phi + b_phi)        update gate     (12)
-    h     = silu(x' W_h + (gamma * o) U_h + b_h)  candidate  (13)
-    y     = phi * h + (1 - phi) * stream                     (14)
+    x'    = EMA(x)                                           (12)
+    z     = silu(x' W_z + b_z)               shared          (13)
+    q, k  = kappa_q * z + mu_q, kappa_k * z + mu_k           (14, 15)
+    v     = silu(x W_v + b_v)                                (16)
+    o     = softmax(q k^T / tau + bias) v    within a chunk  (17)
+    gamma = silu(x' W_gamma + b_gamma)       reset gate      (18)
+    phi   = sigmoid(x' W_phi + b_phi)        update gate     (19)
+    h     = silu(x' W_h + (gamma * o) U_h + b_h)  candidate  (20)
+    y     = phi * h + (1 - phi) * X                          (21)
 """
 
 import math
@@ -77,7 +78,7 @@ class GatedAttention(nn.Module):
         o = select_positions(self.attend(F.silu(z), v, chunks), positions)
         stream = select_positions(stream, positions)
         candidate = F.silu(candidate_input + self.h_proj(o * F.silu(gamma)))
-        # Equation 14 as stream + phi (h - stream), one fused operation.
+        # Equation 21 as X + phi (h - X), one fused operation.
         return torch.addcmul(stream, phi.sigmoid(), self.dropout(candidate) - stream)
 
     def _project(self, x_ema: Tensor, positions: Tensor | None) -> Sequence[Tensor]:
@@ -95,7 +96,7 @@ class GatedAttention(nn.Module):
     def attend(
         self, z: Float[Tensor, "tokens shared"], v: Float[Tensor, "tokens values"], chunks: Buckets
     ) -> Float[Tensor, "tokens values"]:
-        """Let each token attend to its chunk: equation 10."""
+        """Let each token attend to its chunk: equation 17."""
         # Autocast would take softmax to fp32 and back, at three times the cost.
         with torch.autocast(v.device.type, enabled=False):
             buckets = zip(chunks.gather(z), chunks.gather(v), chunks.valid, chunks.shortest, strict=True)
@@ -120,7 +121,10 @@ class GatedAttention(nn.Module):
         return scores.softmax(-1)
 
     def _query_and_key(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and shift z to queries and keys: equations 7 and 8; normalised, Megalodon's equation 11 (arXiv:2404.08801)."""
+        """Scale and shift z to queries and keys, equations 14 and 15; or normalise it first, Megalodon's equations 6 to 8.
+
+        kappa is then stored less 1, as Megalodon stores the scales of its norms; unlike there, z keeps its SiLU.
+        """
         kappa, mu = self.qk_weight.to(z.dtype), self.qk_bias.to(z.dtype)
         if self.normalize_attention:
             z, kappa = F.normalize(z, dim=-1), kappa + 1
@@ -128,7 +132,7 @@ class GatedAttention(nn.Module):
 
 
 class SimpleBias(nn.Module):
-    """One learned number per distance."""
+    """One learned number per distance of two tokens."""
 
     def __init__(self, chunk_size: int, max_position: int, width: int) -> None:
         super().__init__()
@@ -158,7 +162,7 @@ class RotaryBias(nn.Module):
         half = self.alpha.shape[1] // 2
         frequencies = torch.exp(torch.arange(half, device=self.alpha.device) * (-math.log(10_000) / half))
         angles = torch.outer(torch.arange(length, device=self.alpha.device), frequencies)
-        return _rotated(self.alpha, angles) @ _rotated(self.b_param, angles).T
+        return _rotate(self.alpha, angles) @ _rotate(self.b_param, angles).T
 
 
 BIASES = {"simple": SimpleBias, "rotary": RotaryBias}
@@ -167,7 +171,8 @@ BIASES = {"simple": SimpleBias, "rotary": RotaryBias}
 def chunks_of(documents: Documents, chunk_size: int) -> Buckets:
     """Cut each document into chunks from its start, so that they do not depend on what else is in the batch."""
     starts = ((length, start) for length in documents.lengths for start in range(0, length, chunk_size))
-    return Buckets([min(chunk_size, length - start) for length, start in starts], documents.device)
+    # A chunk padded beyond `chunk_size` would need biases of distances that no two tokens of a chunk have.
+    return Buckets([min(chunk_size, length - start) for length, start in starts], documents.device, longest=chunk_size)
 
 
 def select_positions(x: Tensor, positions: Tensor | None) -> Tensor:
@@ -176,10 +181,10 @@ def select_positions(x: Tensor, positions: Tensor | None) -> Tensor:
 
 
 def _laplace(scores: Tensor) -> Tensor:
-    """The normal distribution function closest to a squared ReLU: equation 17, with mu = sqrt(1/2), sigma = sqrt(1/(4 pi))."""
+    """Compute the distribution function of a normal with mean sqrt(1/2) and variance 1/(4 pi), MEGA's Laplace function."""
     return 0.5 * (1 + torch.erf((scores - math.sqrt(0.5)) / (math.sqrt(0.25 / math.pi) * math.sqrt(2))))
 
 
-def _rotated(vector: Float[Tensor, "1 width"], angles: Float[Tensor, "length half"]) -> Float[Tensor, "length width"]:
+def _rotate(vector: Float[Tensor, "1 width"], angles: Float[Tensor, "length half"]) -> Float[Tensor, "length width"]:
     a, b = vector.chunk(2, dim=1)
     return torch.cat((a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()), dim=1)

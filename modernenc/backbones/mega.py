@@ -13,21 +13,21 @@ What makes it differ from a Transformer:
 Names of parameters are those of transformers' `MegaModel`; `modernenc.hugging_face.mega` converts to it.
 """
 
-from typing import ClassVar, cast
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modernenc.backbones.description import Description
-from modernenc.backbones.ema import BACKENDS, MultiDimensionDampedEMA
+from modernenc.backbones.ema import MultiDimensionDampedEMA
 from modernenc.backbones.gated_attention import BIASES, GatedAttention, chunks_of, select_positions
 from modernenc.backbones.initial import normal_
-from modernenc.kernels.buckets import SHORTEST, Buckets
+from modernenc.kernels.buckets import Buckets
 from modernenc.kernels.device import lengths_of
 from modernenc.kernels.documents import SEGMENT, Documents
 from modernenc.kernels.dropout import Dropout
-from modernenc.shapes import Float, Int
+from modernenc.shapes import Count, DropoutRate, Even, Float, Int
 
 NORM_EPS = 1e-5
 
@@ -37,9 +37,8 @@ class Mega(nn.Module):
 
     `intermediate_size` is the width of values, `nffn_hidden_size` that of the MLP, `shared_representation_size` that of
     queries and keys (the paper's v, d_FFN and z), `ema_projection_size` the number of EMA states per channel and direction.
-    `normalization_type` is scalenorm, layernorm or rmsnorm; `attention_activation` softmax or laplace;
-    `relative_positional_bias` simple or rotary; `ema` one of `ema.BACKENDS`. From Megalodon (arXiv:2404.08801) come
-    `normalize_attention`, equation 11, and `two_hop_residual`, equation 14. Raises ValueError for anything else.
+    From Megalodon (arXiv:2404.08801) come `normalize_attention`, equations 6 to 9, and `two_hop_residual`, equation 11. Raises
+    ValueError if `chunk_size` exceeds `max_position`.
     """
 
     PHASE_ATTRIBUTES: ClassVar[tuple[str, ...]] = ()
@@ -47,40 +46,29 @@ class Mega(nn.Module):
 
     def __init__(
         self,
-        vocab_size: int,
-        hidden_size: int,
-        intermediate_size: int,
-        nffn_hidden_size: int,
-        num_hidden_layers: int,
-        shared_representation_size: int,
-        ema_projection_size: int,
-        chunk_size: int,
-        max_position: int,
-        normalization_type: str = "scalenorm",
-        attention_activation: str = "softmax",
-        relative_positional_bias: str = "simple",
+        vocab_size: Count,
+        hidden_size: Count,
+        intermediate_size: Count,
+        nffn_hidden_size: Count,
+        num_hidden_layers: Count,
+        shared_representation_size: Even,  # the rotary bias turns its numbers in pairs
+        ema_projection_size: Count,
+        chunk_size: Count,
+        max_position: Count,
+        normalization_type: Annotated[str, Literal["scalenorm", "layernorm", "rmsnorm"]] = "scalenorm",
+        attention_activation: Annotated[str, Literal["softmax", "laplace"]] = "softmax",
+        relative_positional_bias: Annotated[str, Literal["simple", "rotary"]] = "simple",
         normalize_attention: bool = False,
         two_hop_residual: bool = False,
-        dropout_prob: float = 0.1,
-        hidden_dropout_prob: float = 0.1,
-        attention_probs_dropout_prob: float = 0.1,
-        nffn_activation_dropout_prob: float = 0.1,
-        ema: str = "scan",
+        dropout_prob: DropoutRate = 0.1,
+        hidden_dropout_prob: DropoutRate = 0.1,
+        attention_probs_dropout_prob: DropoutRate = 0.1,
+        nffn_activation_dropout_prob: DropoutRate = 0.1,
     ) -> None:
         settings = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
-        for key, value, known in (
-            ("normalization_type", normalization_type, NORMS),
-            ("attention_activation", attention_activation, ("softmax", "laplace")),
-            ("relative_positional_bias", relative_positional_bias, BIASES),
-            ("ema", ema, BACKENDS),
-        ):
-            if value not in known:
-                raise ValueError(f"backbone.{key}={value}: expected one of {', '.join(known)}")
-        if not SHORTEST <= chunk_size <= max_position:
-            raise ValueError(f"backbone.chunk_size={chunk_size}: expected {SHORTEST} to backbone.max_position={max_position}")
-        if shared_representation_size % 2:  # the rotary bias turns its numbers in pairs
-            raise ValueError(f"backbone.shared_representation_size={shared_representation_size}: expected an even number")
+        if chunk_size > max_position:
+            raise ValueError(f"backbone.chunk_size={chunk_size}: expected at most backbone.max_position={max_position}")
         self.settings = settings
         """All arguments as given, which is what converters write."""
         self.vocab_size = vocab_size
@@ -95,7 +83,7 @@ class Mega(nn.Module):
                     intermediate_size,
                     shared_representation_size,
                     Norm(normalization_type, hidden_size),
-                    MultiDimensionDampedEMA(hidden_size, ema_projection_size, ema),
+                    MultiDimensionDampedEMA(hidden_size, ema_projection_size),
                     BIASES[relative_positional_bias](chunk_size, max_position, shared_representation_size),
                     attention_activation,
                     normalize_attention,
@@ -139,7 +127,7 @@ class Mega(nn.Module):
         return PredictionHead(self.hidden_size)
 
     def describe(self) -> Description:
-        """Describe the layers, which are all alike: what is fused, and their FLOPs."""
+        """Describe the layers, which are all alike: the matrices that are fused, and their FLOPs."""
         sizes, layers = self.settings, [cast(Layer, layer) for layer in self.layers]
 
         def mixing_flops(length: int) -> float:
@@ -163,9 +151,8 @@ class Mega(nn.Module):
             resizable=frozenset({
                 "vocab_size", "hidden_size", "intermediate_size", "nffn_hidden_size", "num_hidden_layers",
                 "shared_representation_size", "ema_projection_size", "max_position", "dropout_prob", "hidden_dropout_prob",
-                "attention_probs_dropout_prob", "nffn_activation_dropout_prob", "ema",
+                "attention_probs_dropout_prob", "nffn_activation_dropout_prob",
             }),
-            backend=lambda device, dtype: f"EMA backend {sizes['ema']}",
         )  # fmt: skip
 
 

@@ -17,7 +17,6 @@ from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from modernenc.backbones.attention import VarlenInfo, attention, select_backend
@@ -25,6 +24,7 @@ from modernenc.backbones.description import Description
 from modernenc.backbones.initial import INIT_STD, truncated_normal_
 from modernenc.backbones.rotary import Rotation, positions_of, rotation
 from modernenc.kernels.dropout import Dropout
+from modernenc.shapes import Count, DropoutRate, Even, Float, Int, Positive
 
 
 class ModernBERT(nn.Module):
@@ -40,27 +40,25 @@ class ModernBERT(nn.Module):
 
     def __init__(
         self,
-        vocab_size: int,
-        hidden_size: int,
-        intermediate_size: int,
-        num_hidden_layers: int,
-        num_attention_heads: int,
-        max_position: int,
-        global_rope_theta: float,
-        local_rope_theta: float,
-        global_attn_every_n_layers: int = 3,
-        local_attention: int = 128,
-        attention_out_dropout: float = 0.0,
-        norm_eps: float = 1e-5,
-        init_std: float = INIT_STD,
+        vocab_size: Count,
+        hidden_size: Count,
+        intermediate_size: Count,
+        num_hidden_layers: Count,
+        num_attention_heads: Count,
+        max_position: Count,
+        global_rope_theta: Positive,
+        local_rope_theta: Positive,
+        global_attn_every_n_layers: Count = 3,
+        local_attention: Even = 128,
+        attention_out_dropout: DropoutRate = 0.0,
+        norm_eps: Positive = 1e-5,
+        init_std: Positive = INIT_STD,
     ) -> None:
         super().__init__()
         if hidden_size % (2 * num_attention_heads):  # a head's dimensions are rotated in pairs
             raise ValueError(
                 f"backbone.hidden_size={hidden_size} must be a multiple of 2 x num_attention_heads={num_attention_heads}"
             )
-        if local_attention <= 0 or local_attention % 2:
-            raise ValueError(f"backbone.local_attention={local_attention} must be even and above 0: half to each side")
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size

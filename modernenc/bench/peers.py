@@ -9,7 +9,7 @@ from hydra.utils import get_class
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from modernenc.bench.interleave import StepWork, Turn, device
@@ -35,8 +35,9 @@ def check_peer(backbone: str, run: Run) -> None:
 
 def new_transformers_model(ours: MaskedLM) -> Any:
     """Return transformers' own class, not the code shipped with an export, in the same shape and with new weights."""
-    settings = converter_of(ours.backbone).new_model(ours.backbone).config
-    return AutoModelForMaskedLM.from_config(AutoConfig.for_model(**settings.to_dict()))
+    settings = converter_of(ours.backbone).new_model(ours.backbone).config.to_dict()
+    config_class = getattr(transformers, CONFIG_MAPPING_NAMES[settings.pop("model_type")])
+    return AutoModelForMaskedLM.from_config(config_class(**settings))
 
 
 def transformers_model(ours: MaskedLM) -> Any:

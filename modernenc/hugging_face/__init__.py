@@ -6,6 +6,7 @@ three seconds: only what builds a model does.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,10 +31,10 @@ class Converter(ABC):
     """Keys of config.json that change no logit."""
 
     @abstractmethod
-    def backbone_arguments(self, config: dict[str, Any]) -> dict[str, Any]:
+    def backbone_arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the backbone's arguments for a config.json written by transformers 4 or 5.
 
-        Raises ValueError for values that the backbone has no arguments for, KeyError for a missing key. `config_json` checks
+        Raises ValueError for values that the backbone has no arguments for, KeyError for a missing key. `read_folder` checks
         the keys that are not read here.
         """
 
@@ -41,17 +42,19 @@ class Converter(ABC):
     def new_model(self, backbone: Any, **special_ids: Any) -> "PreTrainedModel":
         """Build transformers' masked-LM model of the same shape; `special_ids` are keys of its configuration."""
 
-    def save(self, model: "PreTrainedModel", folder: Path) -> None:
-        """Write the model, and whatever else transformers needs to load it."""
-        model.save_pretrained(folder)
+    def load(self, folder: Path) -> "PreTrainedModel":
+        """Load an exported masked-LM model from its folder, as one does who has no more than transformers."""
+        from transformers import AutoModelForMaskedLM
+
+        return AutoModelForMaskedLM.from_pretrained(folder)
 
     def to_hugging_face(self, weights: dict[str, Any]) -> dict[str, Any]:
         """Rename the weights of a `MaskedLM` as transformers does."""
-        return _renamed(weights, self.prefixes)
+        return _replace_prefixes(weights, self.prefixes)
 
     def from_hugging_face(self, weights: dict[str, Any]) -> dict[str, Any]:
         """Rename transformers' weights as in a `MaskedLM`."""
-        return _renamed(weights, {theirs: ours for ours, theirs in self.prefixes.items()})
+        return _replace_prefixes(weights, {theirs: ours for ours, theirs in self.prefixes.items()})
 
 
 def converter_of(backbone: Backbone | type[Backbone]) -> Converter:
@@ -74,9 +77,7 @@ def model_of(masked_lm: Any, **special_ids: Any) -> "PreTrainedModel":
     return model
 
 
-def _renamed(weights: dict[str, Any], prefixes: dict[str, str]) -> dict[str, Any]:
-    def renamed(name: str) -> str:
-        old = next((old for old in prefixes if name.startswith(old)), "")
-        return prefixes.get(old, "") + name[len(old) :]
-
-    return {renamed(name): value for name, value in weights.items()}
+def _replace_prefixes(weights: dict[str, Any], prefixes: dict[str, str]) -> dict[str, Any]:
+    """Return the weights with the prefix of each name replaced, where it has one of `prefixes`."""
+    olds = {name: next((old for old in prefixes if name.startswith(old)), "") for name in weights}
+    return {prefixes.get(old, "") + name[len(old) :]: weights[name] for name, old in olds.items()}

@@ -1,11 +1,12 @@
 """MEGA here <-> transformers 4's `MegaForMaskedLM`, or the code that is exported for what transformers lacks."""
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from modernenc.backbones.mega import Mega
-from modernenc.hugging_face import Converter, remote_code
+from modernenc.hugging_face import Converter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,32 +27,32 @@ class MegaConverter(Converter):
         "use_normalized_ffn": True,
     }  # fmt: skip
     irrelevant: ClassVar[tuple[str, ...]] = (
-        "auto_map", "ema_beta_range", "ema_delta_alpha_range", "ema_gamma_omega_range", "initializer_range",
+        "auto_map", "ema", "ema_beta_range", "ema_delta_alpha_range", "ema_gamma_omega_range", "initializer_range",
         "num_attention_heads", "type_vocab_size", "use_feature_dropout",
     )  # fmt: skip
 
-    def backbone_arguments(self, config: dict[str, Any]) -> dict[str, Any]:
+    def backbone_arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Read the settings of either model type; without chunks, a chunk is as long as a document may be."""
         own = inspect.signature(Mega.__init__).parameters
-        names = [name for name in own if name not in ("self", "max_position")]
         for key, value in (("normalization_type", "rmsnorm"), ("normalize_attention", True), ("two_hop_residual", True)):
             if config["model_type"] == "mega" and config.get(key) == value:
                 raise ValueError(f"{key}={value} in config.json: in transformers' MEGA it does nothing, here it does")
-        extensions = ("normalize_attention", "two_hop_residual", "ema")  # unknown to transformers' MEGA
-        settings = {name: config.get(name, own[name].default) if name in extensions else config[name] for name in names}
+        extensions = ("normalize_attention", "two_hop_residual")  # unknown to transformers' MEGA
+        names = [name for name in own if name not in ("self", "max_position")]
+        arguments = {name: config.get(name, own[name].default) if name in extensions else config[name] for name in names}
         if not config["use_chunking"]:
-            settings["chunk_size"] = config["max_positions"]
-        return {**settings, "max_position": config["max_positions"]}
+            arguments["chunk_size"] = config["max_positions"]
+        return {**arguments, "max_position": config["max_positions"]}
 
     def new_model(self, backbone: Mega, **special_ids: Any) -> "PreTrainedModel":
         """Build a model of `modeling_mega`."""
-        from modernenc.hugging_face.modeling_mega import AUTO_MAP, MegaConfig, MegaForMaskedLM
+        from modernenc.hugging_face.modeling_mega import MegaEncoderConfig, MegaForMaskedLM
 
         settings = {key: value for key, value in backbone.settings.items() if key != "max_position"}
-        config = MegaConfig(**settings, max_positions=backbone.max_position, auto_map=AUTO_MAP, **special_ids)
-        return MegaForMaskedLM(config)
+        return MegaForMaskedLM(MegaEncoderConfig(**settings, max_positions=backbone.max_position, **special_ids))
 
-    def save(self, model: "PreTrainedModel", folder: Path) -> None:
-        """Write the model and its code."""
-        super().save(model, folder)
-        remote_code.write(folder, "modernenc.hugging_face.modeling_mega")
+    def load(self, folder: Path) -> "PreTrainedModel":
+        """Load an exported model with the code in its folder, not with the classes of this process."""
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        return get_class_from_dynamic_module("modeling_mega.MegaForMaskedLM", str(folder)).from_pretrained(folder)

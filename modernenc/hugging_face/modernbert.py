@@ -1,5 +1,6 @@
 """ModernBERT here <-> `ModernBertForMaskedLM` of transformers 4 and 5."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from modernenc.backbones.initial import INIT_STD
@@ -14,7 +15,7 @@ class ModernBERTConverter(Converter):
     """Reads and writes both spellings of a ModernBERT's config.json.
 
     transformers 4 has `global_attn_every_n_layers` and one theta per layer type; 5 has the type of every layer and the rotary
-    settings of each type. A file that has both must agree with itself.
+    settings of each type. In a file that has both, they must agree.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("modernbert",)
@@ -29,16 +30,16 @@ class ModernBERTConverter(Converter):
         "layer_norm_eps", "position_embedding_type",  # in the published config.json, but read by neither version
     )  # fmt: skip
 
-    def backbone_arguments(self, config: dict[str, Any]) -> dict[str, Any]:
+    def backbone_arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Read either spelling."""
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        thetas = _thetas(config)
+        thetas = _read_thetas(config)
         return {
             **{name: config[name] for name in names},
             "max_position": config["max_position_embeddings"],
             "global_rope_theta": thetas["full_attention"],
             "local_rope_theta": thetas["sliding_attention"],
-            "global_attn_every_n_layers": _period(config),
+            "global_attn_every_n_layers": _read_period(config),
             "local_attention": config.get("local_attention", 128),
             "norm_eps": config.get("norm_eps", 1e-5),
             "init_std": config.get("initializer_range", INIT_STD),
@@ -78,7 +79,7 @@ class ModernBERTConverter(Converter):
         return ModernBertForMaskedLM(config)
 
 
-def _thetas(config: dict[str, Any]) -> dict[str, float]:
+def _read_thetas(config: Mapping[str, Any]) -> dict[str, float]:
     """Return the rotary base of each layer type, under transformers 5's names; ValueError for any other kind of rotation."""
     version_5 = config.get("rope_parameters") or {}
     for kind, rope in version_5.items():
@@ -95,12 +96,12 @@ def _thetas(config: dict[str, Any]) -> dict[str, float]:
         # In version 4 a local theta of null means the global one.
         four = config.get("global_rope_theta", defaults["global_rope_theta"]) if four is None else four
         if five is not None and key in config and five != four:
-            raise ValueError(f"{key}={four} in config.json, but rope_parameters.{kind} has {five}; which is it?")
+            raise ValueError(f"{key}={four} in config.json, but rope_parameters.{kind} has {five}; delete the wrong one")
         thetas[kind] = four if five is None else five
     return thetas
 
 
-def _period(config: dict[str, Any]) -> int:
+def _read_period(config: Mapping[str, Any]) -> int:
     """Return n where attention is global at every n-th layer, from the first; ValueError when it is global at others."""
     every, kinds = config.get("global_attn_every_n_layers"), config.get("layer_types")
     if kinds is None:

@@ -22,7 +22,7 @@ def write(folder: Path, module: str) -> None:
         sources[name] = Path(spec.origin).read_text(encoding="utf-8")
         todo += [imported for imported in imports_of(sources[name]) if imported not in sources]
     for name, source in sources.items():
-        code = relative(source)
+        code = make_imports_relative(source)
         if name == module:  # transformers 4 copies only what this file itself imports
             indirect = sorted(sources.keys() - {module, *imports_of(source)})
             code += "".join(f"\nfrom .{other.rpartition('.')[2]} import __name__ as _  # noqa" for other in indirect) + "\n"
@@ -34,6 +34,6 @@ def imports_of(source: str) -> list[str]:
     return [".".join(found.groups()) for found in _IMPORT.finditer(source)]
 
 
-def relative(source: str) -> str:
+def make_imports_relative(source: str) -> str:
     """Turn imports from this package into imports from the same folder."""
     return _IMPORT.sub(r"from .\2 import", source)

@@ -1,6 +1,6 @@
 """Fast paths behind the models and losses; the models read without them.
 
-- `device`: whether GPU kernels apply, and copies to a GPU that nobody waits for.
+- `device`: whether GPU kernels apply, and copies to a GPU that do not block the processor.
 - `documents`, `buckets`: two layouts of packed documents, on segments of 64 tokens and by similar length.
 - `tiled_attention`: attention by plain matrix products on any device, with a backward pass of its own.
 - `state_passing`, `state_passing_triton`: the recurrence of the EMA between segments.

@@ -5,6 +5,7 @@ work for a processor, and one product padded to the longest document would waste
 documents are padded to the next of a few lengths, and each bucket is one batch.
 """
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -24,51 +25,43 @@ MULTIPLE = 64
 
 
 class Buckets:
-    """Documents grouped by length and padded to the length of their group."""
+    """Documents grouped by length and padded to the length of their group, but not beyond `longest` tokens where given."""
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+    def __init__(self, lengths: Sequence[int], device: torch.device, longest: int = sys.maxsize) -> None:
         counts = np.array(lengths)
         starts = counts.cumsum() - counts
         members: dict[int, list[int]] = {}
         for document, length in enumerate(lengths):
-            members.setdefault(_bucket_length(length), []).append(document)
-        index, valid, self.shapes = [], [], []
-        self.shortest: list[int] = []
+            members.setdefault(min(_bucket_length(length), longest), []).append(document)
+        groups = sorted(members.items())
+        self.shapes = [(len(documents), length) for length, documents in groups]
+        self.shortest = [int(counts[documents].min()) for _, documents in groups]
         """Length of the shortest document of each bucket; no document has padding before that position."""
-        for length in sorted(members):
-            first, count = starts[members[length], None], counts[members[length], None]
-            offset = np.arange(length)
-            index.append((first + np.minimum(offset, count - 1)).ravel())
-            valid.append(offset < count)
-            self.shapes.append((len(members[length]), length))
-            self.shortest.append(int(count.min()))
+        valid = [np.arange(length) < counts[documents, None] for length, documents in groups]
         self.valid: list[Bool[Tensor, "docs length"]] = [to_device(part, device) for part in valid]
         """Which slots of each bucket hold a token; the others are padding."""
-        self.in_place = len(members) == 1 and self.shortest[0] == self.shapes[0][1]
-        """Whether all documents have the bucket's length, so that tokens need not move."""
-        tokens = np.concatenate(index)
-        self.index: Int[Tensor, " padded"] = to_device(tokens, device)
-        """The token in each slot of all buckets; padding repeats its document's last token."""
-        slots = np.concatenate([part.ravel() for part in valid]).nonzero()[0]
-        inverse = np.empty_like(slots)
-        inverse[tokens[slots]] = slots
-        self.inverse: Int[Tensor, " tokens"] = to_device(inverse, device)
-        """The slot of each token."""
+        self.index: Int[Tensor, " padded"] | None = None
+        """The token in each slot of all buckets; padding repeats its document's last token. None if tokens need not move."""
+        self.inverse: Int[Tensor, " tokens"] | None = None
+        """The slot of each token, or None."""
+        if self.shapes != [(len(lengths), self.shortest[0])]:
+            index = [starts[these, None] + np.minimum(np.arange(length), counts[these, None] - 1) for length, these in groups]
+            tokens, filled = (np.concatenate([part.ravel() for part in parts]) for parts in (index, valid))
+            slots = filled.nonzero()[0]
+            inverse = np.empty_like(slots)
+            inverse[tokens[slots]] = slots
+            self.index, self.inverse = to_device(tokens, device), to_device(inverse, device)
 
     def gather(self, x: Float[Tensor, "_ ..."]) -> list[Float[Tensor, "_ _ ..."]]:
         """Sort a tensor of all tokens into buckets, each `(documents, length, ...)`."""
-        padded = x if self.in_place else _Gather.apply(x, self.index, self.inverse)
-        assert isinstance(padded, Tensor)
+        padded: Any = x if self.index is None else _Gather.apply(x, self.index, self.inverse)
         parts = padded.split([docs * length for docs, length in self.shapes])
         return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def scatter(self, parts: Iterable[Float[Tensor, "_ _ ..."]]) -> Float[Tensor, "_ ..."]:
         """Undo `gather`: bring the buckets back into the order of the tokens."""
         flat = [part.flatten(0, 1) for part in parts]
-        if self.in_place:
-            return flat[0]
-        out = _Scatter.apply(torch.cat(flat), self.index, self.inverse)
-        assert isinstance(out, Tensor)
+        out: Any = flat[0] if self.index is None else _Scatter.apply(torch.cat(flat), self.index, self.inverse)
         return out
 
 

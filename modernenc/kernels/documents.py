@@ -46,10 +46,10 @@ class Documents:
         return to_device(np.arange(lengths.sum()) + gaps.repeat(lengths), self.device)
 
     def may_reach(self, step: int) -> Bool[Tensor, " segments"]:
-        """Whether a segment and the one `step` before it are of one document; the first `step` segments are left out."""
+        """Return, for each segment from number `step` on, whether the one `step` before it is of the same document."""
         return self._number[step:] >= step
 
     @cached_property
     def _number(self) -> Int[Tensor, " segments"]:
-        """Number of each segment within its document."""
+        """Number of each segment within its document, from 0."""
         return to_device(np.concatenate([np.arange(count) for count in self._segments]), self.device)

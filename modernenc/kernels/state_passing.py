@@ -42,10 +42,7 @@ class StatePassing(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, outgoing: Tensor, decay: Tensor, documents: Documents) -> Tensor:
-        half = outgoing.shape[1] // 2
-        incoming = torch.zeros_like(outgoing)
-        run(outgoing[:, :half], decay[:, :half], documents, incoming[:, :half], forward=True)
-        run(outgoing[:, half:], decay[:, half:], documents, incoming[:, half:], forward=False)
+        incoming = _run_both(outgoing, decay, documents, first_forward=True)
         ctx.save_for_backward(incoming, decay)
         ctx.documents = documents
         return incoming
@@ -53,11 +50,16 @@ class StatePassing(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         incoming, decay = ctx.saved_tensors
-        half = decay.shape[1] // 2
-        grad = torch.zeros_like(incoming)
-        run(grads[0][:, :half], decay[:, :half], ctx.documents, grad[:, :half], forward=False)
-        run(grads[0][:, half:], decay[:, half:], ctx.documents, grad[:, half:], forward=True)
+        grad = _run_both(grads[0], decay, ctx.documents, first_forward=False)
         return grad, (grad * incoming).sum(-1), None
+
+
+def _run_both(outgoing: Tensor, decay: Tensor, documents: Documents, first_forward: bool) -> Tensor:
+    """Run the first half of the states forward and the second backward, or the other way round unless `first_forward`."""
+    out, half = torch.zeros_like(outgoing), outgoing.shape[1] // 2
+    for states, forward in ((slice(half), first_forward), (slice(half, None), not first_forward)):
+        run(outgoing[:, states], decay[:, states], documents, out[:, states], forward)
+    return out
 
 
 def run(outgoing: Tensor, decay: Tensor, documents: Documents, out: Tensor, forward: bool) -> None:

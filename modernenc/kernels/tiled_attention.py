@@ -106,11 +106,9 @@ class TileLayout:
         groups, start = [], 0
         for valid, shortest in zip(buckets.valid, buckets.shortest, strict=True):
             count, length = valid.shape
-            mask = None if shortest == length else _additive(valid[:, None, shortest:], dtype)
+            mask = None if shortest == length else _make_additive_mask(valid[:, None, shortest:], dtype)
             groups.append(TileGroup(start, count, length, length, mask))
             start += count * length
-        if buckets.in_place:
-            return cls(groups, start, 0, None, None)
         return cls(groups, start, 0, buckets.index, buckets.inverse)
 
     @classmethod
@@ -123,7 +121,7 @@ class TileLayout:
         keys = F.pad(documents, (window, window), value=-2).unfold(0, 3 * window, window)[:, None, :]
         distance = torch.arange(window, device=device)[:, None] + window - torch.arange(3 * window, device=device)
         seen = (documents.view(-1, window, 1) == keys) & (distance.abs() <= window)
-        group = TileGroup(0, len(seen), window, 3 * window, _additive(seen, dtype))
+        group = TileGroup(0, len(seen), window, 3 * window, _make_additive_mask(seen, dtype))
         return cls([group], len(documents), window, None, None)
 
 
@@ -228,7 +226,7 @@ class _TiledAttention(torch.autograd.Function):
 
 
 def _probs(q: Tensor, k: Tensor, mask: Tensor | None, n: slice, r: slice) -> Tensor:
-    """Attention probabilities of some queries, the range `r` in the tiles `n`."""
+    """Compute the attention probabilities of some queries: the range `r` in the tiles `n`."""
     scores = q @ k.transpose(1, 2)
     if mask is not None:
         some = mask[n] if mask.shape[1] == 1 else mask[n, r]
@@ -236,13 +234,13 @@ def _probs(q: Tensor, k: Tensor, mask: Tensor | None, n: slice, r: slice) -> Ten
     return scores.softmax(-1)
 
 
-def _additive(seen: Bool[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."]:
+def _make_additive_mask(seen: Bool[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."]:
     """Turn a mask of what is seen into one to add to scores."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 def _query_key_rotations(cos: Tensor, sin: Tensor, like: Tensor) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Rotations of queries, with the 1/sqrt(head_dim) of the scores folded in, and of keys, in the precision of `like`."""
+    """Return functions that rotate queries, and scale them by 1/sqrt(head_dim), and keys, in the precision of `like`."""
     wide, scale = torch.promote_types(like.dtype, cos.dtype), like.shape[-1] ** -0.5
     scaled = (cos.to(wide) * scale).to(like.dtype), (sin.to(wide) * scale).to(like.dtype)
     plain = cos.to(like.dtype), sin.to(like.dtype)
@@ -250,7 +248,7 @@ def _query_key_rotations(cos: Tensor, sin: Tensor, like: Tensor) -> tuple[Callab
 
 
 def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Write into `out` what `modernenc.backbones.rotary.rotate` returns, without temporaries."""
+    """Write into `out` the result of `modernenc.backbones.rotary.rotate`, without temporaries."""
     (a, b), (first, second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
     torch.mul(a, cos, out=first).addcmul_(b, sin, value=-1)
     torch.mul(b, cos, out=second).addcmul_(a, sin)

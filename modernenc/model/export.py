@@ -5,8 +5,6 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoModelForMaskedLM
-
 from modernenc.data.blocks import Corpus
 from modernenc.hugging_face import converter_of, model_of
 from modernenc.hugging_face.parity import TOLERANCE, logit_difference
@@ -28,15 +26,11 @@ def export(paths: Sequence[Path], out: Path, average_by: str | None = None, acro
     if (len(paths) > 1) != bool(average_by):
         named = ", ".join(map(str, paths))
         raise ValueError(f"{named}: one checkpoint, or several and --average {'|'.join(sorted(KINDS))}, make a model")
-    found = []
-    for path in paths:
-        run, checkpoint = locate(path)
-        if checkpoint is None:
-            raise FileNotFoundError(f"{path} holds no checkpoint yet: nothing to export")
-        found.append((run, checkpoint))
-    run, checkpoint = found[0]
-    corpus = Corpus.of(run.data)
-    trained = average([path for _, path in found], average_by, across_runs) if average_by else checkpoints.read(checkpoint)
+    runs, files = zip(*map(locate, paths), strict=True)
+    if None in files:
+        raise FileNotFoundError(f"{paths[files.index(None)]} holds no checkpoint yet: nothing to export")
+    run, corpus = runs[0], Corpus.of(runs[0].data)
+    trained = average(list(files), average_by, across_runs) if average_by else checkpoints.read(files[0])
     objective = masked_lm_of(run, trained)
     roles = corpus.roles
     special_ids = {
@@ -47,10 +41,9 @@ def export(paths: Sequence[Path], out: Path, average_by: str | None = None, acro
     partial = out.with_name(out.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    converter_of(objective.backbone).save(model, partial)
+    model.save_pretrained(partial)
     pretrained_tokenizer(corpus, run.backbone["max_position"]).save_pretrained(partial)
-    loaded = AutoModelForMaskedLM.from_pretrained(partial, trust_remote_code=True)  # any code in this folder is ours
-    difference = logit_difference(objective, loaded, corpus.vocab_size)
+    difference = logit_difference(objective, converter_of(objective.backbone).load(partial), corpus.vocab_size)
     if not difference <= TOLERANCE:  # which a difference that is no number is not either
         raise ValueError(f"{partial}: its logits differ from the checkpoint's by {difference:.1e}; not exported")
     os.replace(partial, out)

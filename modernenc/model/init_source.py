@@ -12,7 +12,7 @@ from torch import Tensor
 from modernenc.backbones import Backbone
 from modernenc.config import Run, from_plain
 from modernenc.curriculum import Curriculum
-from modernenc.hugging_face import folder
+from modernenc.hugging_face.read_folder import read_folder
 from modernenc.model.build import masked_lm_weights, masked_lm_with
 from modernenc.run_folder import checkpoints
 
@@ -32,9 +32,9 @@ class Source:
 def read_source(path: Path, run: Run) -> Source:
     """Return the weights that `init.source` names; FileNotFoundError or ValueError if there are none, or they are not whole."""
     if path.suffix == ".ckpt":
-        return _from_checkpoint(path)
+        return _read_checkpoint(path)
     kind: Any = get_class(run.backbone["_target_"])
-    return Source(*folder.read(path, kind))
+    return Source(*read_folder(path, kind))
 
 
 def check_source(source: Source, run: Run) -> list[str]:
@@ -43,9 +43,9 @@ def check_source(source: Source, run: Run) -> list[str]:
     That may be intended for what a phase can change too, such as a rotary base. Any other setting that differs, apart from
     sizes, raises ValueError: under another attention window, norm or activation the weights are of no use.
     """
-    kind, said = type(source.backbone), f"init.source={run.init.source}"
+    kind, where = type(source.backbone), f"init.source={run.init.source}"
     if kind is not get_class(run.backbone["_target_"]):
-        raise ValueError(f"{said} is a {kind.__name__}, which backbone._target_={run.backbone['_target_']} cannot begin with")
+        raise ValueError(f"{where} is a {kind.__name__}, which backbone._target_={run.backbone['_target_']} cannot begin with")
     parameters = inspect.signature(kind).parameters
     first = next(iter(run.phases))
     begins = {**run.backbone, **run.phases[first].backbone}
@@ -59,25 +59,25 @@ def check_source(source: Source, run: Run) -> list[str]:
         place = f"phases.{first}.backbone" if key in run.phases[first].backbone else "backbone"
         if key not in kind.PHASE_ATTRIBUTES:
             raise ValueError(
-                f"{said} has {key}={there[key]}, the run {here[key]}: its weights would compute something else; set "
+                f"{where} has {key}={there[key]}, the run {here[key]}: its weights would compute something else; set "
                 f"{place}.{key}={there[key]}"
             )
         notes.append(
-            f"{said} has {key}={there[key]}, the run begins with {here[key]}: at first its weights compute something else; "
+            f"{where} has {key}={there[key]}, the run begins with {here[key]}: at first its weights compute something else; "
             f"unless that is meant, set {place}.{key}={there[key]}"
         )
     if "num_attention_heads" in parameters and here["hidden_size"] >= there["hidden_size"]:
         widths = [settings["hidden_size"] / settings["num_attention_heads"] for settings in (here, there)]
         if widths[0] != widths[1]:
             raise ValueError(
-                f"{said} has heads of {widths[1]:g}, backbone.num_attention_heads={here['num_attention_heads']} makes heads of "
-                f"{widths[0]:g}: its weights would compute something else; set backbone.num_attention_heads="
+                f"{where} has heads of {widths[1]:g}, backbone.num_attention_heads={here['num_attention_heads']} makes heads "
+                f"of {widths[0]:g}: its weights would compute something else; set backbone.num_attention_heads="
                 f"{round(here['hidden_size'] / widths[1])} and a backbone.hidden_size that divides so"
             )
     return notes
 
 
-def _from_checkpoint(path: Path) -> Source:
+def _read_checkpoint(path: Path) -> Source:
     checkpoint = checkpoints.read(path)
     trained = from_plain(checkpoint.run)
     with torch.device("meta"):

@@ -34,7 +34,7 @@ def fill(model: Any, source: Source, run: Run, tokenizer: Path) -> list[str]:
     """
     old, new = source.backbone.describe(), model.backbone.describe()
     layers = map_layers(old.layer_types, new.layer_types, run.init.layer_mapping)
-    weights = _under_tokenizer(source, model, run, tokenizer)
+    weights = _match_tokenizer(source, model, run, tokenizer)
     left = []
     for name, target in weights_of(model).items():
         origin = _LAYER.sub(lambda match: f"{match[1]}{layers[int(match[2])]}{match[3]}", name)
@@ -77,8 +77,11 @@ def tile_weight(old: Tensor, shape: Sequence[int]) -> Tensor:
     return old
 
 
-def _under_tokenizer(source: Source, model: Any, run: Run, tokenizer: Path) -> dict[str, Tensor]:
-    """Return the source's weights with a row for each token of the run's tokenizer."""
+def _match_tokenizer(source: Source, model: Any, run: Run, tokenizer: Path) -> dict[str, Tensor]:
+    """Return the source's weights with a row for each token of the run's tokenizer.
+
+    Raises FileNotFoundError if `init.tokenizer` is not there, ValueError if it is not set and the vocabularies differ in size.
+    """
     embedding = _embedding_name(source.backbone)
     if not run.init.tokenizer:
         there, here = source.weights[embedding].shape[0], model.backbone.vocab_size

@@ -8,9 +8,10 @@ trained.
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Interval, Len
 from hydra.utils import get_method
 from torch import nn
 from torch.optim import Optimizer
@@ -19,6 +20,10 @@ from modernenc.curriculum import StepSpec
 from modernenc.objectives import Objectives
 
 Parameters = Sequence[nn.Parameter]
+Rate = Annotated[float, Interval(gt=0, le=100)]
+NotNegative = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Interval(ge=0, lt=1)]
+Betas = Annotated[list[Fraction], Len(2, 2)]
 _COUNTERS = ("step", "setup")
 """Entries of optimi's parameter groups that are state and not settings."""
 
@@ -31,56 +36,48 @@ def build(objectives: Objectives, settings: dict[str, Any]) -> list[Optimizer]:
 
 
 def stable_adamw(
-    parameters: Parameters, matrices: Parameters, lr: float, weight_decay: float, betas: list[float], eps: float
+    parameters: Parameters, matrices: Parameters, lr: Rate, weight_decay: NotNegative, betas: Betas, eps: NotNegative
 ) -> list[Optimizer]:
-    """Return AdamW with update clipping and fully decoupled decay, as ModernBERT was trained: Wortsman et al. 2023,
-    arXiv:2304.13013.
+    """Return AdamW with clipped updates and fully decoupled decay, ModernBERT's: Wortsman et al. 2023, arXiv:2304.13013.
 
     The decay of a step is `weight_decay` x lr / peak lr of the phase.
     """
     from optimi import StableAdamW  # imports torch's compiler, which `plan` can do without
 
-    groups = _groups(parameters, lr)
+    groups = _make_groups(parameters, lr)
     return [StableAdamW(groups, lr, (betas[0], betas[1]), weight_decay, eps, decouple_lr=True, max_lr=lr, triton=False)]
 
 
 def adamw(
-    parameters: Parameters, matrices: Parameters, lr: float, weight_decay: float, betas: list[float], eps: float
+    parameters: Parameters, matrices: Parameters, lr: Rate, weight_decay: NotNegative, betas: Betas, eps: NotNegative
 ) -> list[Optimizer]:
     """Return torch's AdamW, whose decay of a step is `weight_decay` x lr: Loshchilov and Hutter 2017, arXiv:1711.05101."""
-    groups = _groups(parameters, lr)
-    return [torch.optim.AdamW(groups, lr, (betas[0], betas[1]), eps, weight_decay, fused=True)]
+    return [torch.optim.AdamW(_make_groups(parameters, lr), lr, (betas[0], betas[1]), eps, weight_decay, fused=True)]
 
 
 def muon(
     parameters: Parameters,
     matrices: Parameters,
-    lr: float,
-    adamw_lr: float,
-    weight_decay: float,
-    momentum: float,
-    betas: list[float],
-    eps: float,
-    ns_steps: int = 5,
+    lr: Rate,
+    adamw_lr: Rate,
+    weight_decay: NotNegative,
+    momentum: Fraction,
+    betas: Betas,
+    eps: NotNegative,
+    ns_steps: Annotated[int, Interval(ge=1, le=99)] = 5,
 ) -> list[Optimizer]:
     """Return Muon for the backbone's matrices and AdamW for the rest: Liu et al. 2025, arXiv:2502.16982.
 
     Updates are scaled to the size of AdamW's, so that AdamW's learning rates carry over. `ns_steps` is the number of
-    Newton-Schulz iterations; fewer are faster and orthogonalise less well. Raises ValueError if it is not between 1 and 99.
+    Newton-Schulz iterations; fewer are faster and orthogonalise less well.
     """
-    if not 1 <= ns_steps <= 99:
-        raise ValueError(f"ns_steps={ns_steps}: expected a number from 1 to 99")
     chosen = {id(parameter) for parameter in matrices}
     rest = [parameter for parameter in parameters if id(parameter) not in chosen]
-    optimizers: list[Optimizer] = []
-    if matrices:
-        groups = _groups(matrices, lr)
-        optimizers += [
-            torch.optim.Muon(
-                groups, lr, weight_decay, momentum, nesterov=True, ns_steps=ns_steps, adjust_lr_fn="match_rms_adamw"
-            )
-        ]
-    return [*optimizers, *adamw(rest, [], adamw_lr, weight_decay, betas, eps)]
+    others = adamw(rest, [], adamw_lr, weight_decay, betas, eps)
+    if not matrices:
+        return others
+    settings: dict[str, Any] = {"nesterov": True, "ns_steps": ns_steps, "adjust_lr_fn": "match_rms_adamw"}
+    return [torch.optim.Muon(_make_groups(matrices, lr), lr, weight_decay, momentum, **settings), *others]
 
 
 def step(optimizers: Iterable[Optimizer]) -> None:
@@ -138,7 +135,7 @@ def restore(optimizers: Iterable[Optimizer], names: dict[int, str], saved: list[
         if snapshot is None:
             continue
         content["state"] = {
-            position: {key: _like(parameter, value) for key, value in snapshot["state"][names[id(parameter)]].items()}
+            position: {key: _split_like(parameter, value) for key, value in snapshot["state"][names[id(parameter)]].items()}
             for position, parameter in enumerate(parameters)
             if names[id(parameter)] in snapshot["state"]
         }
@@ -147,7 +144,7 @@ def restore(optimizers: Iterable[Optimizer], names: dict[int, str], saved: list[
         optimizer.load_state_dict(content)
 
 
-def _like(parameter: nn.Parameter, value: Any) -> Any:
+def _split_like(parameter: nn.Parameter, value: Any) -> Any:
     from torch.distributed.tensor import DTensor, distribute_tensor  # most of a second to import, which `plan` can do without
 
     if isinstance(parameter, DTensor) and isinstance(value, torch.Tensor) and value.shape == parameter.shape:
@@ -155,11 +152,7 @@ def _like(parameter: nn.Parameter, value: Any) -> Any:
     return value
 
 
-def _groups(parameters: Parameters, lr: float) -> list[dict[str, Any]]:
-    decays = [parameter for parameter in parameters if parameter.ndim > 1]
-    others = [parameter for parameter in parameters if parameter.ndim <= 1]
-    groups = [
-        {"params": decays, "base_lr": lr, "weight_decays": True},
-        {"params": others, "base_lr": lr, "weight_decays": False},
-    ]
-    return [group for group in groups if group["params"]]
+def _make_groups(parameters: Parameters, lr: float) -> list[dict[str, Any]]:
+    """Return the parameters in two groups, those of more than one dimension first, without a group that would be empty."""
+    kinds = [(True, [one for one in parameters if one.ndim > 1]), (False, [one for one in parameters if one.ndim <= 1])]
+    return [{"params": params, "base_lr": lr, "weight_decays": decays} for decays, params in kinds if params]

@@ -25,7 +25,7 @@ def init_decoder_bias_from_unigrams(model: Any, run: Run, corpus: Corpus) -> Non
     phase = next(phase for phase in run.phases.values() if reads_text(phase))
     frequencies, read = np.zeros(size), 0
     for name, share in corpus.slices(phase.mix).items():
-        counts = _counts(corpus.open(name), size)
+        counts = _count_tokens(corpus.open(name), size)
         frequencies += share * counts / counts.sum()
         read += counts.sum()
     frequencies = (frequencies * read + 1) / (read + size)
@@ -33,7 +33,7 @@ def init_decoder_bias_from_unigrams(model: Any, run: Run, corpus: Corpus) -> Non
     model.decoder.bias.copy_(torch.from_numpy(nats - frequencies @ nats))
 
 
-def _counts(shards: Shards, size: int) -> Integer[np.ndarray, " vocab"]:
+def _count_tokens(shards: Shards, size: int) -> Integer[np.ndarray, " vocab"]:
     """Return how often each token occurs in the first blocks."""
     counts = np.zeros(size, np.int64)
     for shard, index in ((shard, index) for shard, blocks in enumerate(shards.sizes) for index in range(blocks)):

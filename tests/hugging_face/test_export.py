@@ -11,7 +11,7 @@ import transformers
 from tokenizers import Tokenizer
 
 from modernenc.backbones.modernbert import ModernBERT
-from modernenc.hugging_face import converter_of
+from modernenc.hugging_face import converter_of, model_of
 from modernenc.hugging_face.parity import TOLERANCE, logit_difference
 from modernenc.model.export import export
 from modernenc.objectives.masked_lm import MaskedLM
@@ -59,9 +59,7 @@ def test_a_config_is_whole_in_the_words_of_transformers_4_and_of_5(tmp_path, oth
     ours = MaskedLM(ModernBERT(300, 32, 48, 5, 2, 256, **thetas, global_attn_every_n_layers=2, local_attention=16)).eval()
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
-    model = converter_of(ours.backbone).new_model(ours.backbone)
-    model.load_state_dict(converter_of(ours.backbone).to_hugging_face(ours.state_dict()))
-    model.save_pretrained(tmp_path)
+    model_of(ours).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     own = {key: value for key, value in config.items() if key not in other}
     assert len(own) == len(config) - len(other)
@@ -95,3 +93,10 @@ def test_a_tokenizer_that_cuts_and_pads_is_exported_without(small_run, corpus_ro
     exported = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     assert exported.truncation is None and exported.padding is None
     assert len(exported.encode("import os, sys; " * 40).ids) > 64 and len(exported.encode("a").ids) == 3
+
+
+def test_a_logit_that_is_no_number_is_a_difference():
+    ours = MaskedLM(ModernBERT(300, 32, 48, 2, 2, 256, 10_000.0, 10_000.0)).eval()
+    torch.nn.init.constant_(ours.decoder.bias, torch.nan)
+    theirs = model_of(ours)
+    assert not logit_difference(ours, theirs, 300) <= TOLERANCE

@@ -1,4 +1,4 @@
-"""Every attention path equals plain softmax attention on each document alone."""
+"""Every attention backend equals plain softmax attention on each document alone."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from support.attention import gradient, inputs, plain
 
 @pytest.mark.parametrize("scores", [1, 300_000, tiled_attention.SCORES_PER_THREAD])
 @pytest.mark.parametrize("window", [None, 1, 16, 64, 1000])
-def test_blocks_equal_plain_attention_forward_and_backward(window, scores, monkeypatch):
+def test_tiles_equal_plain_attention_forward_and_backward(window, scores, monkeypatch):
     # Some heads of one tile and 64 queries at a time; several; all.
     monkeypatch.setattr(tiled_attention, "SCORES_PER_THREAD", scores)
     qkv, turn, layout = inputs(torch.float64)
@@ -36,10 +36,10 @@ def test_nothing_costs_length_by_length_memory(window, monkeypatch):
 
     with Watch():
         gradient(BACKENDS["tiled"](qkv, turn, layout, window), qkv)
-    assert largest <= max(1 << 20, 8192 * 192)  # the scores at a time, or the bias of windows: tokens x keys of a block
+    assert largest <= max(1 << 20, 8192 * 192)  # the scores at a time, or the bias of windows: tokens x keys of a tile
 
 
-def test_the_path_is_chosen_by_device_and_precision():
+def test_the_backend_is_chosen_by_device_and_precision():
     assert select_backend(torch.device("cpu"), torch.bfloat16) == "tiled"
     assert select_backend(torch.device("cuda"), torch.float32) == "tiled"
     assert select_backend(torch.device("cuda"), torch.bfloat16) in ("flash", "varlen")
@@ -47,12 +47,12 @@ def test_the_path_is_chosen_by_device_and_precision():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 16, 64])
-@pytest.mark.parametrize("path", ["flash", "varlen", "tiled"])
-def test_kernels_equal_plain_attention_on_cuda(path, window):
-    if path == "flash":
+@pytest.mark.parametrize("backend", ["flash", "varlen", "tiled"])
+def test_kernels_equal_plain_attention_on_cuda(backend, window):
+    if backend == "flash":
         pytest.importorskip("flash_attn")
     qkv, turn, layout = inputs(torch.bfloat16, "cuda")
     exact = qkv.detach().double().requires_grad_()
-    ours, expected = BACKENDS[path](qkv, turn, layout, window), plain(exact, turn, layout, window)
+    ours, expected = BACKENDS[backend](qkv, turn, layout, window), plain(exact, turn, layout, window)
     torch.testing.assert_close(ours.double(), expected, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(gradient(ours, qkv).double(), gradient(expected, exact), rtol=5e-2, atol=5e-2)

@@ -44,7 +44,7 @@ def run(model: MaskedLM, packed: list[torch.Tensor]) -> torch.Tensor:
     return model.logits(torch.cat(packed), ends, max(lengths), torch.arange(sum(lengths)))
 
 
-def test_it_keeps_the_contract(objective):
+def test_it_is_a_backbone(objective):
     backbone = objective.backbone
     assert isinstance(backbone, Backbone)
     hidden = backbone(torch.cat(documents([3, 5])), torch.tensor([0, 3, 8], dtype=torch.int32), 5)
@@ -77,7 +77,7 @@ def test_packed_equals_documents_alone_forward_and_backward(objective):
 
 
 def test_some_positions_are_those_of_all_forward_and_backward(objective):
-    """Their last block is computed for them alone."""
+    """The last layer is computed for these positions alone."""
     objective.double()
     packed = documents([1, 3, 64, 70, 600])
     ends = torch.tensor([0, *(len(document) for document in packed)]).cumsum(0).int()

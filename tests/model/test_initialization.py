@@ -1,4 +1,4 @@
-"""Weights to begin with: of a checkpoint, of a Hugging Face model, of a smaller one, under another tokenizer."""
+"""The first weights of a run: from a checkpoint, a Hugging Face model, a smaller backbone, under another tokenizer."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from modernenc.data.loader import Steps
 from modernenc.data.state import DataState
 from modernenc.evaluation.validation import Validator
 from modernenc.hugging_face import converter_of
-from modernenc.hugging_face.config_json import arguments_from
+from modernenc.hugging_face.read_folder import read_config
 from modernenc.model.build import build_objectives, masked_lm_with, weights_of
 from modernenc.model.export import export
 from modernenc.model.init_source import read_source
@@ -49,8 +49,8 @@ def trained(request, small_run, tmp_path) -> tuple[str, Path]:
     return request.param, train(run)
 
 
-def filled(run) -> dict[str, torch.Tensor]:
-    """The weights that a run begins with."""
+def first_weights(run) -> dict[str, torch.Tensor]:
+    """Return the weights that a run starts from."""
     objective = build_objectives(run).masked_lm
     fill(objective, read_source(Path(run.init.source), run), run, Corpus.of(run.data).tokenizer_file)
     return {name: value.detach().clone() for name, value in weights_of(objective).items()}
@@ -58,7 +58,7 @@ def filled(run) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def loss_of_the_first_step(run: Run, begins: bool) -> float:
-    """The loss of a run's first step under the weights that it begins with, or else under random ones, in fp32."""
+    """Return the loss of a run's first step in fp32, under the weights that it starts from or under random ones."""
     objective = build_objectives(run).masked_lm
     curriculum, corpus = check_run(run)
     if begins:
@@ -67,7 +67,7 @@ def loss_of_the_first_step(run: Run, begins: bool) -> float:
     return sum(float(objective(batch)[0]) for batch in step.micro_batches) / step.targets
 
 
-def test_a_run_begins_with_the_weights_of_another_ones_checkpoint(trained, small_run):
+def test_a_run_starts_from_the_weights_of_a_checkpoint(trained, small_run):
     recipe, folder = trained
     objective = load_masked_lm(small_run(recipe=recipe), folder / FINAL)
     shorter = [
@@ -77,13 +77,13 @@ def test_a_run_begins_with_the_weights_of_another_ones_checkpoint(trained, small
         "phases.decay.tokens=500",
     ]
     run = small_run(f"init.source={folder / FINAL}", "trainer.precision=32-true", *shorter, recipe=recipe)
-    assert all(torch.equal(value, weights_of(objective)[name]) for name, value in filled(run).items())
+    assert all(torch.equal(value, weights_of(objective)[name]) for name, value in first_weights(run).items())
     (expected, random), first = (loss_of_the_first_step(run, begins) for begins in (True, False)), losses(train(run))[1]
     assert first == pytest.approx(expected, rel=1e-5) and first != pytest.approx(random, rel=1e-4)
 
 
 @pytest.mark.parametrize("recipe", ["demo", "demo_mega"])
-def test_a_run_may_begin_with_the_frequencies_of_tokens(small_run, recipe):
+def test_a_run_may_start_from_the_frequencies_of_tokens(small_run, recipe):
     run = small_run("init.unigram=true", "validation.tokens_per_source=4096", recipe=recipe)
     check_run(run)
     corpus, losses = Corpus.of(run.data), {}
@@ -104,7 +104,7 @@ def test_an_exported_model_comes_back_as_it_was(trained, small_run, tmp_path):
     export([folder], tmp_path / "exported")
     run = small_run(f"init.source={tmp_path / 'exported'}", recipe=recipe)
     objective = load_masked_lm(run, folder / FINAL)
-    assert all(torch.equal(value, weights_of(objective)[name]) for name, value in filled(run).items())
+    assert all(torch.equal(value, weights_of(objective)[name]) for name, value in first_weights(run).items())
     kind = type(objective.backbone)
     assert isinstance(kind, type) and issubclass(kind, ModernBERT | Mega)
     settings = converter_of(kind).backbone_arguments(json.loads((tmp_path / "exported/config.json").read_text()))
@@ -114,7 +114,7 @@ def test_an_exported_model_comes_back_as_it_was(trained, small_run, tmp_path):
     assert said == {key: own[key] for key in said} and len(said) >= 10
 
 
-def test_both_dialects_of_modernbert_say_the_same():
+def test_config_files_of_transformers_4_and_5_give_the_same_arguments():
     sizes = {
         "model_type": "modernbert", "vocab_size": 50368, "hidden_size": 768, "intermediate_size": 1152, "num_hidden_layers": 22,
         "num_attention_heads": 12, "max_position_embeddings": 8192, "local_attention": 128, "norm_eps": 1e-5,
@@ -152,7 +152,7 @@ def test_a_wider_and_deeper_backbone_holds_the_smaller_one(small_run, tmp_path):
     folder = train(small_run(f"run_dir={tmp_path / 'source'}"))
     source = load_masked_lm(small_run(), folder / FINAL)
     run = small_run(*WIDER, f"init.source={folder / FINAL}", "init.layer_mapping=by_type")
-    large, small = filled(run), weights_of(source)
+    large, small = first_weights(run), weights_of(source)
     assert torch.equal(
         large["backbone.embeddings.tok_embeddings.weight"][:, 8:40], small["backbone.embeddings.tok_embeddings.weight"]
     )
@@ -166,7 +166,7 @@ def test_a_wider_and_deeper_backbone_holds_the_smaller_one(small_run, tmp_path):
     assert len(Table(train(run) / "metrics.csv").read()) > 10
 
 
-def test_under_another_tokenizer_a_token_is_what_it_is_written_with(corpus_root, small_run, tmp_path):
+def test_under_another_tokenizer_a_token_is_the_mean_of_the_tokens_that_spell_it(corpus_root, small_run, tmp_path):
     from data_prep.encode import train as train_tokenizer
 
     new = train_tokenizer(["the quick brown fox jumps over the lazy dog; import os, import sys, return None"] * 9, 400)
@@ -190,11 +190,11 @@ def test_under_another_tokenizer_a_token_is_what_it_is_written_with(corpus_root,
     tokenizer = corpus_root / "tokenizer.json"
     run = small_run(f"init.source={folder / FINAL}", f"init.tokenizer={tokenizer}")
     source = load_masked_lm(run, folder / FINAL)
-    same = filled(run)  # from a tokenizer to itself nothing changes
+    same = first_weights(run)  # from a tokenizer to itself nothing changes
     assert all(torch.allclose(value, weights_of(source)[name]) for name, value in same.items())
 
 
-def test_what_cannot_be_begun_with_is_named(small_run, tmp_path):
+def test_a_source_that_a_run_cannot_start_from_is_refused_by_name(small_run, tmp_path):
     folder = train(small_run(f"run_dir={tmp_path / 'source'}"))
     export([folder], tmp_path / "exported")
     shutil.copytree(tmp_path / "exported", tmp_path / "bert")
@@ -239,7 +239,7 @@ FOUR = {"global_attn_every_n_layers": 3, "global_rope_theta": 160_000.0, "local_
 
 
 def modernbert_source(folder: Path, **settings: Any) -> tuple[Any, dict[str, Any]]:
-    """A small ModernBERT of transformers', as saved, with weights that make every setting matter; and its config.json."""
+    """Save a small ModernBERT of transformers with weights that make every setting matter; return it and its config.json."""
     from transformers import AutoModelForMaskedLM, ModernBertConfig
 
     torch.manual_seed(0)
@@ -254,10 +254,10 @@ def modernbert_source(folder: Path, **settings: Any) -> tuple[Any, dict[str, Any
     return model, json.loads((folder / "config.json").read_text())
 
 
-def begun(folder: Path, config: dict[str, Any]) -> Any:
-    """Masked LM that begins with a folder, under the backbone that its config describes; ValueError as a run would have it."""
+def start_from(folder: Path, config: dict[str, Any]) -> Any:
+    """Return masked LM with the weights of a folder, over the backbone that the config describes."""
     (folder / "config.json").write_text(json.dumps(config))
-    settings = arguments_from(ModernBERT, config)
+    settings = read_config(config, ModernBERT)
     model = masked_lm_with({"_target_": "modernenc.backbones.modernbert.ModernBERT", **settings}).eval()
     backbone = {"_target_": "modernenc.backbones.modernbert.ModernBERT", **settings}
     run: Any = SimpleNamespace(backbone=backbone, init=Init(source=str(folder)))
@@ -266,14 +266,14 @@ def begun(folder: Path, config: dict[str, Any]) -> Any:
 
 
 @torch.no_grad()
-def test_whatever_a_config_json_says_logits_are_equal_or_it_is_refused_by_name(tmp_path):
+def test_each_key_of_a_config_json_gives_equal_logits_or_is_refused_by_name(tmp_path):
     """Each key that transformers' configuration has, changed, and some that it has not."""
     from transformers import AutoModelForMaskedLM, ModernBertConfig
 
     tokens = torch.randint(3, 200, (150,))
     theirs, plain = modernbert_source(tmp_path / "source")
     ends = torch.tensor([0, 150]).int()
-    ours = begun(tmp_path / "source", plain).logits(tokens, ends, 150, torch.arange(150))
+    ours = start_from(tmp_path / "source", plain).logits(tokens, ends, 150, torch.arange(150))
     assert torch.allclose(ours, theirs(input_ids=tokens[None]).logits[0], atol=1e-4)
     sizes = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
     defaults = {**ModernBertConfig().to_dict(), **FOUR, **plain}
@@ -286,7 +286,7 @@ def test_whatever_a_config_json_says_logits_are_equal_or_it_is_refused_by_name(t
         if key in FOUR and "layer_types" in plain:  # in transformers 4's dialect
             config = {**{k: v for k, v in plain.items() if k not in ("layer_types", "rope_parameters")}, **FOUR, key: changed}
         try:
-            ours = begun(tmp_path / "source", config)
+            ours = start_from(tmp_path / "source", config)
         except ValueError as refused:
             outcomes["refused"] += 1
             assert key in str(refused)
@@ -305,7 +305,7 @@ def test_whatever_a_config_json_says_logits_are_equal_or_it_is_refused_by_name(t
     [
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_parameters.rope_type=default"),
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "rope_theta": 1e4}}}, "expected rope_type default"),
-        ({"global_rope_theta": 1e4, "rope_parameters": {"full_attention": {"rope_theta": 2e4}}}, "which is it?"),
+        ({"global_rope_theta": 1e4, "rope_parameters": {"full_attention": {"rope_theta": 2e4}}}, "delete the wrong one"),
         ({"layer_types": ["full_attention"] * 3}, "layer_types="),
         ({"global_attn_every_n_layers": 2, "layer_types": ["full_attention", *["sliding_attention"] * 3]}, "layer_types="),
         ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
@@ -313,30 +313,33 @@ def test_whatever_a_config_json_says_logits_are_equal_or_it_is_refused_by_name(t
         ({"a_new_setting": 3}, "a_new_setting=3 in config.json: ModernBERT has no such setting"),
     ],
 )
-def test_what_a_config_json_says_otherwise_is_refused_by_name(config, said):
+def test_a_config_json_that_contradicts_the_backbone_is_refused_by_name(config, said):
     sizes = {
         "model_type": "modernbert", "vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
         "num_attention_heads": 2, "max_position_embeddings": 512,
     }  # fmt: skip
-    assert arguments_from(ModernBERT, {**sizes, "a_new_setting": None})["local_rope_theta"] == 10_000
-    assert arguments_from(ModernBERT, {**sizes, "local_rope_theta": None})["local_rope_theta"] == 160_000
+    assert read_config({**sizes, "a_new_setting": None}, ModernBERT)["local_rope_theta"] == 10_000
+    assert read_config({**sizes, "local_rope_theta": None}, ModernBERT)["local_rope_theta"] == 160_000
     with pytest.raises(ValueError, match=re.escape(said)):
-        arguments_from(ModernBERT, {**sizes, **config})
+        read_config({**sizes, **config}, ModernBERT)
 
 
-def test_mega_says_all_that_its_config_json_has_or_it_is_refused():
-    from modernenc.hugging_face.modeling_mega import MegaConfig
+def test_a_config_json_of_mega_is_followed_in_full_or_refused():
+    from modernenc.hugging_face.modeling_mega import MegaEncoderConfig
 
-    config = MegaConfig().to_dict()
-    assert arguments_from(Mega, config)["chunk_size"] == 1_024
+    config = MegaEncoderConfig().to_dict()
+    assert read_config(config, Mega)["chunk_size"] == 1_024
     for key, value in (("norm_affine", False), ("activation", "gelu"), ("a_new_setting", 1), ("normalize_attention", True)):
         with pytest.raises(ValueError, match=f"{key}={value} in config.json"):
-            arguments_from(Mega, {**config, key: value})
-    with pytest.raises(KeyError, match="relative_positional_bias"):  # of which transformers' default is not ours
-        arguments_from(Mega, {key: value for key, value in config.items() if key != "relative_positional_bias"})
+            read_config({**config, key: value}, Mega)
+    for key, value in (("attention_activation", "relu2"), ("chunk_size", 0), ("hidden_size", "wide"), ("dropout_prob", 1.0)):
+        with pytest.raises(ValueError, match=f"config.json: {key}={value}: expected"):
+            read_config({**config, key: value}, Mega)
+    with pytest.raises(ValueError, match=r"config\.json has no 'relative_positional_bias'"):  # its default there is not ours
+        read_config({key: value for key, value in config.items() if key != "relative_positional_bias"}, Mega)
 
 
-def test_a_source_that_computes_something_else_is_said_or_refused(small_run, tmp_path, caplog):
+def test_a_source_that_computes_something_else_is_noted_or_refused(small_run, tmp_path, caplog):
     """A rotary base, which a phase could change, is said; any other setting is refused. Of checkpoints and exports alike."""
     folder = train(small_run(f"run_dir={tmp_path / 'source'}"))  # which ends with a global theta of 160,000
     export([folder], tmp_path / "exported")
@@ -371,5 +374,5 @@ def test_a_padded_tokenizer_of_the_source_pads_no_token(small_run, corpus_root, 
     tokenizer.save(str(tmp_path / "padded.json"))
     run = small_run(f"init.source={folder / FINAL}", f"init.tokenizer={tmp_path / 'padded.json'}")
     plain = small_run(f"init.source={folder / FINAL}", f"init.tokenizer={corpus_root / 'tokenizer.json'}")
-    one, other = filled(run), filled(plain)
+    one, other = first_weights(run), first_weights(plain)
     assert all(torch.equal(value, other[name]) for name, value in one.items())

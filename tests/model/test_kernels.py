@@ -18,7 +18,7 @@ LENGTHS = [1, 64 * 70 + 3, 63, 64, 65, 64 * 140]
 
 
 def kernel(name: str) -> ModuleType:
-    """A module by another name, so that the check of shapes leaves its functions as Triton must read them."""
+    """Import a module under another name, so that the check of shapes leaves its functions as Triton must read them."""
     found = find_spec(name)
     assert found is not None and found.origin is not None
     spec = spec_from_file_location("kernel", found.origin)
@@ -29,39 +29,37 @@ def kernel(name: str) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def carry():
+def states_kernel():
     return kernel(state_passing.KERNEL)
 
 
-@pytest.mark.parametrize("ahead", [True, False])
-def test_states_are_carried_within_documents(carry, ahead):
-    where = documents.Documents(LENGTHS, DEVICE)
+@pytest.mark.parametrize("forward", [True, False])
+def test_states_pass_within_documents_only(states_kernel, forward):
+    layout = documents.Documents(LENGTHS, DEVICE)
     torch.manual_seed(0)
-    leaving, decay = (
-        torch.randn(3, 10, where.segments, device=DEVICE),
-        torch.rand(3, 10, device=DEVICE),
-    )  # no whole tile of states
-    half = slice(0, 5) if ahead else slice(5, 10)
-    same, got = where.may_reach(1), torch.full_like(leaving, torch.nan)
-    expected = torch.zeros(3, 5, where.segments, dtype=torch.double, device=DEVICE)
-    order = range(where.segments) if ahead else range(where.segments - 1, -1, -1)
-    for before, block in pairwise(order):  # the definition, block by block
-        if same[min(before, block)]:
-            carried = decay[:, half].double() * expected[..., before]
-            expected[..., block] = leaving[:, half, before].double() + carried
-    carry.run(leaving[:, half], decay[:, half], same, got[:, half], ahead)
+    # Not a whole number of tiles of states.
+    outgoing, decay = torch.randn(3, 10, layout.segments, device=DEVICE), torch.rand(3, 10, device=DEVICE)
+    half = slice(0, 5) if forward else slice(5, 10)
+    same, got = layout.may_reach(1), torch.full_like(outgoing, torch.nan)
+    expected = torch.zeros(3, 5, layout.segments, dtype=torch.double, device=DEVICE)
+    order = range(layout.segments) if forward else range(layout.segments - 1, -1, -1)
+    for before, segment in pairwise(order):  # the definition, segment by segment
+        if same[min(before, segment)]:
+            decayed = decay[:, half].double() * expected[..., before]
+            expected[..., segment] = outgoing[:, half, before].double() + decayed
+    states_kernel.run(outgoing[:, half], decay[:, half], same, got[:, half], forward)
     torch.testing.assert_close(got[:, half], expected.float(), rtol=1e-5, atol=1e-5)
 
 
-def test_an_ema_and_its_gradients_are_the_same_with_the_kernel(carry, monkeypatch):
+def test_an_ema_and_its_gradients_are_the_same_with_the_kernel(states_kernel, monkeypatch):
     calls = []
 
-    def counted(*arguments):
+    def run_and_count(*arguments):
         calls.append(arguments)
-        carry.run(*arguments)
+        states_kernel.run(*arguments)
 
-    monkeypatch.setitem(sys.modules, state_passing.KERNEL, SimpleNamespace(run=counted))
-    found = []
+    monkeypatch.setitem(sys.modules, state_passing.KERNEL, SimpleNamespace(run=run_and_count))
+    results = []
     for has_kernel in (True, False):
         monkeypatch.setattr(state_passing, "HAS_KERNEL", has_kernel)
         torch.manual_seed(0)
@@ -71,8 +69,8 @@ def test_an_ema_and_its_gradients_are_the_same_with_the_kernel(carry, monkeypatc
             out = module(x, documents.Documents(LENGTHS, DEVICE))
             out.square().sum().backward()
         assert len(calls) == 4  # both directions, forward and backward, with the kernel alone
-        found.append([out.detach(), *(leaf.grad for leaf in (x, *module.parameters()))])
-    for one, other in zip(*found, strict=True):
+        results.append([out.detach(), *(leaf.grad for leaf in (x, *module.parameters()))])
+    for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 

@@ -25,7 +25,7 @@ def at_once(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, targ
 
 @pytest.mark.parametrize("rows_of_a_chunk", [7, 1024])
 @pytest.mark.parametrize(("rows", "targets"), [(20, 20), (64, 50), (64, 7), (64, 0), (0, 0)])
-def test_loss_hits_and_gradients_are_those_of_all_logits(rows, targets, rows_of_a_chunk, monkeypatch):
+def test_loss_correct_predictions_and_gradients_are_those_of_all_logits(rows, targets, rows_of_a_chunk, monkeypatch):
     monkeypatch.setattr(file, "CHUNK_ROWS", rows_of_a_chunk)
     monkeypatch.setattr(cross_entropy, "CACHE_LOGITS", 200)  # four rows
     tensors, wanted = inputs(rows, targets, torch.float64)
@@ -54,7 +54,7 @@ def test_extreme_logits_have_a_finite_loss():
     assert loss == 2e4 and correct == 0
 
 
-def test_gradients_are_handed_out_once():
+def test_a_second_backward_pass_is_refused():
     tensors, wanted = inputs(8, 8, torch.float32)
     loss, _ = linear_cross_entropy(*tensors, wanted)
     loss.backward(retain_graph=True)
