@@ -1,6 +1,8 @@
 """The command line of Hydra programs: a user's mistake becomes one clear line instead of a traceback."""
 
+import itertools
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable
@@ -10,7 +12,7 @@ from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -46,10 +48,16 @@ def run(schema: type[Config], groups: tuple[str, ...], config_name: str, job: Ca
             job(typed(cfg, schema, groups))
 
     with one_line_errors(verbose, composing=True):
-        for argument in sys.argv[1:]:
+        for flag, argument in itertools.pairwise(sys.argv):
             _check_not_renamed(argument.partition("=")[0].lstrip("+~"))
+            if "=" not in argument and not argument.startswith(("-", "~")) and not flag.startswith("-"):
+                raise ValueError(f"{argument}: expected KEY=VALUE, +KEY=VALUE or ~KEY")
         sys.argv[1:] = quoted(sys.argv[1:])
-        hydra.main(config_path=str(CONF_DIR), config_name=config_name, version_base="1.3")(main)()
+        try:
+            hydra.main(config_path=str(CONF_DIR), config_name=config_name, version_base="1.3")(main)()
+        except ConfigCompositionException as error:
+            _check_composed(schema, f"{error}: {error.__cause__}")
+            raise
 
 
 class one_line_errors:
@@ -162,6 +170,28 @@ def _check_keys(schema: Any, content: Any, prefix: str) -> None:
                 _check_not_renamed(f"{prefix}{key}")
                 raise ValueError(f"{prefix}{key}: unknown key; there are {', '.join(fields)}")
             _check_keys(fields[key], value, f"{prefix}{key}.")
+
+
+def _check_composed(schema: Any, message: str) -> None:
+    """Raise ValueError in place of a message of Hydra's about an unknown key, or about a file that names no package."""
+    if set_key := re.match(r"Could not override '([\w.]+)'\.\s+To append to your config", message):
+        key = set_key[1]
+        _check_keys(schema, _nest(key), "")
+        raise ValueError(
+            f"{key}: unknown key; --cfg job shows those there are, and +{key}=VALUE adds one, as a source to a mix"
+        )
+    in_file = re.match(r"In '((\w+)/\S+)':.*full_key: ([\w.]+)", message, re.DOTALL)
+    if in_file and in_file[3] == in_file[2]:
+        raise ValueError(f"{in_file[1]}.yaml: its first line must be: # @package _global_")
+    if in_file:
+        _check_not_renamed(in_file[3])
+        _check_keys(schema, _nest(in_file[3]), f"{in_file[1]}.yaml: ")
+
+
+def _nest(key: str) -> Any:
+    """Return a configuration that sets one dotted key."""
+    first, _, rest = key.partition(".")
+    return {first: _nest(rest) if rest else None}
 
 
 def _check_not_renamed(key: str) -> None:

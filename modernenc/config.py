@@ -481,7 +481,8 @@ def load(run_dir: Path) -> Run:
     """
     path = run_dir / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"{run_dir} holds no run: {CONFIG} is missing; give a folder that modernenc.train made")
+        give = run_dir / "latest" if (run_dir / "latest" / CONFIG).is_file() else "a folder that modernenc.train made"
+        raise FileNotFoundError(f"{run_dir} holds no run: {CONFIG} is missing; give {give}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):

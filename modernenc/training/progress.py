@@ -44,12 +44,14 @@ class TokenProgress(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Update the bar, or log a line if one is due."""
+        """Update the bar, or log a line if one is due: every 30 seconds, and at the last step."""
         module = cast(Pretraining, pl_module)
         phase = module.last_spec.phase
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=module.step, description=phase, text=self._text(module))
-        elif trainer.is_global_zero and time.monotonic() - self._last_line > _LINE_EVERY_S:
+        elif trainer.is_global_zero and (
+            time.monotonic() - self._last_line > _LINE_EVERY_S or module.tokens_seen >= self.curriculum.total_tokens
+        ):
             self._last_line = time.monotonic()
             log.info("%s step %d/%d %s", phase, module.step, self.curriculum.total_steps, self._text(module))
 
@@ -69,7 +71,7 @@ class TokenProgress(L.Callback):
     def _text(self, module: Pretraining) -> str:
         rows = self.writer.latest_rows
         speed = (module.tokens_seen - self._tokens_at_start) / (time.monotonic() - self._started)
-        left = (self.curriculum.total_tokens - module.tokens_seen) / speed
+        left = round((self.curriculum.total_tokens - module.tokens_seen) / speed)
         parts = [f"{module.tokens_seen / 1e6:.1f}/{self.curriculum.total_tokens / 1e6:.1f}M tokens"]
         for row in rows:
             parts.append(f"{'' if row['objective'] == MASKED_LM else row['objective'] + ' '}loss {row['loss']:.3f}")

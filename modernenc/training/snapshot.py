@@ -94,10 +94,11 @@ def restore_metrics(module: LoopState, state: TrainState) -> None:
     Each rank restores its own loss if the world size is unchanged; otherwise the first rank takes the sum.
     """
     world = module.trainer.world_size
-    now = describe_bits(world, torch.get_num_threads(), lineage.versions())
-    before = describe_bits(state.ranks, state.threads, state.versions)
+    now = describe_bits(world, torch.get_num_threads(), lineage.versions()).split(", ")
+    before = describe_bits(state.ranks, state.threads, state.versions).split(", ")
     if now != before:
-        log.warning("%s, but %s before: weights will agree closely, not to the bit", now, before)
+        differing = [", ".join(sorted(set(one) - set(other))) or "nothing" for one, other in ((now, before), (before, now))]
+        log.warning("%s, but %s before: weights will agree closely, not to the bit", *differing)
     for objective, metrics in state.unlogged.items():
         losses = metrics.losses
         if len(losses) != world:

@@ -58,7 +58,9 @@ def test_help_is_there_at_once(module):
 
 
 CASES = {
-    "an unknown key": (["data.lane=3"], r"data\.lane.*Key 'lane' not in 'Data'"),
+    "an unknown key": (["data.lane=3"], r"data\.lane: unknown key; there are root"),
+    "a key that has no fixed names beside it": (["optim.beta=3"], r"optim.beta: unknown key; --cfg job .* \+optim.beta=VALUE"),
+    "a word alone": (["demo"], r"demo: expected KEY=VALUE"),
     "an unknown key that is added": (["+trainer.foo=3"], r"trainer.foo: unknown key; there are accelerator"),
     "an unknown key of a phase that is added": (["+phases.decay.ramp.foo=3"], r"phases.decay.ramp.foo: unknown key; there"),
     "no heads": (["backbone.num_attention_heads=0"], r"backbone: ModernBERT cannot be built with these settings: "),
@@ -137,6 +139,20 @@ def test_a_recipe_that_is_no_yaml_is_named(tmp_path):
     assert "mine.yaml" in error("modernenc.train", "--config-dir", str(tmp_path), "+recipe=mine")
 
 
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("phases: {stable: {tokens: 3}}", r"recipe/mine.yaml: its first line must be: # @package _global_"),
+        ("# @package _global_\nphases: {stable: {tokns: 3}}", r"recipe/mine.yaml: phases.stable.tokns: unknown key; there are"),
+        ("# @package _global_\ndata: {seed: 3}", r"recipe/mine.yaml: data.seed: unknown key; there are root"),
+    ],
+)
+def test_a_mistake_in_a_recipes_file_names_the_file(tmp_path, content, expected):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text(content)
+    assert expected in error("modernenc.train", "--config-dir", str(tmp_path), "+recipe=mine")
+
+
 def test_a_corpus_without_files_is_named(tmp_path):
     line = error("data_prep", "+corpus=jsonl", f"input={tmp_path}", "sources.text.licence=x", cwd=tmp_path)
     assert f"sources.text.reader: no files to read in {tmp_path}" in line
@@ -154,6 +170,9 @@ def test_a_run_folder_that_holds_another_run_is_left_alone(corpus_root, tmp_path
 
 def test_resuming_what_is_no_run_is_an_error(tmp_path):
     assert "holds no run" in error("modernenc.resume", str(tmp_path))
+    (tmp_path / "latest").mkdir()
+    (tmp_path / "latest" / "config.yaml").touch()
+    assert error("modernenc.resume", str(tmp_path)).endswith(f"give {tmp_path / 'latest'}")
     assert "does not exist" in error("modernenc.resume", str(tmp_path / "x.ckpt"))
 
 
