@@ -16,7 +16,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m modernenc.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("paths", type=Path, nargs="+", help="checkpoints, or run folders (their newest is taken)")
+    parser.add_argument(
+        "paths", nargs="+", help="checkpoints, or run folders (their newest is taken); data.root=DIR if the corpus has moved"
+    )
     parser.add_argument(
         "--average", action="append", default=[], help="also validate their average: exponential, one_minus_sqrt, uniform"
     )
@@ -25,7 +27,9 @@ def main() -> None:
     with one_line_errors():
         from modernenc.reporting.comparison import compare, show  # torch takes seconds to import
 
-        show(compare(arguments.paths, arguments.average, arguments.across_runs))
+        overrides = [path for path in arguments.paths if path.startswith(("data.root=", "data.cache="))]
+        paths = [Path(path) for path in arguments.paths if path not in overrides]
+        show(compare(paths, arguments.average, arguments.across_runs, overrides))
 
 
 if __name__ == "__main__":

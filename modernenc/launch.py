@@ -53,7 +53,7 @@ def submit(config: Run) -> None:
 
     secret = run.cluster.environment
     run = replace(run, cluster=replace(run.cluster, environment={}))
-    run = create(run, plan_text(run, curriculum), numbered=not given("run_dir"))
+    run = create(run, plan_text(run, curriculum), numbered=not given("run_dir"), corpus_files=corpus.small_files())
     path = Path(run.run_dir) / JOB
     path.touch(mode=0o600)
     path.write_text(script(replace(run, cluster=replace(run.cluster, environment=secret))))
@@ -106,6 +106,8 @@ def script(run: Run) -> str:
         f"--output={shlex.quote(run_dir)}/slurm-%j.log",
     ]
     allowed = "".join(f" --allow-code {module}" for module in own_modules(run))
+    if "://" in run.data.root:
+        allowed += f" {shlex.quote(f'data.root={run.data.root}')}"
     srun_options = "".join(f" {shlex.quote(option)}" for option in cluster.srun_options)
     command = shlex.join([*cluster.wrapper, "python" if cluster.wrapper else sys.executable])  # a container has its own
     environment = {"OMP_NUM_THREADS": str(cluster.cpus_per_task), **cluster.environment}

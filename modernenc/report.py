@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from modernenc.cli import one_line_errors, take_allowed_code
-from modernenc.config import load
+from modernenc.config import changed, load
 
 
 def main() -> None:
@@ -13,9 +13,12 @@ def main() -> None:
     take_allowed_code()
     parser = argparse.ArgumentParser(prog="python -m modernenc.report", description=__doc__)
     parser.add_argument("run_dir", type=Path, help="run folder")
-    run_dir = parser.parse_args().run_dir
+    parser.add_argument("overrides", nargs="*", metavar="data.root=DIR", help="where the corpus is now, for the passages")
+    arguments = parser.parse_args()
     with one_line_errors():
-        run = replace(load(run_dir), run_dir=str(run_dir))
+        run = changed(replace(load(arguments.run_dir), run_dir=str(arguments.run_dir)), arguments.overrides)
+        if not any(override.startswith("data.root=") for override in arguments.overrides) and "://" in run.data.root:
+            run = replace(run, data=replace(run.data, root=""))  # a folder that may be anybody's names no server
         from modernenc.reporting.page import write  # torch takes seconds to import
 
         print(write(run))

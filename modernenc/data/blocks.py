@@ -212,6 +212,10 @@ class Corpus:
             )
         return path
 
+    def small_files(self) -> list[Path]:
+        """Return the paths of the manifest and the tokenizer: all of the corpus that a trained model needs."""
+        return [self.store.file(MANIFEST), self.tokenizer_file]
+
     @cached_property
     def ordinary_ids(self) -> Integer[np.ndarray, " ids"]:
         """All token ids except those of special tokens."""
@@ -262,3 +266,11 @@ class Corpus:
                 raise ValueError(f"{shards.where}/{INDEX} has {len(shards)} blocks, but {MANIFEST} says {expected}; {REMEDY}")
             self._opened[folder] = shards
         return self._opened[folder]
+
+
+def corpus_of(data: Data) -> Corpus | None:
+    """Return the corpus, or None if it is not prepared."""
+    try:
+        return Corpus.of(data)
+    except FileNotFoundError:
+        return None

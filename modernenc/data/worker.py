@@ -70,10 +70,21 @@ def _receive_steps(steps: Steps, pin_for: int | None, timeout_s: float) -> Itera
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     writes.close()
-    atexit.register(worker.kill)  # at exit Python would wait for the worker, which may wait for room in the pipe
     received: queue.SimpleQueue[Any] = queue.SimpleQueue()
     room = threading.Semaphore(_AHEAD)
-    threading.Thread(target=_fill_queue, args=(reads, received, room, pin_for), name="loader", daemon=True).start()
+    thread = threading.Thread(target=_fill_queue, args=(reads, received, room, pin_for), name="loader", daemon=True)
+    thread.start()
+
+    def end() -> None:
+        """End the worker, and then the thread, which finds the pipe closed."""
+        worker.kill()
+        worker.join(10)
+        room.release()
+        thread.join(10)
+
+    # At exit Python would wait for the worker, which may wait for room in the pipe; and a thread that is amid a tensor when the
+    # interpreter goes aborts the process.
+    atexit.register(end)
     try:
         while isinstance(item := received.get(timeout=timeout_s), Step):
             room.release()
@@ -89,10 +100,8 @@ def _receive_steps(steps: Steps, pin_for: int | None, timeout_s: float) -> Itera
             "does not answer; raise it, or train with data.workers=0 to see where it waits"
         ) from None
     finally:
-        worker.kill()
-        worker.join(10)
-        room.release()  # the thread may wait for it; it then finds the pipe closed and ends
-        atexit.unregister(worker.kill)
+        end()
+        atexit.unregister(end)
 
 
 def _send_steps(steps: Steps, reads: Connection, writes: Connection) -> None:
@@ -127,7 +136,7 @@ def _fill_queue(reads: Connection, received: "queue.SimpleQueue[Any]", room: thr
             room.acquire()
             item = reads.recv()
             received.put(item.pin_memory() if pin_for is not None and isinstance(item, Step) else item)
-    except EOFError:
+    except (EOFError, OSError):  # the worker ended between two steps, or amid one
         return
     finally:
         reads.close()

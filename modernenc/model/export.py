@@ -5,11 +5,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from modernenc.data.blocks import Corpus
 from modernenc.hugging_face import converter_of, model_of
 from modernenc.hugging_face.parity import TOLERANCE, logit_difference
 from modernenc.hugging_face.tokenizer import pretrained_tokenizer
-from modernenc.model.load import masked_lm_of
+from modernenc.model.load import masked_lm_of, small_corpus
 from modernenc.run_folder import checkpoints
 from modernenc.run_folder.averaging import KINDS, average
 from modernenc.run_folder.load import locate
@@ -29,7 +28,7 @@ def export(paths: Sequence[Path], out: Path, average_by: str | None = None, acro
     runs, files = zip(*map(locate, paths), strict=True)
     if None in files:
         raise FileNotFoundError(f"{paths[files.index(None)]} holds no checkpoint yet: nothing to export")
-    run, corpus = runs[0], Corpus.of(runs[0].data)
+    run, corpus = runs[0], small_corpus(runs[0])
     trained = average(list(files), average_by, across_runs) if average_by else checkpoints.read(files[0])
     objective = masked_lm_of(run, trained)
     roles = corpus.roles

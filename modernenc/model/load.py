@@ -4,10 +4,20 @@ from pathlib import Path
 
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum
+from modernenc.data.blocks import Corpus
+from modernenc.data.store import Store
 from modernenc.model.build import load_weights, masked_lm_weights, masked_lm_with, set_attributes
 from modernenc.objectives.masked_lm import MaskedLM
 from modernenc.run_folder import checkpoints
 from modernenc.run_folder.checkpoints import Checkpoint
+from modernenc.run_folder.create import CORPUS
+
+
+def small_corpus(run: Run) -> Corpus:
+    """Return the corpus of a run as its folder holds it: manifest and tokenizer, without text."""
+    return Corpus(
+        Store(str(Path(run.run_dir) / CORPUS)), "its run folder has lost it; copy manifest.json and tokenizer.json there"
+    )
 
 
 def load_masked_lm(run: Run, path: Path) -> MaskedLM:

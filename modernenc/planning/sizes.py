@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from modernenc.config import Data, Phase, Run, load
+from modernenc.config import Phase, Run, load
 from modernenc.curriculum import Curriculum, reads_text
-from modernenc.data.blocks import Corpus
+from modernenc.data.blocks import Corpus, corpus_of
 
 VOCAB = "backbone.vocab_size"
 LANES = "data.lanes"
@@ -49,14 +49,6 @@ def choose_sizes(run: Run) -> Run:
     data = replace(run.data, lanes=chosen[LANES], buffer_rows=chosen[BUFFER], from_corpus=open_keys)
     vocabulary = {"vocab_size": sizes[VOCAB]} if VOCAB in open_keys else {}
     return replace(run, data=data, backbone={**run.backbone, **vocabulary})
-
-
-def corpus_of(data: Data) -> Corpus | None:
-    """Return the corpus, or None if it is not prepared."""
-    try:
-        return Corpus.of(data)
-    except FileNotFoundError:
-        return None
 
 
 def in_buffers(run: Run, phase: Phase, block_tokens: int) -> int:

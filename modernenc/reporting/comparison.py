@@ -1,26 +1,31 @@
 """Validation of several checkpoints, and of their averages, on the same held-out rows."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from modernenc.config import Run
+from modernenc.config import Run, changed
 from modernenc.data.blocks import Corpus
 from modernenc.evaluation.validation import Score, Validator
-from modernenc.model.load import masked_lm_of
+from modernenc.model.load import masked_lm_of, small_corpus
 from modernenc.run_folder.averaging import average
 from modernenc.run_folder.checkpoints import Checkpoint, read
-from modernenc.run_folder.load import locate
+from modernenc.run_folder.load import check_root, locate
 from modernenc.run_folder.tables import ALL
 
 Compared = dict[str, tuple[int, dict[str, Score]]]
 """Tokens seen, and scores by source, of each checkpoint or average by name."""
 
 
-def compare(paths: list[Path], averages: list[str], across_runs: bool = False) -> Compared:
-    """Validate checkpoints and the given kinds of their average; errors are those of reading checkpoints."""
+def compare(paths: list[Path], averages: list[str], across_runs: bool = False, overrides: Sequence[str] = ()) -> Compared:
+    """Validate checkpoints and the given kinds of their average.
+
+    `overrides` may be `data.root=` and `data.cache=`, where the held-out text is now. Raises ValueError if the runs have
+    different tokenizers; other errors are those of reading checkpoints.
+    """
     checkpoints: dict[str, tuple[Run, Path]] = {}
     for path in paths:
         run, checkpoint = locate(path)
@@ -29,7 +34,13 @@ def compare(paths: list[Path], averages: list[str], across_runs: bool = False) -
         name = checkpoint.stem if path.suffix == ".ckpt" else path.name
         checkpoints[str(path) if name in checkpoints else name] = run, checkpoint
     first, _ = next(iter(checkpoints.values()))
-    validator = Validator(first, Corpus.of(first.data))
+    check_root(first, overrides)
+    first = changed(first, list(overrides))
+    corpus = Corpus.of(first.data)
+    for run, path in checkpoints.values():
+        if small_corpus(run).tokenizer_file.read_bytes() != corpus.tokenizer_file.read_bytes():
+            raise ValueError(f"{path} has another tokenizer than the first: their losses, in nats per token, do not compare")
+    validator = Validator(first, corpus)
 
     def validate(run: Run, checkpoint: Checkpoint) -> tuple[int, dict[str, Score]]:
         scores = validator.scores_at_reference(masked_lm_of(run, checkpoint))

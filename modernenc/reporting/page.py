@@ -15,10 +15,10 @@ from tokenizers import Tokenizer
 
 from modernenc.config import CONFIG, Run
 from modernenc.curriculum import CHOICES, MASKED_LM, Curriculum
-from modernenc.data.blocks import VALIDATION, Corpus
+from modernenc.data.blocks import VALIDATION, corpus_of
 from modernenc.data.packing import SPECIALS
 from modernenc.evaluation.standard_error import FIXED_RATIO
-from modernenc.model.load import masked_lm_of
+from modernenc.model.load import masked_lm_of, small_corpus
 from modernenc.reporting import plots
 from modernenc.reporting.plots import Rows, rows_of
 from modernenc.run_folder import checkpoints, lineage
@@ -72,7 +72,7 @@ def unigram_nats(run: Run, validation: Rows) -> dict[str, float]:
 
     Over all, each source has its weight in validation. Without a validation yet there is no value over all.
     """
-    nats = {source: entry[VALIDATION]["unigram_nats"] for source, entry in Corpus.of(run.data).sources.items()}
+    nats = {source: entry[VALIDATION]["unigram_nats"] for source, entry in small_corpus(run).sources.items()}
     last = [row for row in validation if row["step"] == validation[-1]["step"]]
     targets = {row["source"]: int(row["targets"]) for row in last if row["source"] != ALL}
     if targets:
@@ -143,9 +143,12 @@ def _fill_masks(run: Run, checkpoint: Checkpoint) -> Iterator[tuple[str, list[tu
     """Yield each source with one held-out passage, some of whose tokens are masked and filled in by a checkpoint's model.
 
     A passage is a list of pieces: a text, the model's first guess for the token after it, whether that is right, and its
-    likeliest guesses with the truth. The last piece has a text only.
+    likeliest guesses with the truth. The last piece has a text only. Nothing is yielded where the text is not at hand.
     """
-    corpus, model = Corpus.of(run.data), masked_lm_of(run, checkpoint)
+    corpus = corpus_of(run.data)
+    if corpus is None or corpus.tokenizer_file.read_bytes() != small_corpus(run).tokenizer_file.read_bytes():
+        return
+    model = masked_lm_of(run, checkpoint)
     tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))
     longest = min(PASSAGE, model.backbone.max_position - SPECIALS)
     for source in corpus.sources:

@@ -2,7 +2,8 @@
 
 import secrets
 import shlex
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
@@ -16,11 +17,21 @@ from modernenc.config import CONFIG, Logger, Run, plain, save
 from modernenc.run_folder import checkpoints, lineage
 from modernenc.run_folder.lock import LOG, try_acquire
 
+CORPUS = "corpus"
+"""Folder in a run folder with the corpus's manifest and tokenizer, so that the run can be exported without the corpus."""
 
-def create(run: Run, plan: str, branch: checkpoints.Checkpoint | None = None, numbered: bool = False) -> Run:
+
+def create(
+    run: Run,
+    plan: str,
+    branch: checkpoints.Checkpoint | None = None,
+    numbered: bool = False,
+    corpus_files: Iterable[Path] = (),
+) -> Run:
     """Create the run folder and return the run with its folder and id.
 
-    It holds the text of the plan and the checkpoint of a branch; the configuration comes last.
+    It holds the text of the plan, copies of small files of the corpus, and the checkpoint of a branch; the configuration comes
+    last.
 
     With `numbered`, an existing folder belongs to another run, and this run's folder gets a number as suffix. ValueError if the
     folder holds a run already, or another process starts one in it; OSError if it cannot be written.
@@ -31,6 +42,9 @@ def create(run: Run, plan: str, branch: checkpoints.Checkpoint | None = None, nu
         if branch is not None:
             checkpoints.write(replace(branch, run=plain(run)), folder / checkpoints.FOLDER / f"{checkpoints.BRANCH}.ckpt")
         write_plan(folder, plan)
+        (folder / CORPUS).mkdir(exist_ok=True)
+        for file in corpus_files:
+            shutil.copyfile(file, folder / CORPUS / file.name)
         lineage.write(folder, [])
         save(run)
     return run

@@ -1,6 +1,8 @@
 """Find a run and its checkpoint on disk."""
 
 import logging
+import shlex
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +27,15 @@ def locate(path: Path) -> tuple[Run, Path | None]:
         return run, checkpoints.newest(run_dir)
     checkpoints.check(path)
     return run, path.resolve()
+
+
+def check_root(run: Run, overrides: Iterable[str]) -> None:
+    """Raise ValueError if the corpus of a saved run is remote and the user does not name it: the folder may be anybody's."""
+    if "://" in run.data.root and not any(override.startswith("data.root=") for override in overrides):
+        raise ValueError(
+            f"data.root={run.data.root}: a run folder may name a remote corpus only if you do too; add "
+            f"{shlex.quote(f'data.root={run.data.root}')}"
+        )
 
 
 def _settings(run_dir: Path) -> Run:

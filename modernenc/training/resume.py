@@ -17,7 +17,7 @@ from modernenc.run_folder import checkpoints
 from modernenc.run_folder.checkpoints import Checkpoint
 from modernenc.run_folder.history import ABANDONED, prepare_rollback
 from modernenc.run_folder.lineage import Event
-from modernenc.run_folder.load import locate
+from modernenc.run_folder.load import check_root, locate
 from modernenc.training import ranks
 from modernenc.training.fit import fit
 from modernenc.training.hardware import check_hardware
@@ -29,6 +29,7 @@ log = logging.getLogger("modernenc")
 def resume(path: Path, overrides: list[str]) -> None:
     """Resume from a run folder or a checkpoint; ValueError or FileNotFoundError names what is wrong."""
     run, file = _located(path)
+    check_root(run, overrides)
     if file is None:
         if run.branch_from:
             raise FileNotFoundError(f"{run.run_dir} has lost its branch.ckpt; branch again, into another run_dir")
@@ -49,6 +50,7 @@ def rollback(path: Path, overrides: list[str], skip_tokens: int) -> None:
     if skip_tokens < 0:
         raise ValueError(f"--skip-tokens {skip_tokens}: expected a number of tokens, 0 or more")
     now, file = _located(path)
+    check_root(now, overrides)
     assert file is not None
     checkpoint = checkpoints.read(file)
     before = replace(from_plain(checkpoint.run, now.run_dir), rollbacks=now.rollbacks)

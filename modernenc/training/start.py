@@ -41,7 +41,7 @@ def start(run: Run, curriculum: Curriculum, corpus: Corpus, numbered: bool) -> N
         curriculum = check_settings(run)  # finished phases are now those of the checkpoint
     plan = plan_text(run, curriculum)
     if ranks.is_rank_zero():  # the folder's name holds the time; the other ranks learn it when they synchronise
-        run = create(run, plan, checkpoint, numbered)
+        run = create(run, plan, checkpoint, numbered, corpus.small_files())
         if checkpoint is not None and (parent.parent.parent / lineage.LINEAGE).is_file():
             into = Event("branched", parent.stem, into=str(Path(run.run_dir).resolve()))
             try:
