@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from modernenc.config import CONF_DIR, RECIPES_DIR, RENAMED, Run, own_modules, trust
+from modernenc.config import CONF_DIR, RECIPES_DIR, RENAMED, Run, load, own_modules, register_parent, trust
 from modernenc.quoting import quoted
 
 Config = TypeVar("Config")
@@ -48,6 +48,9 @@ def run(schema: type[Config], groups: tuple[str, ...], config_name: str, job: Ca
             job(typed(cfg, schema, groups))
 
     with one_line_errors(verbose, composing=True):
+        if config_name == "train" and (parent := _branch_without_recipe(sys.argv)):
+            register_parent(load(parent.parent.parent))
+            groups, config_name = (), "branch"
         for flag, argument in itertools.pairwise(sys.argv):
             _check_not_renamed(argument.partition("=")[0].lstrip("+~"))
             if "=" not in argument and not argument.startswith(("-", "~")) and not flag.startswith("-"):
@@ -88,6 +91,20 @@ def take_allowed_code() -> None:
         at = sys.argv.index(_ALLOW_CODE)
         trust(sys.argv[at + 1 : at + 2])
         del sys.argv[at : at + 2]
+
+
+def _branch_without_recipe(arguments: list[str]) -> Path | None:
+    """Return the checkpoint that a command line branches from without a recipe of its own, if it does.
+
+    Raises FileNotFoundError if there is no such checkpoint.
+    """
+    parents = [argument.partition("=")[2] for argument in arguments if argument.startswith("+from=")]
+    if not parents or any(argument.startswith("+recipe=") for argument in arguments):
+        return None
+    parent = Path(parents[-1]).resolve()
+    if parent.suffix != ".ckpt" or not parent.is_file():
+        raise FileNotFoundError(f"+from={parents[-1]}: no checkpoint; name one of RUN_DIR/checkpoints/*.ckpt")
+    return parent
 
 
 def checkpoint_argument(path: Path) -> str:
@@ -133,7 +150,9 @@ def typed(cfg: DictConfig, schema: type[Config], groups: tuple[str, ...]) -> Con
     cfg = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(schema), cfg))
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
-        raise ValueError(f"{', '.join(missing)}: no value; set it in the {groups[0]} or on the command line")
+        raise ValueError(
+            f"{', '.join(missing)}: no value; set it {'in the ' + groups[0] + ' or ' if groups else ''}on the command line"
+        )
     OmegaConf.resolve(cfg)
     composed = cast(Config, OmegaConf.to_object(cfg))
     if isinstance(composed, Run):

@@ -397,6 +397,19 @@ def register() -> None:
         store.store(group="recipe", name=path.stem, package="_global_", node=OmegaConf.load(path), provider=str(path))
 
 
+def register_parent(run: Run) -> None:
+    """Make the configuration of a run known to Hydra as `branch`, for a branch that changes some of it and keeps the rest."""
+    values = plain(run)
+    for key in ("run_dir", "branch_from", "rollbacks", "smoke_test"):
+        del values[key]
+    values["logger"] |= {"run_id": "", "group": ""}
+    values["data"]["from_corpus"] = []
+    train = yaml.safe_load((CONF_DIR / "train.yaml").read_text())
+    defaults = ["run_schema", "_self_", {"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
+    node = {"defaults": defaults, "run_dir": train["run_dir"], "hydra": train["hydra"], **values}
+    ConfigStore.instance().store(name="branch", node=OmegaConf.create(node))
+
+
 def plain(run: Run) -> dict[str, Any]:
     """Return a run's configuration as plain values."""
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(run)))

@@ -1,7 +1,8 @@
 """Train a recipe: `python -m modernenc.train +recipe=NAME [KEY=VALUE ...]`.
 
 See it first with `python -m modernenc.plan`, try it in a minute with `smoke_test=CORPUS`, branch off another run with
-`+from=CKPT`, train several variants in turn with `--multirun KEY=A,B`. Go on with a run: `python -m modernenc.resume RUN_DIR`.
+`+from=CKPT` (without a recipe it keeps its parent's settings), train several variants in turn with `--multirun KEY=A,B`. Go on
+with a run: `python -m modernenc.resume RUN_DIR`.
 """
 
 import sys

@@ -5,6 +5,7 @@ The new configuration must agree with the old one on everything that was trained
 """
 
 import shlex
+import sys
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -39,11 +40,19 @@ def done_phases(run: Run, tokens_seen: int) -> list[str]:
 
 
 def branched(run: Run, corpus: Corpus) -> Checkpoint:
-    """Return the checkpoint `run.branch_from` as the start of the run; FileNotFoundError, or ValueError as `fork` raises it."""
+    """Return the checkpoint `run.branch_from` as the start of the run, after listing where it differs from its parent.
+
+    Raises FileNotFoundError if there is no such checkpoint, and ValueError as `fork` does.
+    """
     parent = Path(run.branch_from).resolve()
     if parent.suffix != ".ckpt" or not parent.is_file():
         raise FileNotFoundError(f"+from={run.branch_from}: no checkpoint; name one of RUN_DIR/checkpoints/*.ckpt")
-    return fork(run, corpus, checkpoints.read(parent))
+    checkpoint = checkpoints.read(parent)
+    start = fork(run, corpus, checkpoint)
+    for key, there, here in differences(checkpoint.run, start.run):
+        if not (is_identity(key) or is_resumable(key)):
+            print(f"the branch differs from its parent: {key}={here}, there {there}", file=sys.stderr)
+    return start
 
 
 def fork(run: Run, corpus: Corpus, checkpoint: Checkpoint, skip_tokens: int = 0) -> Checkpoint:

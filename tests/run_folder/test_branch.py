@@ -284,3 +284,22 @@ def test_several_decays_from_one_checkpoint_are_one_command(small_run, tmp_path)
     short, long = tmp_path / "decay-1500.0", tmp_path / "decay-3000.0"
     assert same(long / FINAL, folder / FINAL)  # the same settings as the run that it branched off
     assert list(compare([short, long], [])) == [short.name, long.name]
+
+
+@pytest.mark.slow
+def test_a_branch_without_a_recipe_keeps_what_its_parent_was_told(corpus_root, tmp_path):
+    parent, branch = tmp_path / "parent", tmp_path / "branch"
+    told = ["phases.stable.tokens=4000", "phases.decay.tokens=5000", "backbone.num_hidden_layers=2", "optim=adamw", "seed=5"]
+    assert command("modernenc.train", *small(corpus_root, parent, *told)).returncode == 0
+    checkpoint = parent / "checkpoints" / "end-of-stable.ckpt"
+    result = command("modernenc.train", f"+from={checkpoint}", "phases.decay.tokens=6000", f"run_dir={branch}")
+    assert result.returncode == 0, result.stderr
+    listed = [line for line in result.stderr.splitlines() if "differs from its parent" in line]
+    assert listed == ["the branch differs from its parent: phases.decay.tokens=6000.0, there 5000.0"]
+    before, after = load(parent), load(branch)
+    assert (after.recipe, after.seed, after.optim, after.backbone) == ("demo", 5, before.optim, before.backbone)
+    assert after.branch_from == str(checkpoint) and after.rollbacks == 0
+    planned = command("modernenc.plan", f"+from={checkpoint}", "phases.decay.token=6000")
+    assert planned.returncode == 2 and "phases.decay.token: unknown key" in planned.stderr
+    lost = command("modernenc.train", f"+from={parent}")
+    assert lost.returncode == 2 and f"+from={parent}: no checkpoint" in lost.stderr
