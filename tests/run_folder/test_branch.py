@@ -21,7 +21,7 @@ from modernenc.run_folder.tables import Table
 from modernenc.train import main as train_main
 from support.commands import ROOT, command, importing
 from support.results import FINAL, losses, same
-from support.runs import SMALL, composed, resume, rollback, train
+from support.runs import SMALL, composed, resume, rollback, small, train
 
 
 @pytest.fixture(scope="module")
