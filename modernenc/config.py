@@ -50,6 +50,7 @@ RENAMED = {
     "watch.z": "watch.z_threshold",
     "estimate.price": "estimate.price_per_hour",
     "init.layers": "init.layer_mapping",
+    "optim.adamw_lr": "optim.adamw_lr_ratio, relative to optim.lr",
 }
 """Former names of keys, each with the present one."""
 

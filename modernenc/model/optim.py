@@ -59,7 +59,7 @@ def muon(
     parameters: Parameters,
     matrices: Parameters,
     lr: Rate,
-    adamw_lr: Rate,
+    adamw_lr_ratio: Rate,
     weight_decay: NotNegative,
     momentum: Fraction,
     betas: Betas,
@@ -68,12 +68,13 @@ def muon(
 ) -> list[Optimizer]:
     """Return Muon for the backbone's matrices and AdamW for the rest: Liu et al. 2025, arXiv:2502.16982.
 
-    Updates are scaled to the size of AdamW's, so that AdamW's learning rates carry over. `ns_steps` is the number of
-    Newton-Schulz iterations; fewer are faster and orthogonalise less well.
+    `adamw_lr_ratio` is the learning rate of AdamW relative to `lr`, so that one number scales both. Updates of matrices are
+    scaled to the size of AdamW's, so that AdamW's learning rates carry over. `ns_steps` is the number of Newton-Schulz
+    iterations; fewer are faster and orthogonalise less well.
     """
     chosen = {id(parameter) for parameter in matrices}
     rest = [parameter for parameter in parameters if id(parameter) not in chosen]
-    others = adamw(rest, [], adamw_lr, weight_decay, betas, eps)
+    others = adamw(rest, [], adamw_lr_ratio * lr, weight_decay, betas, eps)
     if not matrices:
         return others
     settings: dict[str, Any] = {"nesterov": True, "ns_steps": ns_steps, "adjust_lr_fn": "match_rms_adamw"}

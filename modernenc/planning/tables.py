@@ -56,6 +56,8 @@ def _phases(run: Run, curriculum: Curriculum, corpus: Corpus | None) -> Table:
     row("ends at token", lambda name, _: f"{curriculum.end_of(name):,}")
     row("steps", lambda name, _: f"{sum(stage.steps for stage in curriculum.stages_of(name)):,}")
     row("learning rate", lambda name, _: _lr(curriculum, name))
+    if (ratio := run.optim.get("adamw_lr_ratio", 1)) != 1:
+        row("learning rate of AdamW", lambda _, phase: f"peak {ratio * phase.lr:.3g}")
     row("curve", lambda _, phase: phase.lr_curve)
     row("warmup tokens", lambda _, phase: f"{phase.warmup_tokens:,.0f}")
     row("weight decay", lambda _, phase: f"{phase.weight_decay:g}")

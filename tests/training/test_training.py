@@ -188,6 +188,19 @@ def test_the_peak_that_decay_is_relative_to_follows_the_phase(small_run):
         assert {parameter.ndim for parameter in others["params"]} == {1}
 
 
+def test_one_learning_rate_scales_all_weights(small_run):
+    """A rollback under another `optim.lr` must reach embedding, head, norms and biases too."""
+    rates = []
+    for lr in (3e-3, 3e-4):
+        run = small_run(f"optim.lr={lr}", f"phases.stable.lr={lr}", "optim.adamw_lr_ratio=0.5")
+        optimizers = optim.build(build_objectives(run), run.optim)
+        spec = Curriculum.of(run).at(2000)
+        optim.apply(optimizers, spec, run.optim["lr"])
+        rates.append([group["lr"] for optimizer in optimizers for group in optimizer.param_groups])
+    assert rates[0] == pytest.approx([10 * rate for rate in rates[1]])
+    assert rates[0][-1] == pytest.approx(rates[0][0] / 2)
+
+
 def test_muon_takes_the_matrices_and_adamw_the_rest(small_run):
     run = changed(small_run(), ["optim.ns_steps=3"])
     objective = build_objectives(run).masked_lm
