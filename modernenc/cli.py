@@ -6,13 +6,14 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -23,17 +24,40 @@ from modernenc.quoting import quoted
 Config = TypeVar("Config")
 
 _ALLOW_CODE = "--allow-code"
+_FAILED = (2, 3)
+"""Exit codes of a run that was refused or became unstable; any other, such as that of a signal, ends a sweep too."""
 _TRACEBACK = "HYDRA_FULL_ERROR"
 _FIELDS = {"from": "branch_from"}
 """Keys of the command line that are keywords of Python, each with the name of its field."""
 
 
-def run(schema: type[Config], groups: tuple[str, ...], config_name: str, job: Callable[[Config], None]) -> None:
+@dataclass
+class Outcome:
+    """How one run of a sweep ended."""
+
+    overrides: list[str]
+    """Its settings, as KEY=VALUE."""
+    result: str = ""
+    """What the job returned."""
+    error: str = ""
+    """Why it failed, in one line."""
+
+
+def run(
+    schema: type[Config],
+    groups: tuple[str, ...],
+    config_name: str,
+    job: Callable[[Config], str | None],
+    after_sweep: Callable[[list[Outcome], Path], None] | None = None,
+) -> None:
     """Compose `conf/<config_name>.yaml` with the command line, and call `job` with the typed result.
 
-    `groups` must be chosen with `+group=NAME`. Mistakes end the process with status 2 and one line;
-    HYDRA_FULL_ERROR=1 shows where they arose.
+    `groups` must be chosen with `+group=NAME`. Mistakes end the process with status 2 and one line; HYDRA_FULL_ERROR=1 shows
+    where they arose. With `after_sweep`, a value that fails under --multirun does not keep the others from being run, and
+    `after_sweep` gets all outcomes and the folder of the sweep; the status is then 1.
     """
+    outcomes: list[Outcome] = []
+    folder = Path()
     take_allowed_code()
     if {"--help", "-h"} & set(sys.argv):  # Hydra's own takes seconds: it copies all recipes for each group
         print(help_text(groups if schema is not Run else [group for group in parts() if group != "corpus"]))
@@ -44,8 +68,19 @@ def run(schema: type[Config], groups: tuple[str, ...], config_name: str, job: Ca
     def main(cfg: DictConfig) -> None:
         if not verbose:
             os.environ.pop(_TRACEBACK, None)
-        with one_line_errors(verbose):  # Hydra would report the job's errors in its own way
-            job(typed(cfg, schema, groups))
+        hydra_config = HydraConfig.get()
+        outcome = Outcome(list(hydra_config.overrides.task))
+        try:
+            with one_line_errors(verbose):  # Hydra would report the job's errors in its own way
+                outcome.result = job(typed(cfg, schema, groups)) or ""
+        except SystemExit as ended:
+            if hydra_config.mode != RunMode.MULTIRUN or after_sweep is None or ended.code not in _FAILED:
+                raise
+            outcome.error = _message(ended.__context__) if ended.__context__ else f"ended with status {ended.code}"
+        if hydra_config.mode == RunMode.MULTIRUN:
+            nonlocal folder
+            outcomes.append(outcome)
+            folder = Path(hydra_config.sweep.dir)
 
     with one_line_errors(verbose, composing=True):
         if config_name == "train" and (parent := _branch_without_recipe(sys.argv)):
@@ -61,6 +96,10 @@ def run(schema: type[Config], groups: tuple[str, ...], config_name: str, job: Ca
         except ConfigCompositionException as error:
             _check_composed(schema, f"{error}: {error.__cause__}")
             raise
+    if outcomes and after_sweep:
+        after_sweep(outcomes, folder)
+        if any(outcome.error for outcome in outcomes):
+            raise SystemExit(1)
 
 
 class one_line_errors:

@@ -8,20 +8,27 @@ with a run: `python -m modernenc.resume RUN_DIR`.
 import sys
 from pathlib import Path
 
-from modernenc.cli import given, run
+from modernenc.cli import Outcome, given, run
 from modernenc.config import Run, register
 from modernenc.planning.resolve import resolve
 
 
-def main(config: Run) -> None:
-    """Check the run, then train it in a new folder, from the start or from another run's checkpoint."""
+def main(config: Run) -> str:
+    """Check the run, train it in a new folder, from the start or from another run's checkpoint, and return the folder."""
     config = resolve(config)
     from modernenc.planning.checks import check_run
 
     curriculum, corpus = check_run(config)
     from modernenc.training.start import start  # torch and Lightning take seconds to import: most mistakes show before
 
-    start(config, curriculum, corpus, numbered=not given("run_dir"))
+    return start(config, curriculum, corpus, numbered=not given("run_dir"))
+
+
+def report_sweep(outcomes: list[Outcome], folder: Path) -> None:
+    """Print and write the results of a sweep."""
+    from modernenc.reporting.sweep import write  # matplotlib takes a second to import
+
+    write(outcomes, folder)
 
 
 def _resolved_branch(argument: str) -> str:
@@ -33,7 +40,7 @@ def _resolved_branch(argument: str) -> str:
 if __name__ == "__main__":
     sys.argv = [_resolved_branch(argument) for argument in sys.argv]
     register()
-    run(Run, ("recipe",), "train", main)
+    run(Run, ("recipe",), "train", main, report_sweep)
     from modernenc.training import ranks
 
     ranks.leave()

@@ -22,8 +22,8 @@ from modernenc.training.hardware import check_hardware
 log = logging.getLogger(__name__)
 
 
-def start(run: Run, curriculum: Curriculum, corpus: Corpus, numbered: bool) -> None:
-    """Check what the earlier checks could not without torch, create the run folder, train, and write the report.
+def start(run: Run, curriculum: Curriculum, corpus: Corpus, numbered: bool) -> str:
+    """Check what the earlier checks could not without torch, create the run folder, train, write the report; return the folder.
 
     With `numbered`, the folder may get a number as suffix. Errors are those of the checks, of `create` and of `fit`.
     """
@@ -51,6 +51,7 @@ def start(run: Run, curriculum: Curriculum, corpus: Corpus, numbered: bool) -> N
     fit(run, curriculum, corpus, plan, checkpoint, event)
     if ranks.is_rank_zero():
         log.info("report: %s", page.write(run))
+    return run.run_dir
 
 
 def _with_absolute_paths(run: Run, corpus: Corpus) -> Run:

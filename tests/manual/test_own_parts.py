@@ -9,7 +9,6 @@ from textwrap import indent
 
 import pytest
 
-from modernenc.config import load
 from modernenc.run_folder.tables import Table
 from modernenc.train import main
 from own_parts.ranking import Ranking
@@ -40,8 +39,12 @@ def test_a_run_trains_ones_own_backbone_in_ones_own_phase(corpus_root, tmp_path,
     assert {row["phase"] for row in rows} == {"stable", "anneal"}
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
     assert {float(row["mask_ratio"]) for row in rows if row["phase"] == "anneal"} == {0.15}
-    assert float(rows[-1]["lr"]) < 0.1 * load(folder).optim["lr"]
+    assert float(rows[-1]["lr"]) < 0.1 * max(float(row["lr"]) for row in rows)
     assert (folder / "checkpoints" / "end-of-anneal.ckpt").is_file()
+    refused = command("modernenc.resume", str(folder))
+    assert refused.returncode == 2 and "--allow-code own_parts.bert" in refused.stderr
+    allowed = command("modernenc.resume", str(folder), "--allow-code", "own_parts.bert")
+    assert allowed.returncode == 0 and "is finished" in allowed.stdout
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Rollbacks and branches: what follows changes, what was trained does not."""
 
+import csv
 import shutil
 import signal
 import subprocess
@@ -284,6 +285,25 @@ def test_several_decays_from_one_checkpoint_are_one_command(small_run, tmp_path)
     short, long = tmp_path / "decay-1500.0", tmp_path / "decay-3000.0"
     assert same(long / FINAL, folder / FINAL)  # the same settings as the run that it branched off
     assert list(compare([short, long], [])) == [short.name, long.name]
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_all_its_values_and_ends_with_a_table_and_a_plot(corpus_root, tmp_path):
+    settings = [
+        *small(corpus_root, tmp_path / "run"),
+        "run_dir=" + str(tmp_path / "lr-${optim.lr}"),
+        f"hydra.sweep.dir={tmp_path}/sweep",
+    ]
+    result = command("modernenc.train", "--multirun", *settings, "optim.lr=1e-3,-1,3e-3")
+    assert result.returncode == 1, result.stderr
+    with (tmp_path / "sweep" / "sweep.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["optim.lr"] for row in rows] == ["1e-3", "-1", "3e-3"]
+    assert [bool(row["run"]) for row in rows] == [True, False, True]
+    assert "optim.lr=-1" in rows[1]["error"] and rows[1]["validation"] == "nan"
+    table = Table(Path(rows[2]["run"]) / "validation.csv").read()
+    assert rows[2]["validation"] in [row["loss"] for row in table if row["source"] == "all"]
+    assert "sweep: validation loss" in result.stdout and (tmp_path / "sweep" / "sweep.png").stat().st_size > 5_000
 
 
 @pytest.mark.slow
