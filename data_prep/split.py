@@ -71,7 +71,7 @@ def load_bucket(folder: Path, sources: Iterable[str], seed: int) -> tuple[list[D
 
 @dataclass
 class Survey:
-    """The documents of one source after deduplication, and which of them may be held out."""
+    """What is known of one source after deduplication: what it holds by file, and the documents that may be held out."""
 
     kept: Counter[str] = field(default_factory=Counter)
     """Number of documents kept from each file."""

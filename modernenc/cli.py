@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from modernenc.config import CONF_DIR, RECIPES_DIR, RENAMED, Run, load, own_modules, register_parent, trust
-from modernenc.quoting import quoted
+from modernenc.quoting import quote_values
 
 Config = TypeVar("Config")
 
@@ -72,7 +72,7 @@ def run(
         outcome = Outcome(list(hydra_config.overrides.task))
         try:
             with one_line_errors(verbose):  # Hydra would report the job's errors in its own way
-                outcome.result = job(typed(cfg, schema, groups)) or ""
+                outcome.result = job(to_schema(cfg, schema, groups)) or ""
         except SystemExit as ended:
             if hydra_config.mode != RunMode.MULTIRUN or after_sweep is None or ended.code not in _FAILED:
                 raise
@@ -90,7 +90,7 @@ def run(
             _check_not_renamed(argument.partition("=")[0].lstrip("+~"))
             if "=" not in argument and not argument.startswith(("-", "~")) and not flag.startswith("-"):
                 raise ValueError(f"{argument}: expected KEY=VALUE, +KEY=VALUE or ~KEY")
-        sys.argv[1:] = quoted(sys.argv[1:])
+        sys.argv[1:] = quote_values(sys.argv[1:])
         try:
             hydra.main(config_path=str(CONF_DIR), config_name=config_name, version_base="1.3")(main)()
         except ConfigCompositionException as error:
@@ -174,7 +174,7 @@ def parts() -> dict[str, list[str]]:
     return {group: sorted(path.stem for path in folder.glob("*.yaml")) for group, folder in folders.items()}
 
 
-def typed(cfg: DictConfig, schema: type[Config], groups: tuple[str, ...]) -> Config:
+def to_schema(cfg: DictConfig, schema: type[Config], groups: tuple[str, ...]) -> Config:
     """Return the composed configuration as an object of `schema`; ValueError names what is missing."""
     choices = HydraConfig.get().runtime.choices
     for group in groups:
@@ -206,10 +206,10 @@ def recipe(name: str) -> Run:
     cfg = hydra.compose("train", [f"+recipe={name}"])
     with open_dict(cfg):
         cfg["recipe"] = name
-    return typed(cfg, Run, ())
+    return to_schema(cfg, Run, ())
 
 
-def given(key: str) -> bool:
+def is_given(key: str) -> bool:
     """Return whether the command line sets a key."""
     return any(override.partition("=")[0].lstrip("+") == key for override in HydraConfig.get().overrides.task)
 

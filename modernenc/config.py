@@ -18,7 +18,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from modernenc.atomic import write_text
 from modernenc.frozen import frozen
-from modernenc.quoting import assigned
+from modernenc.quoting import parse_assignments
 
 _PACKAGE = Path(__file__).resolve().parent
 _ROOT = _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent  # an installed wheel, else a checkout
@@ -463,10 +463,10 @@ def from_plain(values: Any, run_dir: str = "") -> Run:
     return cast(Run, OmegaConf.to_object(merged))
 
 
-def changed(run: Run, overrides: list[str]) -> Run:
+def apply_overrides(run: Run, overrides: list[str]) -> Run:
     """Return the run with `KEY=VALUE` settings changed."""
     merged = OmegaConf.structured(run)
-    for key, value in assigned(overrides):
+    for key, value in parse_assignments(overrides):
         change = OmegaConf.create()
         OmegaConf.update(change, key, value)
         merged = OmegaConf.merge(merged, change)

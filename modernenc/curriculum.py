@@ -195,7 +195,7 @@ class Curriculum:
 
 
 def objectives_of(phase: Phase) -> dict[str, int]:
-    """Return the objectives that a phase trains, each with its steps in one cycle."""
+    """Return how many steps of each objective one cycle of a phase has; an objective without steps is left out."""
     return {name: steps for name, steps in phase.objectives.items() if steps} or {MASKED_LM: 1}
 
 

@@ -12,7 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from modernenc.cli import given
+from modernenc.cli import is_given
 from modernenc.cli import run as run_cli
 from modernenc.config import Run, own_modules, plain, register
 from modernenc.planning.checks import check_run, check_settings
@@ -53,7 +53,7 @@ def submit(config: Run) -> None:
 
     secret = run.cluster.environment
     run = replace(run, cluster=replace(run.cluster, environment={}))
-    run = create(run, plan_text(run, curriculum), numbered=not given("run_dir"), corpus_files=corpus.small_files())
+    run = create(run, plan_text(run, curriculum), numbered=not is_given("run_dir"), corpus_files=corpus.small_files())
     path = Path(run.run_dir) / JOB
     path.touch(mode=0o600)
     path.write_text(script(replace(run, cluster=replace(run.cluster, environment=secret))))

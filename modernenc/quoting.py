@@ -16,7 +16,7 @@ _MEANT_FOR_HYDRA = re.compile(r"[\[{'\"]|\w+\(")
 """Beginning of a list, a dict, a quoted string or a function."""
 
 
-def quoted(arguments: Sequence[str]) -> list[str]:
+def quote_values(arguments: Sequence[str]) -> list[str]:
     """Return the arguments of a Hydra program with quotes around the values that it could not parse without them.
 
     Values that it can parse stay unchanged; a mapping gets the `+` that lets it bring new keys. Raises ValueError for an
@@ -27,15 +27,15 @@ def quoted(arguments: Sequence[str]) -> list[str]:
     before = ["", *arguments]
     return [
         argument if argument.startswith("-") or "=" not in argument or flag in _FLAGS_WITH_A_VALUE
-        else _with_new_keys(parser, argument) if _reads(parser, argument) else _mended(parser, argument, sweeps)
+        else _with_new_keys(parser, argument) if _parses(parser, argument) else _quote_value(parser, argument, sweeps)
         for flag, argument in zip(before, arguments, strict=False)
     ]  # fmt: skip
 
 
-def assigned(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
+def parse_assignments(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """Yield keys and values by the same grammar without Hydra; the value of a sweep is taken as text."""
     parser = OverridesParser.create()
-    for argument in quoted(arguments):
+    for argument in quote_values(arguments):
         if "=" not in argument or argument.startswith("~"):
             raise ValueError(f"{argument}: expected KEY=VALUE")
         override = parser.parse_overrides([argument])[0]
@@ -50,7 +50,7 @@ def _with_new_keys(parser: OverridesParser, argument: str) -> str:
     return f"+{argument}" if is_mapping and not argument.startswith(("+", "~")) else argument
 
 
-def _reads(parser: OverridesParser, argument: str) -> bool:
+def _parses(parser: OverridesParser, argument: str) -> bool:
     try:
         parser.parse_overrides([argument])
     except HydraException:
@@ -58,21 +58,21 @@ def _reads(parser: OverridesParser, argument: str) -> bool:
     return True
 
 
-def _mended(parser: OverridesParser, argument: str, sweeps: bool) -> str:
+def _quote_value(parser: OverridesParser, argument: str, sweeps: bool) -> str:
     key, _, value = argument.partition("=")
-    if not _reads(parser, f"{key}=0"):
+    if not _parses(parser, f"{key}=0"):
         raise ValueError(f"{argument}: {key} is no key; expected KEY=VALUE, +KEY=VALUE or ~KEY")
-    as_text = shlex.quote(f"{key}={_text(value)}")
+    as_text = shlex.quote(f"{key}={_quote(value)}")
     if _MEANT_FOR_HYDRA.match(value):
         raise ValueError(
             f"{argument}: the value begins like a list, a dict, a quoted text or a function, and is none; mend it, or, to give "
             f"it as plain text, write {as_text}"
         )
     if sweeps and "," in value:
-        each = shlex.quote(f"{key}={','.join(_text(part) for part in value.split(','))}")
+        each = shlex.quote(f"{key}={','.join(_quote(part) for part in value.split(','))}")
         raise ValueError(f"{argument}: one value, or, with --multirun, several? write {as_text} or {each}")
-    return f"{key}={_text(value, Quote.single)}"
+    return f"{key}={_quote(value, Quote.single)}"
 
 
-def _text(value: str, quote: Quote = Quote.double) -> str:
+def _quote(value: str, quote: Quote = Quote.double) -> str:
     return QuotedString(value, quote).with_quotes()

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from modernenc.cli import one_line_errors, take_allowed_code
-from modernenc.config import changed, load
+from modernenc.config import apply_overrides, load
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="data.root=DIR", help="where the corpus is now, for the passages")
     arguments = parser.parse_args()
     with one_line_errors():
-        run = changed(replace(load(arguments.run_dir), run_dir=str(arguments.run_dir)), arguments.overrides)
+        run = apply_overrides(replace(load(arguments.run_dir), run_dir=str(arguments.run_dir)), arguments.overrides)
         if not any(override.startswith("data.root=") for override in arguments.overrides) and "://" in run.data.root:
             run = replace(run, data=replace(run.data, root=""))  # a folder that may be anybody's names no server
         from modernenc.reporting.page import write  # torch takes seconds to import

@@ -8,7 +8,7 @@ with a run: `python -m modernenc.resume RUN_DIR`.
 import sys
 from pathlib import Path
 
-from modernenc.cli import Outcome, given, run
+from modernenc.cli import Outcome, is_given, run
 from modernenc.config import Run, register
 from modernenc.planning.resolve import resolve
 
@@ -21,7 +21,7 @@ def main(config: Run) -> str:
     curriculum, corpus = check_run(config)
     from modernenc.training.start import start  # torch and Lightning take seconds to import: most mistakes show before
 
-    return start(config, curriculum, corpus, numbered=not given("run_dir"))
+    return start(config, curriculum, corpus, numbered=not is_given("run_dir"))
 
 
 def report_sweep(outcomes: list[Outcome], folder: Path) -> None:

@@ -51,7 +51,7 @@ class Result:
 
     @property
     def speeds(self) -> list[float]:
-        """Tokens per second of each turn."""
+        """Speed of each measured turn, in tokens per second."""
         return [work.tokens / seconds for work, seconds in zip(self.work, self.seconds, strict=True)]
 
     @property
@@ -75,7 +75,10 @@ class OwnProcess(ProcessPoolExecutor):
         super().__init__(1, get_context("spawn"), initializer=_limit_memory)
 
     def call(self, function: Callable[..., Any], *arguments: Any, limit_s: float | None = None) -> Any:
-        """Return what a function returns in the process; raise Failure if it raises, exceeds `limit_s`, or its process dies."""
+        """Call a function in the child process and return its result.
+
+        Raises Failure if the function raises or takes longer than `limit_s`, or if the child process dies.
+        """
         process, free = self.submit(os.getpid).result(), available_bytes()
         future = self.submit(function, *arguments)
         try:

@@ -7,7 +7,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf, open_dict
 
-from modernenc.cli import hydra_options, typed
+from modernenc.cli import hydra_options, to_schema
 from modernenc.config import Data, Run, register
 from modernenc.data.blocks import Corpus
 from modernenc.planning.resolve import resolve
@@ -135,4 +135,4 @@ def make_run(bench: Bench, backbone: str, length: int, optimizer: str = "adamw",
         cfg.phases = {"decay": cfg.phases.decay}
         for key, value in settings.items():
             OmegaConf.update(cfg, key, value, merge=False)
-    return resolve(typed(cfg, Run, ()))
+    return resolve(to_schema(cfg, Run, ()))

@@ -114,7 +114,10 @@ def spell_with(old: Tokenizer, new: Tokenizer) -> dict[int, list[int]]:
 
 
 def transfer_embeddings(rows: Tensor, spelling: dict[int, list[int]], size: int) -> Tensor:
-    """Return a row for each of `size` tokens: the mean of the rows that spell it, or of all rows if none do."""
+    """Return an embedding for each of `size` new tokens: the mean of the old tokens' embeddings that spell it, or of all.
+
+    `rows` are the old embeddings, one row a token, and `spelling` gives the old tokens of each new one.
+    """
     out = rows.mean(0).expand(size, *rows.shape[1:]).clone()
     for number, tokens in spelling.items():
         if tokens:

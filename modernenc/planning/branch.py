@@ -39,7 +39,7 @@ def done_phases(run: Run, tokens_seen: int) -> list[str]:
     return [name for name in run.phases if Curriculum.of(run).end_of(name) <= tokens_seen]
 
 
-def branched(run: Run, corpus: Corpus) -> Checkpoint:
+def begin_branch(run: Run, corpus: Corpus) -> Checkpoint:
     """Return the checkpoint `run.branch_from` as the start of the run, after listing where it differs from its parent.
 
     Raises FileNotFoundError if there is no such checkpoint, and ValueError as `fork` does.

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from modernenc.config import Run, changed
+from modernenc.config import Run, apply_overrides
 from modernenc.planning import estimate
 from modernenc.planning.checks import check_settings
 from modernenc.run_folder import lineage, tables
@@ -16,7 +16,7 @@ from modernenc.run_folder.load import locate
 def show(path: Path, overrides: list[str]) -> None:
     """Print a table of phases; errors are those of locating a run."""
     before, checkpoint = locate(path)
-    run = changed(before, overrides)
+    run = apply_overrides(before, overrides)
     curriculum = check_settings(run)
     position = read_manifest(checkpoint)["tokens_seen"] if checkpoint else 0
     speeds = _speeds(before, run)

@@ -1,5 +1,6 @@
 """Find mistakes in a run's model, optimizer and first weights by building them, which takes the seconds of torch's import."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +17,25 @@ from modernenc.model import optim
 from modernenc.model.build import build_objectives
 from modernenc.model.init_source import check_source, read_source
 from modernenc.model.initialization import fill
+from modernenc.planning import estimate
+
+
+def check_disk(run: Run) -> None:
+    """Raise ValueError if the disk of the run folder cannot hold the checkpoints that the run keeps."""
+    parameters, states = estimate.parameters(run)
+    needed = 4 * (parameters + states) * (len(run.phases) + run.checkpoint.keep_last + 1)  # the oldest goes after the newest
+    folder = next(folder for folder in (Path(run.run_dir).absolute(), *Path(run.run_dir).absolute().parents) if folder.exists())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"run_dir={run.run_dir}: the checkpoints take up to {needed / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB "
+            "free; choose another run_dir, or lower checkpoint.keep_last"
+        )
 
 
 def check_backbone(run: Run) -> None:
     """Raise ValueError if the backbone cannot be built with its settings."""
-    with _built("backbone", run.backbone), torch.device("meta"):
+    with _name_group_in_errors("backbone", run.backbone), torch.device("meta"):
         build_objectives(run)
 
 
@@ -39,12 +54,12 @@ def check_optim(run: Run) -> None:
     linear = nn.Linear(2, 2)  # any weights will do to check the settings
     backbone = SimpleNamespace(describe=lambda: Description([linear], ["linear"], lambda length: 0.0))
     objectives: Any = SimpleNamespace(masked_lm=linear, backbone=backbone, tasks=nn.ModuleDict())
-    with _built("optim", run.optim):
+    with _name_group_in_errors("optim", run.optim):
         optim.build(objectives, run.optim)
 
 
 @contextmanager
-def _built(group: str, node: dict[str, Any]) -> Iterator[None]:
+def _name_group_in_errors(group: str, node: dict[str, Any]) -> Iterator[None]:
     """Name the group of settings in an error of what is built."""
     try:
         yield

@@ -8,7 +8,7 @@ from modernenc.curriculum import Curriculum, reads_text
 from modernenc.data.blocks import Corpus
 from modernenc.planning.devices import DEVICES
 from modernenc.planning.memory import memory
-from modernenc.planning.sizes import MULTIPLE, in_buffers
+from modernenc.planning.sizes import MULTIPLE, buffered_tokens
 
 WATCHED_ROWS = 8
 """Rows of metrics in a phase from which the watch judges by the spread of the rows themselves."""
@@ -29,7 +29,7 @@ def notes(run: Run, curriculum: Curriculum, corpus: Corpus | None) -> Iterator[s
         if before and before[1] and first and not 0.2 <= first / before[1] <= 5:
             yield f"phases.{name}.lr: jumps from {before[1]:.3g} at the end of {before[0]} to {first:.3g}"
         before = name, curriculum.at(stages[-1].end_tokens - stages[-1].last_step_tokens).lr
-        left, tokens = in_buffers(run, phase, corpus.block_tokens if corpus else 0), curriculum.text_tokens(name)
+        left, tokens = buffered_tokens(run, phase, corpus.block_tokens if corpus else 0), curriculum.text_tokens(name)
         if left > MOST_LEFT * tokens:
             yield (
                 f"phases.{name}: when its {tokens:,} tokens of text are over, up to {left:,} more remain in packing buffers, "

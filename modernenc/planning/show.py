@@ -7,7 +7,7 @@ from modernenc.config import Run, from_plain
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.model.init_source import check_source, read_source
-from modernenc.planning.branch import branched
+from modernenc.planning.branch import begin_branch
 from modernenc.planning.checks import check_run, check_settings
 from modernenc.planning.measure import tokens_per_second
 from modernenc.planning.model_checks import check_backbone, check_init, check_optim
@@ -42,7 +42,7 @@ def _check_with(corpus: Corpus, run: Run) -> tuple[Run, list[str]]:
     """
     check_run(run)
     if run.branch_from:
-        return from_plain(branched(run, corpus).run), []
+        return from_plain(begin_branch(run, corpus).run), []
     return run, check_init(run, corpus)
 
 

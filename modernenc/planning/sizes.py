@@ -51,14 +51,17 @@ def choose_sizes(run: Run) -> Run:
     return replace(run, data=data, backbone={**run.backbone, **vocabulary})
 
 
-def in_buffers(run: Run, phase: Phase, block_tokens: int) -> int:
-    """Return the most tokens that lanes have drawn and not served when a phase ends: a buffer and the rest of a block each."""
+def buffered_tokens(run: Run, phase: Phase, block_tokens: int) -> int:
+    """Return the most tokens that all lanes can hold, drawn and not trained on, when a phase ends.
+
+    Each lane holds up to a packing buffer and the rest of a block of `block_tokens`.
+    """
     if not reads_text(phase):
         return 0
-    return _held(run.data.lanes, run.data.buffer_rows, phase.seq_len, block_tokens)
+    return _buffered(run.data.lanes, run.data.buffer_rows, phase.seq_len, block_tokens)
 
 
-def _held(lanes: int, rows: int, seq_len: int, block_tokens: int) -> int:
+def _buffered(lanes: int, rows: int, seq_len: int, block_tokens: int) -> int:
     return lanes * (rows * seq_len + block_tokens)
 
 
@@ -70,7 +73,7 @@ def _lanes_and_rows(run: Run, corpus: Corpus) -> tuple[int, int]:
     blocks = min((corpus.counts(path)["blocks"] for path in slices), default=MOST_LANES)
 
     def fits(lanes: int, rows: int) -> bool:
-        held = {name: _held(lanes, rows, phase.seq_len, corpus.block_tokens) for name, phase in texts.items()}
+        held = {name: _buffered(lanes, rows, phase.seq_len, corpus.block_tokens) for name, phase in texts.items()}
         return all(tokens <= LEFT * curriculum.text_tokens(name) for name, tokens in held.items())
 
     lanes, rows = MOST_LANES, MOST_ROWS

@@ -48,7 +48,7 @@ def scale_down(run: Run) -> Run:
         workers=0,
     )
     corpus = Corpus.of(data)
-    run_dir = _beside_runs(run.run_dir)
+    run_dir = _move_to_smoke_tests(run.run_dir)
     tasks = {}
     for name, task in run.tasks.items():
         train, validation = (str(path) for path in _items(corpus, Path(run_dir).parent))
@@ -60,7 +60,7 @@ def scale_down(run: Run) -> Run:
         run,
         run_dir=run_dir,
         backbone={**_shrink_backbone(run.backbone), "vocab_size": corpus.vocab_size},
-        init=_init_beside_runs(run.init),
+        init=_init_of_smoke_test(run.init),
         tasks=tasks,
         phases=phases,
         data=data,
@@ -72,17 +72,17 @@ def scale_down(run: Run) -> Run:
     )
 
 
-def _init_beside_runs(init: Init) -> Init:
+def _init_of_smoke_test(init: Init) -> Init:
     """Return the first weights of a smoke test: those of its source's smoke test, or random ones if there was none."""
-    source = _beside_runs(init.source)
+    source = _move_to_smoke_tests(init.source)
     if init.source and not Path(source).is_file():  # a Hugging Face model is not scaled down
         log.warning("%s is not there: the smoke test starts from random weights", source)
         return Init()
     return replace(init, source=source)
 
 
-def _beside_runs(path: str) -> str:
-    """Return the path in the folder of smoke tests, which lies within the folder of runs."""
+def _move_to_smoke_tests(path: str) -> str:
+    """Return a path in `runs/` as the same path in `runs/smoke_tests/`, and any other path as it is."""
     return path.replace("runs/", "runs/smoke_tests/", 1) if path.startswith("runs/") else path
 
 

@@ -19,7 +19,7 @@ from modernenc.evaluation.validation import settings_of
 from modernenc.planning.checks import check_settings
 from modernenc.planning.estimate import parameters
 from modernenc.planning.resolve import resolve
-from modernenc.planning.sizes import corpus_of, in_buffers
+from modernenc.planning.sizes import buffered_tokens, corpus_of
 from modernenc.planning.summary import summarize
 
 _WIDTH = 100
@@ -75,7 +75,7 @@ def _phases(run: Run, curriculum: Curriculum, corpus: Corpus | None) -> Table:
     for key in sorted({key for phase in run.phases.values() for key in phase.backbone}):
         table.add_row(key, *(f"{values[key]:g}" for values in attributes))
     block = corpus.block_tokens if corpus else 0
-    row("drawn, not trained on", lambda _, phase: f"<= {in_buffers(run, phase, block):,}")
+    row("drawn, not trained on", lambda _, phase: f"<= {buffered_tokens(run, phase, block):,}")
     return table
 
 

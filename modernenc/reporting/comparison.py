@@ -7,7 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from modernenc.config import Run, changed
+from modernenc.config import Run, apply_overrides
 from modernenc.data.blocks import Corpus
 from modernenc.evaluation.validation import Score, Validator
 from modernenc.model.load import masked_lm_of, small_corpus
@@ -35,7 +35,7 @@ def compare(paths: list[Path], averages: list[str], across_runs: bool = False, o
         checkpoints[str(path) if name in checkpoints else name] = run, checkpoint
     first, _ = next(iter(checkpoints.values()))
     check_root(first, overrides)
-    first = changed(first, list(overrides))
+    first = apply_overrides(first, list(overrides))
     corpus = Corpus.of(first.data)
     for run, path in checkpoints.values():
         if small_corpus(run).tokenizer_file.read_bytes() != corpus.tokenizer_file.read_bytes():

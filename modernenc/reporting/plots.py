@@ -97,7 +97,7 @@ def draw_task(curriculum: Curriculum, trained: Rows, validated: Rows) -> Figure:
 
 
 def draw_lineage(run_dir: Path, curriculum: Curriculum, training: Rows, entries: list[dict[str, Any]]) -> Figure:
-    """Plot the run as a line, with abandoned parts and branches as lines below it, the earliest nearest."""
+    """Plot the run as a line over tokens, with abandoned parts and branches as lines below it, in the order of time."""
     sides = [(entry, f"abandoned: {entry['abandoned']}", _RED, rows) for entry, rows in _abandoned_rows(run_dir)]
     for entry in entries:
         if entry["event"] == "branched":

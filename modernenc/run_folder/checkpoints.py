@@ -223,7 +223,7 @@ def read(checkpoint: Path) -> Checkpoint:
     check(checkpoint)
     shards = [torch.load(path, map_location="cpu", weights_only=True) for path in _shards_of(checkpoint)]
     try:
-        content = Checkpoint.from_plain(_joined(shards))
+        content = Checkpoint.from_plain(_join(shards))
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}; go on with the version that wrote it") from error
     check_finite(content.weights, str(checkpoint))
@@ -373,13 +373,13 @@ def _hash_of(manifest: dict[str, Any]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(manifest, sort_keys=True).encode())
 
 
-def _joined(shards: list[Any]) -> Any:
+def _join(shards: list[Any]) -> Any:
     """Return one content from the ranks' shards: tensors are split between ranks along the first dimension."""
     first = shards[0]
     if len(shards) == 1:
         return first
     if isinstance(first, dict):
-        return {key: _joined([shard[key] for shard in shards if key in shard]) for key in first}
+        return {key: _join([shard[key] for shard in shards if key in shard]) for key in first}
     if isinstance(first, list):
-        return [_joined(list(items)) for items in zip(*shards, strict=True)]
+        return [_join(list(items)) for items in zip(*shards, strict=True)]
     return torch.cat(shards)

@@ -36,8 +36,8 @@ def create(
     With `numbered`, an existing folder belongs to another run, and this run's folder gets a number as suffix. ValueError if the
     folder holds a run already, or another process starts one in it; OSError if it cannot be written.
     """
-    folder = _made(Path(run.run_dir), numbered)
-    with _started_here(folder):
+    folder = _make_folder(Path(run.run_dir), numbered)
+    with _lock_for_start(folder):
         run = replace(run, run_dir=str(folder), logger=new_id(run.logger))
         if branch is not None:
             checkpoints.write(replace(branch, run=plain(run)), folder / checkpoints.FOLDER / f"{checkpoints.BRANCH}.ckpt")
@@ -61,7 +61,7 @@ def write_plan(folder: Path, plan: str) -> None:
     write_text(folder / "plan.txt", plan + "\n")
 
 
-def _made(folder: Path, numbered: bool) -> Path:
+def _make_folder(folder: Path, numbered: bool) -> Path:
     """Create the folder and return it, with a number as suffix if it exists and may have one."""
     if not numbered:
         _check_holds_no_run(folder)
@@ -78,7 +78,7 @@ def _made(folder: Path, numbered: bool) -> Path:
 
 
 @contextmanager
-def _started_here(folder: Path) -> Iterator[None]:
+def _lock_for_start(folder: Path) -> Iterator[None]:
     """Hold the lock on the folder; ValueError if another process holds it, or has started a run meanwhile."""
     with (folder / LOG).open("a") as file:
         if not try_acquire(file, folder):

@@ -24,7 +24,7 @@ LINEAGE = "lineage.json"
 
 @dataclass
 class Event:
-    """How a run starts or goes on."""
+    """An event in the history of a run: its start, a resume, a rollback, a branch, or a branch that left it."""
 
     event: str
     """start, resume, rollback or branch; in the history of a parent, branched."""

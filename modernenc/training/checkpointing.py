@@ -27,7 +27,10 @@ class Checkpointing(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save when a checkpoint is due; OSError if the last one could not be written."""
+        """Save at the end of a phase, before a stop, and as `checkpoint.every_tokens` and `every_minutes` say.
+
+        Raises OSError if the last checkpoint could not be written, and ValueError if its weights were not finite.
+        """
         module = cast(Pretraining, pl_module)
         self._writer.check()
         phase = module.finished_phase

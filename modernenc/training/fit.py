@@ -55,7 +55,7 @@ def fit(
     Exits with `preemption.STOPPED` if it was asked to stop before the end, with `watch.UNSTABLE` if it stopped by itself.
     """
     first = ranks.is_rank_zero()
-    with _log_held(Path(run.run_dir)) if first else nullcontext(False) as waited:
+    with _open_log(Path(run.run_dir)) if first else nullcontext(False) as waited:
         if waited:
             _check_unchanged(Path(run.run_dir), checkpoint, event)
         _quiet_libraries()
@@ -232,7 +232,7 @@ def _check_unchanged(run_dir: Path, checkpoint: Checkpoint | None, event: Event)
 
 
 @contextmanager
-def _log_held(run_dir: Path) -> Iterator[bool]:
+def _open_log(run_dir: Path) -> Iterator[bool]:
     """Log to the terminal and to the run's log file, and hold the lock on that file.
 
     Yields whether another process held the lock until just now; ValueError if one still does.

@@ -79,7 +79,7 @@ class Pretraining(LoopState):
         return optimizers
 
     def on_train_start(self) -> None:
-        """Restore what needs the number of ranks, and let go of the checkpoint, which holds a copy of all states."""
+        """Restore the metrics that were not logged yet, which needs the number of ranks, and free the checkpoint's tensors."""
         if self._checkpoint is not None:
             restore_metrics(self, self._checkpoint.state)
             # The command that reads the checkpoint holds it as long as the run takes, and so only its tensors can go.

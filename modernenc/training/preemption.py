@@ -53,6 +53,10 @@ class Preemption(L.Callback):
         self._wakeup = signal.set_wakeup_fd(writes.fileno())
         threading.Thread(target=_end_blocked, args=(reads, module.run.trainer.timeout_s), daemon=True).start()
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Do as at the end of a run that ends well, because another run may follow in this process."""
+        self.teardown(trainer, pl_module, "fit")
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Restore the handlers that were installed before, and end the thread."""
         if self._pipe is None:

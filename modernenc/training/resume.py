@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from modernenc.cli import checkpoint_argument
-from modernenc.config import Phase, Run, changed, from_plain
+from modernenc.config import Phase, Run, apply_overrides, from_plain
 from modernenc.data.loader import Steps
 from modernenc.data.state import DataState
 from modernenc.planning.branch import check_same_run, done_phases, fork
@@ -28,12 +28,12 @@ log = logging.getLogger("modernenc")
 
 def resume(path: Path, overrides: list[str]) -> None:
     """Resume from a run folder or a checkpoint; ValueError or FileNotFoundError names what is wrong."""
-    run, file = _located(path)
+    run, file = _locate(path)
     check_root(run, overrides)
     if file is None:
         if run.branch_from:
             raise FileNotFoundError(f"{run.run_dir} has lost its branch.ckpt; branch again, into another run_dir")
-        return _go_on(changed(run, overrides), None, Event("resume"))
+        return _go_on(apply_overrides(run, overrides), None, Event("resume"))
     checkpoint, event = checkpoints.read(file), Event("resume", file.stem)
     if checkpoint.run["rollbacks"] > run.rollbacks:  # a rollback was interrupted after its checkpoint was written
         run, event = from_plain(checkpoint.run, run.run_dir), checkpoint.event
@@ -42,19 +42,19 @@ def resume(path: Path, overrides: list[str]) -> None:
     if path.suffix == ".ckpt" and any(checkpoints.sort_key(file) < other for other in others):
         checkpoint = prepare_rollback(run, checkpoint, Event("rollback", file.stem))
         run, event = from_plain(checkpoint.run, run.run_dir), checkpoint.event
-    _go_on(changed(run, overrides), checkpoint, event)
+    _go_on(apply_overrides(run, overrides), checkpoint, event)
 
 
 def rollback(path: Path, overrides: list[str], skip_tokens: int) -> None:
     """Go back to a checkpoint, and on under other settings; ValueError or FileNotFoundError names what is wrong."""
     if skip_tokens < 0:
         raise ValueError(f"--skip-tokens {skip_tokens}: expected a number of tokens, 0 or more")
-    now, file = _located(path)
+    now, file = _locate(path)
     check_root(now, overrides)
     assert file is not None
     checkpoint = checkpoints.read(file)
     before = replace(from_plain(checkpoint.run, now.run_dir), rollbacks=now.rollbacks)
-    run = changed(before, overrides)
+    run = apply_overrides(before, overrides)
     check_settings(run)
     run = _follow_optimizer(before, run, overrides)
     for name in done_phases(before, checkpoint.state.tokens_seen):
@@ -67,7 +67,7 @@ def rollback(path: Path, overrides: list[str], skip_tokens: int) -> None:
     _go_on(from_plain(checkpoint.run), checkpoint, checkpoint.event)
 
 
-def _located(path: Path) -> tuple[Run, Path | None]:
+def _locate(path: Path) -> tuple[Run, Path | None]:
     run, file = locate(path)
     if Path(run.run_dir).parent.name == ABANDONED:
         raise ValueError(

@@ -30,7 +30,7 @@ def capture(module: LoopState, sharded: bool) -> Content:
     """
     weights = weights_of(module.objectives)  # first: after a validation this lets FSDP2 restore the sharded parameters
     states = optim.snapshot(module.plain_optimizers(), optim.names_of(module.objectives))
-    tensors = _copied({"weights": weights, "optimizers": states}, sharded, module.global_rank == 0)
+    tensors = _copy_to_cpu({"weights": weights, "optimizers": states}, sharded, module.global_rank == 0)
     data = _data_state_of_all_ranks(module)
     losses = _gather(module, [float(metrics.loss) for metrics in module.metrics.values()])
     if module.global_rank:
@@ -135,13 +135,13 @@ def _data_state_of_all_ranks(module: LoopState) -> dict[str, Any]:
     return merge_rank_states([DataState.from_dict(state) for state in states]).to_dict() if states else {}
 
 
-def _copied(value: Any, sharded: bool, first: bool) -> Any:
+def _copy_to_cpu(value: Any, sharded: bool, first: bool) -> Any:
     """Return a deep copy on the CPU that shares no memory with the live state."""
     if isinstance(value, dict):
-        copies = {key: _copied(item, sharded, first) for key, item in value.items()}
+        copies = {key: _copy_to_cpu(item, sharded, first) for key, item in value.items()}
         return {key: copy for key, copy in copies.items() if copy is not _NOT_ON_THIS_RANK}
     if isinstance(value, list):
-        return [_copied(item, sharded, first) for item in value]
+        return [_copy_to_cpu(item, sharded, first) for item in value]
     if isinstance(value, DTensor):
         value, first = (value.to_local(), True) if sharded else (value.full_tensor(), first)
     if not first:

@@ -7,9 +7,9 @@ from pathlib import Path
 from modernenc.config import Run, from_plain
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
-from modernenc.planning.branch import branched
+from modernenc.planning.branch import begin_branch
 from modernenc.planning.checks import check_settings
-from modernenc.planning.model_checks import check_backbone, check_init, check_optim
+from modernenc.planning.model_checks import check_backbone, check_disk, check_init, check_optim
 from modernenc.planning.tables import plan_text
 from modernenc.reporting import page
 from modernenc.run_folder import lineage
@@ -29,6 +29,7 @@ def start(run: Run, curriculum: Curriculum, corpus: Corpus, numbered: bool) -> s
     """
     check_hardware(run)
     check_backbone(run)
+    check_disk(run)
     check_optim(run)
     if not run.branch_from:
         check_init(run, corpus)
@@ -36,7 +37,7 @@ def start(run: Run, curriculum: Curriculum, corpus: Corpus, numbered: bool) -> s
     parent = Path(run.branch_from).resolve()
     checkpoint, event = None, Event("start")
     if run.branch_from:
-        checkpoint, event = branched(run, corpus), Event("branch", str(parent))
+        checkpoint, event = begin_branch(run, corpus), Event("branch", str(parent))
         run = from_plain(checkpoint.run)
         curriculum = check_settings(run)  # finished phases are now those of the checkpoint
     plan = plan_text(run, curriculum)

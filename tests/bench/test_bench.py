@@ -21,9 +21,9 @@ from modernenc.backbones import attention, rotary
 from modernenc.bench import gpu, inference, kernels, step, time_to_loss
 from modernenc.bench.interleave import Result, StepWork, run_interleaved
 from modernenc.bench.settings import PARTS, Bench, register_bench
-from modernenc.cli import typed
+from modernenc.cli import to_schema
 from modernenc.config import CONF_DIR
-from modernenc.quoting import quoted
+from modernenc.quoting import quote_values
 from support.commands import command
 from support.turns import candidate, touch_after
 
@@ -83,12 +83,12 @@ def bench(corpus_root, tmp_path) -> Iterator[Callable[..., Bench]]:
     """Settings of the benchmark, where they can be composed."""
 
     def make(*overrides: str) -> Bench:
-        line = quoted([f"root={corpus_root}", f"out={tmp_path / 'bench'}", *overrides])
+        line = quote_values([f"root={corpus_root}", f"out={tmp_path / 'bench'}", *overrides])
         cfg = compose("bench", line, return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
         with open_dict(cfg):
             del cfg["hydra"]
-        return typed(cfg, Bench, ())
+        return to_schema(cfg, Bench, ())
 
     register_bench()
     GlobalHydra.instance().clear()

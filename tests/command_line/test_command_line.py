@@ -21,9 +21,9 @@ from omegaconf import OmegaConf, open_dict
 
 from data_prep.config import CorpusConfig
 from data_prep.config import register as register_corpora
-from modernenc.cli import typed
-from modernenc.config import CONF_DIR, CONFIG, RECIPES_DIR, RENAMED, Data, changed, save
-from modernenc.quoting import quoted
+from modernenc.cli import to_schema
+from modernenc.config import CONF_DIR, CONFIG, RECIPES_DIR, RENAMED, Data, apply_overrides, save
+from modernenc.quoting import quote_values
 from support.commands import ROOT, error
 from support.runs import composed, small
 
@@ -44,7 +44,7 @@ def parsed(argument: str) -> Override:
     ],
 )  # fmt: skip
 def test_a_value_that_hydra_could_not_read_is_taken_as_it_is_typed(value):
-    (argument,) = quoted([f"run_dir={value}"])
+    (argument,) = quote_values([f"run_dir={value}"])
     assert parsed(argument).key_or_group == "run_dir" and parsed(argument).value() == value
 
 
@@ -65,7 +65,7 @@ def test_what_hydra_reads_stays_as_it_is_and_what_it_does_not_is_plain_text_or_n
             parsed(argument)
         except HydraException:
             try:
-                result = quoted([*flags, argument])[-1]
+                result = quote_values([*flags, argument])[-1]
             except ValueError as named:
                 seen["named"] += 1
                 assert str(named).startswith(f"{argument}: ")
@@ -76,7 +76,7 @@ def test_what_hydra_reads_stays_as_it_is_and_what_it_does_not_is_plain_text_or_n
                 assert parsed(result).value() == value
         else:
             seen["as it is"] += 1
-            assert quoted([*flags, argument])[-1] == argument
+            assert quote_values([*flags, argument])[-1] == argument
     assert set(seen) == {"as it is", "plain text", "named"} and min(seen.values()) > 300, seen
 
 
@@ -90,11 +90,16 @@ def test_what_hydra_reads_stays_as_it_is_and_what_it_does_not_is_plain_text_or_n
 )
 def test_what_could_mean_several_things_is_named(arguments, said):
     with pytest.raises(ValueError, match=re.escape(said)):
-        quoted(arguments)
+        quote_values(arguments)
 
 
 def test_values_of_flags_are_left_alone():
-    assert quoted(["--config-dir", "größe=1", "--multirun", "a=b,c"]) == ["--config-dir", "größe=1", "--multirun", "a=b,c"]
+    assert quote_values(["--config-dir", "größe=1", "--multirun", "a=b,c"]) == [
+        "--config-dir",
+        "größe=1",
+        "--multirun",
+        "a=b,c",
+    ]
 
 
 def test_paths_of_all_kinds_reach_every_command(corpus_root, tmp_path):
@@ -113,12 +118,12 @@ def test_a_resumed_run_takes_settings_by_the_same_grammar(value):
     run = composed(["+recipe=demo"])
     if value.startswith("["):
         with pytest.raises(ValueError, match=re.escape("data.root=[CLS: the value begins like a list")):
-            changed(run, [f"data.root={value}"])
+            apply_overrides(run, [f"data.root={value}"])
     else:
-        assert changed(run, [f"data.root={value}", "optim.lr=1e-4"]).data.root == value
+        assert apply_overrides(run, [f"data.root={value}", "optim.lr=1e-4"]).data.root == value
     with pytest.raises(ValueError, match="trainer: expected KEY=VALUE"):
-        changed(run, ["trainer"])
-    other = changed(run, ["phases.decay.mix={code: 5}", "trainer.devices=2", "phases.decay.tokens=1_000"])
+        apply_overrides(run, ["trainer"])
+    other = apply_overrides(run, ["phases.decay.mix={code: 5}", "trainer.devices=2", "phases.decay.tokens=1_000"])
     assert other.phases["decay"].mix == {**run.phases["decay"].mix, "code": 5} and other.trainer.devices == 2
 
 
@@ -141,12 +146,12 @@ def composed_corpus(overrides: list[str]) -> CorpusConfig:
     register_corpora()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = compose("prepare", quoted(overrides), return_hydra_config=True)
+        cfg = compose("prepare", quote_values(overrides), return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
         with open_dict(cfg):
             del cfg["hydra"]
             cfg["name"] = "any"  # Hydra fills in the corpus's, outside of tests
-        return typed(cfg, CorpusConfig, ("corpus",))
+        return to_schema(cfg, CorpusConfig, ("corpus",))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -9,7 +9,7 @@ import pytest
 from annotated_types import Ge, Interval, MultipleOf
 
 from modernenc import ranges
-from modernenc.config import Run, changed
+from modernenc.config import Run, apply_overrides
 from modernenc.planning.checks import check_settings
 from support.runs import composed
 
@@ -46,7 +46,7 @@ def test_a_number_that_no_setting_can_have_is_refused_by_its_key(value):
             .replace("objectives.*", "objectives.masked_lm")
         )
         with pytest.raises(ValueError, match=key.replace(".", r"\.")):
-            check_settings(changed(run, [f"{key}={value.replace('.', '', 1) if 'n' in value else value}"]))
+            check_settings(apply_overrides(run, [f"{key}={value.replace('.', '', 1) if 'n' in value else value}"]))
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_number_that_no_setting_can_have_is_refused_by_its_key(value):
 )
 def test_backbones_optimizers_and_phases_are_checked_as_a_run_is(setting, message):
     with pytest.raises(ValueError, match=message):
-        check_settings(changed(composed(["+recipe=demo", "data.root=nowhere"]), [setting]))
+        check_settings(apply_overrides(composed(["+recipe=demo", "data.root=nowhere"]), [setting]))
 
 
 @pytest.mark.parametrize("name", ["", ".", "../elsewhere", "a/b", "a b", "p" * 300, "-"])

@@ -11,7 +11,7 @@ from modernenc.config import RECIPES_DIR, load
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import MANIFEST, Corpus
 from modernenc.planning.checks import check_run
-from modernenc.planning.sizes import ENOUGH_LANES, FEWEST_ROWS, LEFT, MOST_LANES, MOST_ROWS, in_buffers
+from modernenc.planning.sizes import ENOUGH_LANES, FEWEST_ROWS, LEFT, MOST_LANES, MOST_ROWS, buffered_tokens
 from support.commands import command, error
 from support.results import FINAL
 from support.runs import SMALL, composed, train
@@ -53,7 +53,7 @@ def test_a_corpus_of_any_size_gives_lanes_and_rows_that_it_can_fill(corpus_of, b
     assert 1 <= data.lanes <= min(MOST_LANES, blocks) and FEWEST_ROWS <= data.buffer_rows <= MOST_ROWS
     assert data.lanes & (data.lanes - 1) == 0, "any usual number of ranks divides a power of two"
     assert run.backbone["vocab_size"] == 512
-    left = max(in_buffers(run, phase, 4_096) / curriculum.text_tokens(name) for name, phase in run.phases.items())
+    left = max(buffered_tokens(run, phase, 4_096) / curriculum.text_tokens(name) for name, phase in run.phases.items())
     assert left <= LEFT or (data.lanes <= ENOUGH_LANES and data.buffer_rows == FEWEST_ROWS)
     if tokens == 5_000_000_000 and blocks >= 5_000:
         assert (data.lanes, data.buffer_rows) == (MOST_LANES, MOST_ROWS)

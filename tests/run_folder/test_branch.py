@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from modernenc.config import changed, load
+from modernenc.config import apply_overrides, load
 from modernenc.data.blocks import Corpus
 from modernenc.planning.branch import fork
 from modernenc.reporting.comparison import compare
@@ -246,7 +246,7 @@ def test_a_branch_under_the_same_settings_is_the_same_run(finished, small_run, t
     ],
 )
 def test_what_was_trained_cannot_change(finished, small_run, tmp_path, change, message):
-    run = changed(small_run(f"run_dir={tmp_path / 'branch'}"), [change])
+    run = apply_overrides(small_run(f"run_dir={tmp_path / 'branch'}"), [change])
     with pytest.raises(ValueError, match=message):
         fork(run, Corpus.of(run.data), read(between(finished, 3000)))
 

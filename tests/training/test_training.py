@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modernenc.config import changed
+from modernenc.config import apply_overrides
 from modernenc.curriculum import Curriculum
 from modernenc.model import optim
 from modernenc.model.build import build_objectives, checkpoint_activations
@@ -202,7 +202,7 @@ def test_one_learning_rate_scales_all_weights(small_run):
 
 
 def test_muon_takes_the_matrices_and_adamw_the_rest(small_run):
-    run = changed(small_run(), ["optim.ns_steps=3"])
+    run = apply_overrides(small_run(), ["optim.ns_steps=3"])
     objective = build_objectives(run).masked_lm
     arguments = {key: value for key, value in run.optim.items() if key != "_target_"}
     muon, adamw = optim.muon(list(objective.parameters()), objective.backbone.describe().linear_weights(), **arguments)
