@@ -24,6 +24,8 @@ from modernenc.quoting import quote_values
 Config = TypeVar("Config")
 
 _ALLOW_CODE = "--allow-code"
+STOPPED = 75
+"""Exit code of a run that stopped on request and can be resumed: EX_TEMPFAIL of sysexits.h."""
 _FAILED = (2, 3)
 """Exit codes of a run that was refused or became unstable; any other, such as that of a signal, ends a sweep too."""
 _TRACEBACK = "HYDRA_FULL_ERROR"

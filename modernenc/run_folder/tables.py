@@ -1,6 +1,7 @@
 """Metrics of a run as tables: `metrics.csv` (training) and `validation.csv`, appended to, and cut back on resume."""
 
 import csv
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,15 @@ class Table:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row; numbers are written with all their digits."""
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row))
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+    def append(self, *rows: Mapping[str, Any]) -> None:
+        """Add rows by a single write, so that a kill leaves all of them or none; numbers are written with all their digits."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+        if not self.path.exists():
+            writer.writeheader()
+        writer.writerows(rows)
+        with self.path.open("ab", buffering=0) as file:
+            file.write(text.getvalue().encode())
 
     def read(self) -> list[dict[str, str]]:
         """Return all rows."""
@@ -39,8 +41,7 @@ class Table:
             return
         rewritten = self.path.with_suffix(".csv.tmp")
         rewritten.unlink(missing_ok=True)
-        for row in rows:
-            Table(rewritten).append(row)
+        Table(rewritten).append(*rows)
         rewritten.replace(self.path)
 
 

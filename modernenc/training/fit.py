@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from rich.logging import RichHandler
 
+from modernenc.cli import STOPPED
 from modernenc.config import Run, plain
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
@@ -32,7 +33,7 @@ from modernenc.training import ranks
 from modernenc.training.checkpointing import Checkpointing
 from modernenc.training.hardware import advise_precision, choose_determinism
 from modernenc.training.module import Pretraining
-from modernenc.training.preemption import STOPPED, Preemption
+from modernenc.training.preemption import Preemption
 from modernenc.training.progress import TokenProgress
 from modernenc.training.recorder import MetricsWriter, ValidationWriter
 from modernenc.training.watch import UNSTABLE, SpikeMonitor
@@ -52,7 +53,7 @@ def fit(
     """Train to the end of the curriculum, from a checkpoint or from the start.
 
     `plan` is the text of the run's plan, `event` is added to the lineage, and `callbacks` are called after the product's own.
-    Exits with `preemption.STOPPED` if it was asked to stop before the end, with `watch.UNSTABLE` if it stopped by itself.
+    Exits with `cli.STOPPED` if it was asked to stop before the end, with `watch.UNSTABLE` if it stopped by itself.
     """
     first = ranks.is_rank_zero()
     with _open_log(Path(run.run_dir)) if first else nullcontext(False) as waited:

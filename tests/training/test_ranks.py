@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from modernenc.cli import STOPPED
 from modernenc.run_folder.checkpoints import manifest_of, newest, read, read_manifest
 from modernenc.run_folder.tables import Table
-from modernenc.training.preemption import STOPPED
 from support.commands import ROOT
 from support.results import FINAL, distance, losses, metrics, same_state
 from support.runs import SMALL
