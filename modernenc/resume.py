@@ -1,8 +1,8 @@
 """Go on with a run: `python -m modernenc.resume RUN_DIR|CKPT [KEY=VALUE ...]`.
 
 A run folder goes on from its newest whole checkpoint, a checkpoint from itself. KEY=VALUE may change where and how fast the
-run trains (trainer.*, checkpoint.*, validation.*, watch.*, logger.*, data.root, data.cache, data.timeout_s, data.loader_timeout_s, data.workers, and
-where the files of tasks are), not what it trains.
+run trains (trainer.*, checkpoint.*, validation.*, watch.*, logger.*, data.root, data.cache, data.timeout_s, data.workers,
+data.loader_timeout_s, and where the files of tasks are), not what it trains.
 
 With --rollback the run goes back to the checkpoint, and on from there under other settings, such as optim.lr=1e-4, or past the
 data that caused trouble. What it abandons is kept in its folder `abandoned`. To leave the run as it is, branch:

@@ -174,7 +174,7 @@ def test_a_signal_while_a_resume_starts_asks_for_another_resume(small_run, numbe
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     status = Path(f"/proc/{process.pid}/status")
-    while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text()).group(1), 16) >> (number - 1) & 1:
+    while not int(re.findall(r"SigCgt:\s*(\w+)", status.read_text())[0], 16) >> (number - 1) & 1:
         time.sleep(0.01)
     process.send_signal(number)
     said = process.communicate(timeout=60)[1]
