@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from modernenc.cli import STOPPED, one_line_errors, take_allowed_code
+from modernenc.cli import one_line_errors, take_allowed_code
+from modernenc.exit_codes import STOPPED
 from modernenc.run_folder.overrides import check_overrides
 
 

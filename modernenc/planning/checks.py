@@ -11,6 +11,7 @@ from modernenc import ranges
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum, reads_text, sources_of
 from modernenc.data.blocks import VALIDATION, Corpus
+from modernenc.data.store import ATTEMPTS
 from modernenc.planning.devices import DEVICES
 
 
@@ -85,11 +86,11 @@ def _check_combinations(run: Run) -> None:
             f"data.root holds a password for {url.hostname}: leave it out, and put it where fsspec looks for it, in "
             "~/.config/fsspec or in the environment"
         )
-    tries = 3 * run.data.timeout_s + 10
+    tries = ATTEMPTS * run.data.timeout_s + 10  # for the pauses
     if run.data.workers and "://" in run.data.root and run.data.loader_timeout_s < tries:
         raise ValueError(
-            f"data.loader_timeout_s={run.data.loader_timeout_s:g}: a read of {run.data.root} may take {tries:g} seconds, three "
-            "times data.timeout_s and the pauses; expected more"
+            f"data.loader_timeout_s={run.data.loader_timeout_s:g}: a read of {run.data.root} may take {tries:g} seconds, "
+            f"{ATTEMPTS} times data.timeout_s and the pauses; expected more"
         )
     if run.init.unigram and not any(reads_text(phase) for phase in run.phases.values()):
         raise ValueError("init.unigram=True: expected false where no phase reads text")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from modernenc.cli import STOPPED
+from modernenc.exit_codes import STOPPED
 from modernenc.hashing import hash_file
 from modernenc.run_folder import checkpoints
 from modernenc.run_folder.checkpoints import newest

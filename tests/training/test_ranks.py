@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from modernenc.cli import STOPPED
+from modernenc.exit_codes import STOPPED
 from modernenc.run_folder.checkpoints import manifest_of, newest, read, read_manifest
 from modernenc.run_folder.tables import Table
 from support.commands import ROOT
