@@ -188,9 +188,8 @@ def to_schema(cfg: DictConfig, schema: type[Config], groups: tuple[str, ...]) ->
     cfg = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(schema), cfg))
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
-        raise ValueError(
-            f"{', '.join(missing)}: no value; set it {'in the ' + groups[0] + ' or ' if groups else ''}on the command line"
-        )
+        where = f"in the {groups[0]} or on the command line" if groups else "on the command line"
+        raise ValueError(f"{', '.join(missing)}: no value; set it {where}")
     OmegaConf.resolve(cfg)
     composed = cast(Config, OmegaConf.to_object(cfg))
     if isinstance(composed, Run):

@@ -87,7 +87,8 @@ class Pretraining(LoopState):
         """Return the loader of the steps from here on."""
         state = DataState.from_dict(self.data_state)
         steps = Steps(self.run, self.curriculum, self.corpus, self.global_rank, self.trainer.world_size, state)
-        return StepLoader(steps, self.run.data.workers, pin_memory=self.device.type == "cuda")
+        data = self.run.data
+        return StepLoader(steps, data.workers, pin_memory=self.device.type == "cuda", timeout_s=data.loader_timeout_s)
 
     def transfer_batch_to_device(self, batch: Step, device: torch.device, dataloader_idx: int) -> Step:
         """Move the micro-batches to the device; the state of the data stays on the CPU."""
