@@ -18,6 +18,7 @@ from types import FrameType
 from modernenc.cli import one_line_errors, take_allowed_code
 from modernenc.exit_codes import STOPPED
 from modernenc.run_folder.overrides import check_overrides
+from modernenc.training.ranks import ending_as_rank
 
 
 def _end_before_training(number: int, frame: FrameType | None) -> None:
@@ -42,17 +43,16 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1):  # until training has handlers that save
         signal.signal(number, _end_before_training)
     path, overrides = arguments.path, arguments.overrides
-    with one_line_errors():
+    with ending_as_rank(), one_line_errors():
         if arguments.skip_tokens and not arguments.rollback:
             raise ValueError(f"--skip-tokens {arguments.skip_tokens} makes another run: add --rollback")
         check_overrides(path, overrides, arguments.rollback)
-        from modernenc.training import ranks, resume  # torch and Lightning take seconds to import
+        from modernenc.training import resume  # torch and Lightning take seconds to import
 
         if arguments.rollback:
             resume.rollback(path, overrides, arguments.skip_tokens)
         else:
             resume.resume(path, overrides)
-    ranks.leave()
 
 
 if __name__ == "__main__":

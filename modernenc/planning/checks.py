@@ -22,6 +22,16 @@ def check_run(run: Run) -> tuple[Curriculum, Corpus]:
     """
     curriculum = check_settings(run)
     corpus = Corpus.of(run.data)
+    check_corpus(run, corpus)
+    folders = {path for phase in run.phases.values() if reads_text(phase) for path in corpus.slices(phase.mix)}
+    for folder in sorted(folders | {f"{source}/{VALIDATION}" for source in sources_of(run)}):
+        corpus.open(folder)
+    _ = corpus.tokenizer_file
+    return curriculum, corpus
+
+
+def check_corpus(run: Run, corpus: Corpus) -> None:
+    """Raise ValueError or FileNotFoundError if a run does not fit what the manifest of a corpus and its own tasks hold."""
     if corpus.vocab_size > run.backbone["vocab_size"]:
         raise ValueError(
             f"backbone.vocab_size={run.backbone['vocab_size']} is smaller than the {corpus.vocab_size} entries of "
@@ -38,17 +48,12 @@ def check_run(run: Run) -> tuple[Curriculum, Corpus]:
         if not reads_text(phase):
             continue
         for path in corpus.slices(phase.mix, f"phases.{name}.mix"):
-            corpus.open(path)
             blocks = corpus.counts(path)["blocks"]
             if blocks < run.data.lanes:
                 raise ValueError(
                     f"data.lanes={run.data.lanes} exceeds the {blocks} blocks of {path} in phases.{name}.mix; "
                     f"use fewer lanes, as data.lanes=0 does, or prepare with smaller blocks than {corpus.block_tokens} tokens"
                 )
-    for source in sources_of(run):
-        corpus.open(f"{source}/{VALIDATION}")
-    _ = corpus.tokenizer_file
-    return curriculum, corpus
 
 
 def check_settings(run: Run) -> Curriculum:

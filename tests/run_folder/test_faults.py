@@ -87,7 +87,7 @@ DATA = {
     "no manifest": (lambda root: (root / "manifest.json").unlink(), r"data\.root=.*no manifest\.json there"),
     "changed tokenizer": (
         lambda root: edit(root / "manifest.json", "tokenizer", "sha256", value="0" * 64),
-        r"not the data that the checkpoint was trained with \(tokenizer, sources or shards differ\)",
+        r"tokenizer\.json is not the tokenizer that made the token ids",
     ),
     "changed data": (swapped, r"not the data that the checkpoint was trained with"),
 }
