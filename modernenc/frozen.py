@@ -1,11 +1,18 @@
 """Dataclasses that cannot be changed once they are made, and that OmegaConf still composes."""
 
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError, dataclass
-from typing import Any, TypeVar
-
-from typing_extensions import dataclass_transform
+from typing import TYPE_CHECKING, Any, TypeVar
 
 Class = TypeVar("Class")
+
+if TYPE_CHECKING:
+    from typing_extensions import dataclass_transform
+else:
+
+    def dataclass_transform(**_: Any) -> Callable[[Class], Class]:
+        """Stand in for the mark that type checkers read, which Python 3.10 lacks."""
+        return lambda decorator: decorator
 
 
 @dataclass_transform(frozen_default=True)
