@@ -11,6 +11,7 @@ import io
 import json
 import lzma
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import IO, Any, cast
 
@@ -50,8 +51,9 @@ class _RowReader(BaseDiskReader):
             documents = (self.get_document_from_dict(row, filepath, number) for number, row in self._rows(file))
             yield from filter(None, documents)
 
+    @abstractmethod
     def _rows(self, file: IO[bytes]) -> Iterable[tuple[int, Row]]:
-        raise NotImplementedError
+        """Yield the rows of an open file, each with its number."""
 
 
 class JsonLines(_RowReader, JsonlReader):

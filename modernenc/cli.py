@@ -18,9 +18,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from modernenc.config import CONF_DIR, RECIPES_DIR, RENAMED, Run, load, own_modules, register_parent, trust
+from modernenc.config import CONF_DIR, RECIPES_DIR, RENAMED, Run
 from modernenc.exit_codes import MISTAKE, UNSTABLE
 from modernenc.quoting import quote_values
+from modernenc.saved_config import load, own_modules, register_parent, trust
 
 Config = TypeVar("Config")
 

@@ -5,43 +5,26 @@ value in `conf/`, and is chosen in a recipe. The range of a number and the choic
 `modernenc.ranges` checks. Token budgets are floats so that `5e9` may be written; they must be whole numbers.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-import yaml
 from annotated_types import Ge, Gt, Interval, MultipleOf
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from modernenc.atomic import write_text
 from modernenc.frozen import frozen
-from modernenc.quoting import parse_assignments
 
 _PACKAGE = Path(__file__).resolve().parent
 _ROOT = _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent  # an installed wheel, else a checkout
 CONF_DIR = _ROOT / "conf"
 RECIPES_DIR = _ROOT / "recipes"
-CONFIG = "config.yaml"
-"""Name of the file in a run folder that holds the resolved configuration."""
 
 _RESUMABLE = {"resumable": True}
 """Mark of a field that says where and how fast a run trains, not what: a resume may change it."""
 _IDENTITY = {"identity": True}
 """Mark of a field that the program sets and no resume may change: which run this is."""
-
-_SHIPPED = {
-    "modernenc.backbones.modernbert.ModernBERT",
-    "modernenc.backbones.mega.Mega",
-    "modernenc.model.optim.stable_adamw",
-    "modernenc.model.optim.adamw",
-    "modernenc.model.optim.muon",
-}
-"""Classes and functions that any saved configuration may name."""
-_trusted: set[str] = set()
-"""Further modules, which the user names on the command line or in a recipe."""
 
 RENAMED = {
     "data.window_rows": "data.buffer_rows",
@@ -396,116 +379,3 @@ def register() -> None:
     store.store(name="run_schema", node=Run)
     for path in sorted(RECIPES_DIR.glob("*.yaml")):
         store.store(group="recipe", name=path.stem, package="_global_", node=OmegaConf.load(path), provider=str(path))
-
-
-def register_parent(run: Run) -> None:
-    """Make the configuration of a run known to Hydra as `branch`, for a branch that changes some of it and keeps the rest."""
-    values = plain(run)
-    for key in ("run_dir", "branch_from", "rollbacks", "smoke_test"):
-        del values[key]
-    values["logger"] |= {"run_id": "", "group": ""}
-    values["data"]["from_corpus"] = []
-    train = yaml.safe_load((CONF_DIR / "train.yaml").read_text())
-    defaults = ["run_schema", "_self_", {"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
-    node = {"defaults": defaults, "run_dir": train["run_dir"], "hydra": train["hydra"], **values}
-    ConfigStore.instance().store(name="branch", node=OmegaConf.create(node))
-
-
-def plain(run: Run) -> dict[str, Any]:
-    """Return a run's configuration as plain values."""
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(run)))
-
-
-def trust(modules: Iterable[str]) -> None:
-    """Let saved configurations name classes and functions of these modules."""
-    _trusted.update(modules)
-
-
-def own_modules(run: Run) -> list[str]:
-    """Return the modules whose code a run names and that saved configurations may not name by themselves."""
-    return sorted({target.rpartition(".")[0] for _, target in _targets(plain(run)) if target not in _SHIPPED})
-
-
-def _targets(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    for group in ("backbone", "optim"):
-        node = values.get(group)
-        if isinstance(node, dict):
-            yield f"{group}._target_", str(node.get("_target_", ""))
-
-
-def _check_inert(values: Any, key: str = "") -> None:
-    """Raise ValueError for a saved value that would be more than a value: an interpolation, which reads the environment."""
-    if isinstance(values, dict):
-        for name, value in values.items():
-            _check_inert(value, f"{key}.{name}" if key else str(name))
-    elif isinstance(values, list):
-        for value in values:
-            _check_inert(value, key)
-    elif isinstance(values, str) and "${" in values:
-        raise ValueError(f"{key}={values}: a saved configuration holds values only, and this one would be resolved again")
-
-
-def from_plain(values: Any, run_dir: str = "") -> Run:
-    """Return the run that saved values describe, in another folder if `run_dir` is given.
-
-    Raises ValueError for values that would run code which is neither of this package nor trusted: a run folder or a checkpoint
-    may come from anybody.
-    """
-    _check_inert(values)
-    for key, target in _targets(values):
-        module = target.rpartition(".")[0]
-        if target not in _SHIPPED and module not in _trusted:
-            raise ValueError(
-                f"{key}={target}: {module} holds no code that a saved configuration may name; if you trust it, and the folder "
-                f"that names it, add --allow-code {module}"
-            )
-    merged = OmegaConf.merge(OmegaConf.structured(Run), values, {"run_dir": run_dir} if run_dir else {})
-    return cast(Run, OmegaConf.to_object(merged))
-
-
-def apply_overrides(run: Run, overrides: list[str]) -> Run:
-    """Return the run with `KEY=VALUE` settings changed."""
-    merged = OmegaConf.structured(run)
-    for key, value in parse_assignments(overrides):
-        change = OmegaConf.create()
-        OmegaConf.update(change, key, value)
-        merged = OmegaConf.merge(merged, change)
-    return cast(Run, OmegaConf.to_object(merged))
-
-
-def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield each key at which two plain configurations differ, with the old and the new value; None means absent."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in {**old, **new}:
-            yield from differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
-    elif old != new:
-        yield key, old, new
-
-
-def save(run: Run) -> None:
-    """Write the resolved configuration into the run folder, whole or not at all."""
-    write_text(Path(run.run_dir) / CONFIG, OmegaConf.to_yaml(OmegaConf.structured(run)))
-
-
-def load(run_dir: Path) -> Run:
-    """Return the configuration that a run was started with.
-
-    Raises FileNotFoundError if the folder holds none; ValueError, naming the file, if it is damaged, names code that is not
-    trusted, or was written by another version, with other keys.
-    """
-    path = run_dir / CONFIG
-    if not path.is_file():
-        give = run_dir / "latest" if (run_dir / "latest" / CONFIG).is_file() else "a folder that modernenc.train made"
-        raise FileNotFoundError(f"{run_dir} holds no run: {CONFIG} is missing; give {give}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it holds no mapping of keys to values")
-        return from_plain(values)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        if not isinstance(error, ConfigKeyError):
-            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
-        raise ValueError(
-            f"{path} was written by another version of modernenc: {error.key} is no key here; go on with the version that "
-            "wrote it"
-        ) from error

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from modernenc.cli import is_given
 from modernenc.cli import run as run_cli
-from modernenc.config import Run, own_modules, plain, register
+from modernenc.config import Run, register
 from modernenc.exit_codes import STOPPED
 from modernenc.planning.checks import check_run, check_settings
 from modernenc.planning.resolve import resolve
+from modernenc.saved_config import own_modules, plain
 
 JOB = "job.sh"
 _DRY_RUN = "--dry-run"

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from modernenc.cli import one_line_errors, take_allowed_code
-from modernenc.config import apply_overrides, load
+from modernenc.saved_config import apply_overrides, load
 
 
 def main() -> None:

@@ -10,11 +10,12 @@ from hydra.utils import get_class
 from torch import Tensor
 
 from modernenc.backbones import Backbone
-from modernenc.config import Run, from_plain
+from modernenc.config import Run
 from modernenc.curriculum import Curriculum
 from modernenc.hugging_face.read_folder import read_folder
 from modernenc.model.build import masked_lm_weights, masked_lm_with
 from modernenc.run_folder import checkpoints
+from modernenc.saved_config import from_plain
 
 
 @dataclass

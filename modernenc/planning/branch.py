@@ -11,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from modernenc.config import CONFIG, Run, differences, from_plain, is_identity, is_resumable, plain
+from modernenc.config import Run, is_identity, is_resumable
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.data.loader import Steps, fingerprint
@@ -19,6 +19,7 @@ from modernenc.data.state import DataState
 from modernenc.model.build import build_objectives, weights_of
 from modernenc.run_folder import checkpoints
 from modernenc.run_folder.checkpoints import Checkpoint
+from modernenc.saved_config import CONFIG, differences, from_plain, plain
 
 _FIXED = ("seed", "backbone", "data.lanes", "data.buffer_rows", "optim._target_")
 """Settings that the position in the data, or the weights, depend on."""

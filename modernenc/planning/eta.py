@@ -5,12 +5,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from modernenc.config import Run, apply_overrides
+from modernenc.config import Run
 from modernenc.planning import estimate
 from modernenc.planning.checks import check_settings
 from modernenc.run_folder import lineage, tables
 from modernenc.run_folder.checkpoints import read_manifest
 from modernenc.run_folder.load import locate
+from modernenc.saved_config import apply_overrides
 
 
 def show(path: Path, overrides: list[str]) -> None:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from modernenc.config import Run, from_plain
+from modernenc.config import Run
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.model.init_source import check_source, read_source
@@ -14,6 +14,7 @@ from modernenc.planning.model_checks import check_backbone, check_init, check_op
 from modernenc.planning.sizes import corpus_of
 from modernenc.planning.summary import summarize
 from modernenc.planning.tables import comparison_text, estimates_text, plan_text
+from modernenc.saved_config import from_plain
 
 
 def show(run: Run, as_json: bool, measured: bool, against: str) -> Curriculum:

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from modernenc.config import Phase, Run, load
+from modernenc.config import Phase, Run
 from modernenc.curriculum import Curriculum, reads_text
 from modernenc.data.blocks import Corpus, corpus_of
+from modernenc.saved_config import load
 
 VOCAB = "backbone.vocab_size"
 LANES = "data.lanes"

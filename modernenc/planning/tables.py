@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from modernenc.cli import recipe
-from modernenc.config import Phase, Run, differences, plain
+from modernenc.config import Phase, Run
 from modernenc.curriculum import MASKED_LM, Curriculum, reads_text, sources_of
 from modernenc.data import choices
 from modernenc.data.blocks import VALIDATION, Corpus
@@ -21,6 +21,7 @@ from modernenc.planning.estimate import parameters
 from modernenc.planning.resolve import resolve
 from modernenc.planning.sizes import buffered_tokens, corpus_of
 from modernenc.planning.summary import summarize
+from modernenc.saved_config import differences, plain
 
 _WIDTH = 100
 

@@ -7,7 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from modernenc.config import Run, apply_overrides
+from modernenc.config import Run
 from modernenc.data.blocks import Corpus
 from modernenc.evaluation.validation import Score, Validator
 from modernenc.model.load import masked_lm_of, small_corpus
@@ -15,6 +15,7 @@ from modernenc.run_folder.averaging import average
 from modernenc.run_folder.checkpoints import Checkpoint, read
 from modernenc.run_folder.load import check_root, locate
 from modernenc.run_folder.tables import ALL
+from modernenc.saved_config import apply_overrides
 
 Compared = dict[str, tuple[int, dict[str, Score]]]
 """Tokens seen, and scores by source, of each checkpoint or average by name."""

@@ -13,7 +13,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 
-from modernenc.config import CONFIG, Run
+from modernenc.config import Run
 from modernenc.curriculum import CHOICES, MASKED_LM, Curriculum
 from modernenc.data.blocks import VALIDATION, corpus_of
 from modernenc.data.packing import SPECIALS
@@ -24,6 +24,7 @@ from modernenc.reporting.plots import Rows, rows_of
 from modernenc.run_folder import checkpoints, lineage
 from modernenc.run_folder.checkpoints import Checkpoint
 from modernenc.run_folder.tables import ALL, Table
+from modernenc.saved_config import CONFIG
 
 Lines = list[list[str]]
 """Cells of a table, line by line."""

@@ -13,9 +13,10 @@ from typing import cast
 from omegaconf import OmegaConf
 
 from modernenc.atomic import write_text
-from modernenc.config import CONFIG, Logger, Run, plain, save
+from modernenc.config import Logger, Run
 from modernenc.run_folder import checkpoints, lineage
 from modernenc.run_folder.lock import LOG, try_acquire
+from modernenc.saved_config import CONFIG, plain, save
 
 CORPUS = "corpus"
 """Folder in a run folder with the corpus's manifest and tokenizer, so that the run can be exported without the corpus."""

@@ -10,11 +10,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from modernenc.atomic import partial_path
-from modernenc.config import CONFIG, Run, from_plain, load, save
+from modernenc.config import Run
 from modernenc.run_folder import checkpoints, lineage
 from modernenc.run_folder.checkpoints import Checkpoint
 from modernenc.run_folder.create import new_id, write_plan
 from modernenc.run_folder.lineage import Event
+from modernenc.saved_config import CONFIG, from_plain, load, save
 
 log = logging.getLogger(__name__)
 

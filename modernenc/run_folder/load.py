@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from modernenc.config import Run, from_plain, load
+from modernenc.config import Run
 from modernenc.run_folder import checkpoints
+from modernenc.saved_config import from_plain, load
 
 log = logging.getLogger(__name__)
 

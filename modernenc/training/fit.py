@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from rich.logging import RichHandler
 
-from modernenc.config import Run, plain
+from modernenc.config import Run
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.evaluation.validation import Validator
@@ -27,6 +27,7 @@ from modernenc.run_folder.checkpoints import Checkpoint
 from modernenc.run_folder.history import record_start
 from modernenc.run_folder.lineage import Event
 from modernenc.run_folder.lock import LOG, acquire
+from modernenc.saved_config import plain
 from modernenc.training import ranks
 from modernenc.training.checkpointing import Checkpointing
 from modernenc.training.hardware import advise_precision, choose_determinism

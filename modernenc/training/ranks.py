@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from modernenc.config import differences
+from modernenc.saved_config import differences
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins.environments import ClusterEnvironment

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from modernenc.cli import checkpoint_argument
-from modernenc.config import Phase, Run, apply_overrides, from_plain
+from modernenc.config import Phase, Run
 from modernenc.data.loader import Steps
 from modernenc.data.state import DataState
 from modernenc.planning.branch import check_same_run, done_phases, fork
@@ -18,6 +18,7 @@ from modernenc.run_folder.checkpoints import Checkpoint
 from modernenc.run_folder.history import ABANDONED, prepare_rollback
 from modernenc.run_folder.lineage import Event
 from modernenc.run_folder.load import check_root, locate
+from modernenc.saved_config import apply_overrides, from_plain
 from modernenc.training import ranks
 from modernenc.training.fit import fit
 from modernenc.training.hardware import check_hardware

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from modernenc.config import plain
 from modernenc.data.state import DataState, merge_rank_states
 from modernenc.model import optim
 from modernenc.model.build import load_weights, weights_of
 from modernenc.run_folder import lineage
 from modernenc.run_folder.checkpoints import Checkpoint, Content, TrainState, UnloggedMetrics
+from modernenc.saved_config import plain
 from modernenc.training import ranks
 from modernenc.training.accumulator import Metrics
 from modernenc.training.state import LoopState

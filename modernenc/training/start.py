@@ -4,7 +4,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from modernenc.config import Run, from_plain
+from modernenc.config import Run
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.planning.branch import begin_branch
@@ -15,6 +15,7 @@ from modernenc.reporting import page
 from modernenc.run_folder import lineage
 from modernenc.run_folder.create import create
 from modernenc.run_folder.lineage import Event
+from modernenc.saved_config import from_plain
 from modernenc.training import ranks
 from modernenc.training.fit import fit
 from modernenc.training.hardware import check_hardware

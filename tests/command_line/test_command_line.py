@@ -22,8 +22,9 @@ from omegaconf import OmegaConf, open_dict
 from data_prep.config import CorpusConfig
 from data_prep.config import register as register_corpora
 from modernenc.cli import to_schema
-from modernenc.config import CONF_DIR, CONFIG, RECIPES_DIR, RENAMED, Data, apply_overrides, save
+from modernenc.config import CONF_DIR, RECIPES_DIR, RENAMED, Data
 from modernenc.quoting import quote_values
+from modernenc.saved_config import CONFIG, apply_overrides, save
 from support.commands import ROOT, error
 from support.runs import composed, small
 

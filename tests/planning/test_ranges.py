@@ -9,8 +9,9 @@ import pytest
 from annotated_types import Ge, Interval, MultipleOf
 
 from modernenc import ranges
-from modernenc.config import Run, apply_overrides
+from modernenc.config import Run
 from modernenc.planning.checks import check_settings
+from modernenc.saved_config import apply_overrides
 from support.runs import composed
 
 

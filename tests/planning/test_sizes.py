@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from modernenc.config import RECIPES_DIR, load
+from modernenc.config import RECIPES_DIR
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import MANIFEST, Corpus
 from modernenc.planning.checks import check_corpus
 from modernenc.planning.sizes import ENOUGH_LANES, FEWEST_ROWS, LEFT, MOST_LANES, MOST_ROWS, buffered_tokens
+from modernenc.saved_config import load
 from support.commands import command, error
 from support.results import FINAL
 from support.runs import SMALL, composed, train

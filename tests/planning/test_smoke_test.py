@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from modernenc.config import CONF_DIR, RECIPES_DIR, load
+from modernenc.config import CONF_DIR, RECIPES_DIR
 from modernenc.curriculum import Curriculum
 from modernenc.planning.smoke_test import scale_down
 from modernenc.run_folder.checkpoints import read, tokens_seen
 from modernenc.run_folder.lineage import read as read_lineage
 from modernenc.run_folder.tables import Table
+from modernenc.saved_config import load
 from modernenc.train import main
 from support.runs import composed, rollback
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from modernenc.config import apply_overrides, load
 from modernenc.data.blocks import Corpus
 from modernenc.planning.branch import fork
 from modernenc.reporting.comparison import compare
@@ -19,6 +18,7 @@ from modernenc.run_folder.checkpoints import read
 from modernenc.run_folder.history import ABANDONED
 from modernenc.run_folder.lineage import read as read_lineage
 from modernenc.run_folder.tables import Table
+from modernenc.saved_config import apply_overrides, load
 from modernenc.train import main as train_main
 from support.commands import ROOT, command, importing
 from support.results import FINAL, losses, same

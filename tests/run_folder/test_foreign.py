@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from modernenc import config
+from modernenc import config, saved_config
 from modernenc.model.export import export
 from modernenc.planning import eta
 from modernenc.reporting.comparison import compare
@@ -63,7 +63,7 @@ def test_code_that_a_folder_names_is_not_run(folder, tmp_path, reader, group):
 def test_what_our_own_modules_import_is_no_code_of_ours(folder, target):
     spoil_config(folder, "optim", _target_=target)
     with pytest.raises(ValueError, match=r"config\.yaml: optim\._target_="):
-        config.load(folder)
+        saved_config.load(folder)
 
 
 def test_a_checkpoint_that_names_code_is_no_source_of_weights(folder, corpus_root, tmp_path):
@@ -76,7 +76,7 @@ def test_the_environment_is_not_read_for_a_folder(folder, monkeypatch):
     monkeypatch.setenv("SECRET", "hunter2")
     spoil_config(folder, "logger", project="${oc.env:SECRET}")
     with pytest.raises(ValueError, match=r"logger\.project=\$\{oc\.env:SECRET\}.*holds values only"):
-        config.load(folder)
+        saved_config.load(folder)
 
 
 def test_shipped_names_are_those_that_the_options_choose():
@@ -85,11 +85,11 @@ def test_shipped_names_are_those_that_the_options_choose():
         for group in ("backbone", "optim")
         for path in (config.CONF_DIR / group).glob("*.yaml")
     }
-    values = config.plain(composed(["+recipe=demo", "data.root=nowhere"]))
+    values = saved_config.plain(composed(["+recipe=demo", "data.root=nowhere"]))
     for target in chosen:
-        config.from_plain({**values, "optim" if "optim" in target else "backbone": {"_target_": target}})
+        saved_config.from_plain({**values, "optim" if "optim" in target else "backbone": {"_target_": target}})
     with pytest.raises(ValueError, match="--allow-code elsewhere"):
-        config.from_plain({**values, "backbone": {"_target_": "elsewhere.Backbone"}})
+        saved_config.from_plain({**values, "backbone": {"_target_": "elsewhere.Backbone"}})
 
 
 @pytest.mark.parametrize("damage", ["missing", "torn", "no mapping", "no YAML"])

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from modernenc.atomic import partial_path
-from modernenc.config import load
 from modernenc.planning.checks import check_run
 from modernenc.run_folder import checkpoints
 from modernenc.run_folder.lineage import Event
 from modernenc.run_folder.lineage import read as read_lineage
 from modernenc.run_folder.tables import Table
+from modernenc.saved_config import load
 from modernenc.train import main
 from modernenc.training.fit import fit
 from support.commands import ROOT, importing

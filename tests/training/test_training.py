@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from modernenc.config import apply_overrides
 from modernenc.curriculum import Curriculum
 from modernenc.model import optim
 from modernenc.model.build import build_objectives, checkpoint_activations
@@ -14,6 +13,7 @@ from modernenc.model.load import load_masked_lm
 from modernenc.run_folder.checkpoints import read, remove, tokens_seen, write
 from modernenc.run_folder.lineage import read as read_lineage
 from modernenc.run_folder.tables import Table
+from modernenc.saved_config import apply_overrides
 from support.commands import command
 from support.results import FINAL, metrics, same, same_state, weights
 from support.runs import DROPOUT, SMALL, resume, train
