@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 _FIRST_LOSS, _FIRST_LOG_GRAD_NORM = 1.5, math.log(10)
 """In the first rows of a phase: the factor of the loss, and the rise of the log gradient norm, that count as a spike."""
+_PLATEAU_ROWS = 20
+"""Rows from which the medians of a window's halves are known well enough to say that a loss no longer falls."""
 _LEAST_SPREAD = 0.002
 """Relative to the median: what nearly equal rows are taken to vary by."""
 
@@ -70,7 +72,7 @@ class Series:
             self.spikes.append(point)
         else:
             self.spikes = []
-            warning = self._plateau(point) if len(self._points) >= WATCHED_ROWS else ""
+            warning = self._plateau(point) if len(self._points) >= _PLATEAU_ROWS else ""
         oldest = point.tokens_seen - self.run.watch.window_tokens
         if math.isfinite(point.loss) and math.isfinite(point.log_grad_norm):
             self._points = [other for other in [*self._points, point] if other.tokens_seen >= oldest]
