@@ -19,7 +19,7 @@ from modernenc.train import main
 def begun(small_run) -> Run:
     """A run whose folder exists, but which took no step."""
     run = small_run()
-    create(run, "")
+    create(run, "", corpus_files=Corpus.of(run.data).small_files())
     return run
 
 
