@@ -40,7 +40,7 @@ def package_folder(package: str) -> Path:
 class PythonFiles:
     """The Python modules of packages, one document each: either their code without docstrings, or their docstrings.
 
-    `part` is `code` or `docstrings`. Tests, and modules that do not parse, are left out.
+    `part` is `code` or `docstrings`. Tests and short docstrings are left out; modules that do not parse count as faults.
     """
 
     def __init__(self, packages: list[str], part: str) -> None:
@@ -56,7 +56,7 @@ class PythonFiles:
         return [path for folder, path in modules if not LEFT_OUT & set(path.relative_to(folder).parts)]
 
     def documents(self, path: Path) -> Iterator[Document | str]:
-        """Yield one document, or none when the module has no such text."""
+        """Yield the text of a Python file as a document, or why it is of no use; nothing if it has none of the wanted part."""
         try:
             source = path.read_text(encoding="utf-8")
             tree = ast.parse(source)

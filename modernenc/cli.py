@@ -19,13 +19,12 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from modernenc.config import CONF_DIR, RECIPES_DIR, RENAMED, Run, load, own_modules, register_parent, trust
+from modernenc.exit_codes import MISTAKE, UNSTABLE
 from modernenc.quoting import quote_values
 
 Config = TypeVar("Config")
 
 _ALLOW_CODE = "--allow-code"
-_FAILED = (2, 3)
-"""Exit codes of a run that was refused or became unstable; any other, such as that of a signal, ends a sweep too."""
 _TRACEBACK = "HYDRA_FULL_ERROR"
 _FIELDS = {"from": "branch_from"}
 """Keys of the command line that are keywords of Python, each with the name of its field."""
@@ -74,7 +73,7 @@ def run(
             with one_line_errors(verbose):  # Hydra would report the job's errors in its own way
                 outcome.result = job(to_schema(cfg, schema, groups)) or ""
         except SystemExit as ended:
-            if hydra_config.mode != RunMode.MULTIRUN or after_sweep is None or ended.code not in _FAILED:
+            if hydra_config.mode != RunMode.MULTIRUN or after_sweep is None or ended.code not in (MISTAKE, UNSTABLE):
                 raise
             outcome.error = _message(ended.__context__) if ended.__context__ else f"ended with status {ended.code}"
         if hydra_config.mode == RunMode.MULTIRUN:
@@ -121,7 +120,7 @@ class one_line_errors:
             rank = os.environ.get("RANK", "0")
             print(f"error{'' if rank == '0' else f' on rank {rank}'}: {_message(error)}", file=sys.stderr)
             sys.stderr.flush()
-            raise SystemExit(2) from None
+            raise SystemExit(MISTAKE) from None
 
 
 def take_allowed_code() -> None:
@@ -202,9 +201,8 @@ def to_schema(cfg: DictConfig, schema: type[Config], groups: tuple[str, ...]) ->
     cfg = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(schema), cfg))
     missing = sorted(missing | OmegaConf.missing_keys(cfg))
     if missing:
-        raise ValueError(
-            f"{', '.join(missing)}: no value; set it {'in the ' + groups[0] + ' or ' if groups else ''}on the command line"
-        )
+        where = f"in the {groups[0]} or on the command line" if groups else "on the command line"
+        raise ValueError(f"{', '.join(missing)}: no value; set it {where}")
     OmegaConf.resolve(cfg)
     composed = cast(Config, OmegaConf.to_object(cfg))
     if isinstance(composed, Run):

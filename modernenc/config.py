@@ -275,7 +275,7 @@ class Cluster:
     time: str = ""
     """Time limit in sbatch's format: hours:minutes:seconds."""
     signal_s: Annotated[int, Ge(1)] = 300
-    """Seconds before the limit at which the run is signalled to save: longer than a step, a validation and a save take."""
+    """Seconds before the limit at which the run is signalled to save: longer than two steps, a validation and a save take."""
     partition: str = ""
     """Partition; empty leaves the choice to the cluster."""
     account: str = ""
@@ -423,7 +423,7 @@ def trust(modules: Iterable[str]) -> None:
 
 
 def own_modules(run: Run) -> list[str]:
-    """Return the modules outside this package whose code a run names."""
+    """Return the modules whose code a run names and that saved configurations may not name by themselves."""
     return sorted({target.rpartition(".")[0] for _, target in _targets(plain(run)) if target not in _SHIPPED})
 
 

@@ -24,6 +24,8 @@ CHOICES = 4
 """Endings of a multiple-choice item, each of which takes a row."""
 _MOST_STAGES = 1_000
 """Stages that a ramp may have."""
+WATCHED_ROWS = 8
+"""Rows of metrics in a phase from which the watch judges by the spread of the rows themselves."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{,63}")
 """Names of phases and tasks, which become parts of file names."""
 
@@ -275,9 +277,9 @@ def _budgets(phase: Phase) -> Iterator[tuple[int, float]]:
     ramp = phase.ramp
     if ramp.tokens:
         rows = range(ramp.start_rows, phase.batch_rows, ramp.step_rows)
-        weights = [1 if ramp.equal == "tokens" else stage for stage in rows]
-        for stage, seen in zip(rows, accumulate(weights), strict=True):
-            yield stage, ramp.tokens * seen / sum(weights)
+        weights = [1 if ramp.equal == "tokens" else batch_rows for batch_rows in rows]
+        for batch_rows, seen in zip(rows, accumulate(weights), strict=True):
+            yield batch_rows, ramp.tokens * seen / sum(weights)
     yield phase.batch_rows, phase.tokens
 
 

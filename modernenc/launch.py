@@ -15,6 +15,7 @@ from pathlib import Path
 from modernenc.cli import is_given
 from modernenc.cli import run as run_cli
 from modernenc.config import Run, own_modules, plain, register
+from modernenc.exit_codes import STOPPED
 from modernenc.planning.checks import check_run, check_settings
 from modernenc.planning.resolve import resolve
 
@@ -140,7 +141,7 @@ status=$?
 if [ "$cancelled" = yes ]; then  # bash stopped waiting in order to handle the signal; the run is saving
     wait "$step"
     echo "job $SLURM_JOB_ID was cancelled; what it saved is in $run/checkpoints; go on with: sbatch $run/{JOB}"
-elif [ "$status" -eq 75 ]; then  # saved at a step boundary, ahead of the time limit
+elif [ "$status" -eq {STOPPED} ]; then  # saved at a step boundary, ahead of the time limit
     echo "job $SLURM_JOB_ID saved ahead of its time limit and is queued again"
     scontrol requeue "$SLURM_JOB_ID"
 elif [ "$status" -ne 0 ]; then

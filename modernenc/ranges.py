@@ -10,7 +10,7 @@ from dataclasses import fields, is_dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from annotated_types import Ge, GroupedMetadata, Gt, Le, Lt, MaxLen, MinLen, MultipleOf
+from annotated_types import Ge, GroupedMetadata, Gt, Interval, Le, Len, Lt, MaxLen, MinLen, MultipleOf
 
 _NUMBERS = {int: "a whole number", float: "a number"}
 
@@ -71,6 +71,10 @@ def _conditions(constraint: Any) -> Iterator[tuple[str, Callable[[Any], bool]]]:
             yield f"{length} values or more", lambda value: len(value) >= length
         case MaxLen(max_length=length):
             yield f"{length} values or fewer", lambda value: len(value) <= length
+        case Interval(gt=None, ge=least, lt=None, le=most) if least is not None and most is not None:
+            yield f"from {least} to {most}", lambda value: least <= value <= most
+        case Len(min_length=length, max_length=most) if length == most:
+            yield f"{length} values", lambda value: len(value) == length
         case GroupedMetadata():
             for part in constraint:
                 yield from _conditions(part)

@@ -1,8 +1,8 @@
 """Go on with a run: `python -m modernenc.resume RUN_DIR|CKPT [KEY=VALUE ...]`.
 
 A run folder goes on from its newest whole checkpoint, a checkpoint from itself. KEY=VALUE may change where and how fast the
-run trains (trainer.*, checkpoint.*, validation.*, watch.*, logger.*, data.root, data.cache, data.timeout_s, data.workers, and
-where the files of tasks are), not what it trains.
+run trains (trainer.*, checkpoint.*, validation.*, watch.*, logger.*, data.root, data.cache, data.timeout_s, data.workers,
+data.loader_timeout_s, and where the files of tasks are), not what it trains.
 
 With --rollback the run goes back to the checkpoint, and on from there under other settings, such as optim.lr=1e-4, or past the
 data that caused trouble. What it abandons is kept in its folder `abandoned`. To leave the run as it is, branch:
@@ -10,10 +10,21 @@ data that caused trouble. What it abandons is kept in its folder `abandoned`. To
 """
 
 import argparse
+import signal
+import sys
 from pathlib import Path
+from types import FrameType
 
 from modernenc.cli import one_line_errors, take_allowed_code
+from modernenc.exit_codes import STOPPED
 from modernenc.run_folder.overrides import check_overrides
+from modernenc.training.ranks import ending_as_rank
+
+
+def _end_before_training(number: int, frame: FrameType | None) -> None:
+    """End a process that is asked to stop while it starts, when there is nothing to save yet."""
+    print(f"{signal.Signals(number).name} before the first step: nothing was lost; resume again", file=sys.stderr)
+    raise SystemExit(STOPPED)
 
 
 def main() -> None:
@@ -29,18 +40,19 @@ def main() -> None:
         "--skip-tokens", type=int, default=0, metavar="N", help="with --rollback: skip the next N tokens of data"
     )
     arguments = parser.parse_intermixed_args()
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # until training has handlers that save
+        signal.signal(number, _end_before_training)
     path, overrides = arguments.path, arguments.overrides
-    with one_line_errors():
+    with ending_as_rank(), one_line_errors():
         if arguments.skip_tokens and not arguments.rollback:
             raise ValueError(f"--skip-tokens {arguments.skip_tokens} makes another run: add --rollback")
         check_overrides(path, overrides, arguments.rollback)
-        from modernenc.training import ranks, resume  # torch and Lightning take seconds to import
+        from modernenc.training import resume  # torch and Lightning take seconds to import
 
         if arguments.rollback:
             resume.rollback(path, overrides, arguments.skip_tokens)
         else:
             resume.resume(path, overrides)
-    ranks.leave()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from modernenc.cli import Outcome, is_given, run
 from modernenc.config import Run, register
 from modernenc.planning.resolve import resolve
+from modernenc.training.ranks import ending_as_rank
 
 
 def main(config: Run) -> str:
@@ -40,7 +41,5 @@ def _resolved_branch(argument: str) -> str:
 if __name__ == "__main__":
     sys.argv = [_resolved_branch(argument) for argument in sys.argv]
     register()
-    run(Run, ("recipe",), "train", main, report_sweep)
-    from modernenc.training import ranks
-
-    ranks.leave()
+    with ending_as_rank():
+        run(Run, ("recipe",), "train", main, report_sweep)

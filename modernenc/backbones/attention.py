@@ -4,7 +4,7 @@
 - `varlen`: `torch.nn.attention.varlen`, on CUDA in half precision.
 - `tiled`: plain matrix products, on any device and in any precision (`modernenc.kernels.tiled_attention`).
 
-Device and precision alone decide which one is used; `select_backend` names it.
+Device, precision and whether flash-attn is installed decide which one is used; `select_backend` names it.
 """
 
 import importlib.util

@@ -48,7 +48,7 @@ class Kernel:
 
 
 def measure(bench: Bench, folder: Path) -> Output:
-    """Count a step of every backbone on documents of every length."""
+    """Trace a training step of each backbone on documents of each length, and return the FLOPs and bytes of its kernels."""
     title = f"a step of {bench.micro_batch_tokens:,} tokens on one {GPU}, at the least"
     output = Output(folder, "roofline", title, "kernels", "launch", "TFLOP", "GB", "ms", "M tok/s", "fused")
     for backbone, length in product(bench.backbones, bench.lengths):

@@ -32,13 +32,14 @@ class StepLoader:
     """An iterable of whole steps, made in this process (`workers=0`) or ahead of it in another one (`workers=1`).
 
     Iterating raises what making the steps raises, ChildProcessError when the loader process ends before its time, and
-    TimeoutError when it gives nothing for `data.loader_timeout_s`.
+    TimeoutError when it gives nothing for `timeout_s`.
     """
 
-    def __init__(self, steps: Steps, workers: int, pin_memory: bool) -> None:
+    def __init__(self, steps: Steps, workers: int, pin_memory: bool, timeout_s: float = 900) -> None:
         self.steps = steps
         self.workers = workers
         self.pin_memory = pin_memory
+        self.timeout_s = timeout_s
 
     def __len__(self) -> int:
         """Return a number that no run reaches: a run ends by its tokens.
@@ -51,7 +52,7 @@ class StepLoader:
         """Yield the steps."""
         if self.workers:
             pin_for = torch.cuda.current_device() if self.pin_memory else None
-            return _receive_steps(self.steps, pin_for, self.steps.run.data.loader_timeout_s)
+            return _receive_steps(self.steps, pin_for, self.timeout_s)
         return (step.pin_memory() for step in self.steps) if self.pin_memory else iter(self.steps)
 
 

@@ -1,9 +1,9 @@
 """Optimizers: functions `(parameters, matrices, ...) -> optimizers`, chosen by `_target_` in `conf/optim/*.yaml`.
 
-Each parameter group carries `base_lr` and `weight_decays`, and `apply` scales them by the curriculum. Weight decay applies to
-embeddings and matrices, not to biases and norms. `lr` is the scale on which phases state their learning rates. `matrices` are
-the parameters that may be orthogonalised. The head of a task has its own optimizers, which pause while other objectives are
-trained.
+Each parameter group carries `base_lr` and `weight_decays`, and `apply` scales them by the curriculum before each step. So the
+constructor's `lr` is the scale on which phases state their learning rates, and its `weight_decay` the phases' default, no more.
+Weight decay applies to embeddings and matrices, not to biases and norms. `matrices` are the parameters that may be
+orthogonalised. The head of a task has its own optimizers, which pause while other objectives are trained.
 """
 
 from collections.abc import Iterable, Sequence

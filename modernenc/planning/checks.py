@@ -11,6 +11,7 @@ from modernenc import ranges
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum, reads_text, sources_of
 from modernenc.data.blocks import VALIDATION, Corpus
+from modernenc.data.store import ATTEMPTS
 from modernenc.planning.devices import DEVICES
 
 
@@ -21,6 +22,16 @@ def check_run(run: Run) -> tuple[Curriculum, Corpus]:
     """
     curriculum = check_settings(run)
     corpus = Corpus.of(run.data)
+    check_corpus(run, corpus)
+    folders = {path for phase in run.phases.values() if reads_text(phase) for path in corpus.slices(phase.mix)}
+    for folder in sorted(folders | {f"{source}/{VALIDATION}" for source in sources_of(run)}):
+        corpus.open(folder)
+    _ = corpus.tokenizer_file
+    return curriculum, corpus
+
+
+def check_corpus(run: Run, corpus: Corpus) -> None:
+    """Raise ValueError or FileNotFoundError if a run does not fit what the manifest of a corpus and its own tasks hold."""
     if corpus.vocab_size > run.backbone["vocab_size"]:
         raise ValueError(
             f"backbone.vocab_size={run.backbone['vocab_size']} is smaller than the {corpus.vocab_size} entries of "
@@ -37,17 +48,12 @@ def check_run(run: Run) -> tuple[Curriculum, Corpus]:
         if not reads_text(phase):
             continue
         for path in corpus.slices(phase.mix, f"phases.{name}.mix"):
-            corpus.open(path)
             blocks = corpus.counts(path)["blocks"]
             if blocks < run.data.lanes:
                 raise ValueError(
                     f"data.lanes={run.data.lanes} exceeds the {blocks} blocks of {path} in phases.{name}.mix; "
                     f"use fewer lanes, as data.lanes=0 does, or prepare with smaller blocks than {corpus.block_tokens} tokens"
                 )
-    for source in sources_of(run):
-        corpus.open(f"{source}/{VALIDATION}")
-    _ = corpus.tokenizer_file
-    return curriculum, corpus
 
 
 def check_settings(run: Run) -> Curriculum:
@@ -85,11 +91,11 @@ def _check_combinations(run: Run) -> None:
             f"data.root holds a password for {url.hostname}: leave it out, and put it where fsspec looks for it, in "
             "~/.config/fsspec or in the environment"
         )
-    tries = 3 * run.data.timeout_s + 10
+    tries = ATTEMPTS * run.data.timeout_s + 10  # for the pauses
     if run.data.workers and "://" in run.data.root and run.data.loader_timeout_s < tries:
         raise ValueError(
-            f"data.loader_timeout_s={run.data.loader_timeout_s:g}: a read of {run.data.root} may take {tries:g} seconds, three "
-            "times data.timeout_s and the pauses; expected more"
+            f"data.loader_timeout_s={run.data.loader_timeout_s:g}: a read of {run.data.root} may take {tries:g} seconds, "
+            f"{ATTEMPTS} times data.timeout_s and the pauses; expected more"
         )
     if run.init.unigram and not any(reads_text(phase) for phase in run.phases.values()):
         raise ValueError("init.unigram=True: expected false where no phase reads text")

@@ -39,7 +39,10 @@ def show(path: Path, overrides: list[str]) -> None:
 
 
 def _speeds(before: Run, run: Run) -> dict[str, float]:
-    """Return tokens of row capacity a second by phase, on the changed run's ranks; nothing if no steps were recorded yet."""
+    """Return the speed of each phase, in tokens of row capacity a second, scaled from the ranks of `before` to those of `run`.
+
+    A phase without recorded steps is extrapolated by FLOPs; without any recorded step the answer is empty.
+    """
     rows = tables.Table(Path(before.run_dir) / "metrics.csv").read()
     entries = [entry for entry in lineage.read(Path(before.run_dir)) if entry["event"] != "branched"]
     then = entries[-1]["ranks"] if entries else 1

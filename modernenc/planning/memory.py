@@ -38,7 +38,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Sum of all parts."""
+        """Bytes of all parts together, on one device."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
 

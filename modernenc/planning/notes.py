@@ -4,14 +4,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from modernenc.config import Run
-from modernenc.curriculum import Curriculum, reads_text
+from modernenc.curriculum import WATCHED_ROWS, Curriculum, reads_text
 from modernenc.data.blocks import Corpus
 from modernenc.planning.devices import DEVICES
 from modernenc.planning.memory import memory
 from modernenc.planning.sizes import MULTIPLE, buffered_tokens
 
-WATCHED_ROWS = 8
-"""Rows of metrics in a phase from which the watch judges by the spread of the rows themselves."""
 MOST_LEFT = 0.25
 """Fraction of a phase's text above which a note says how much lies in packing buffers when the phase ends."""
 

@@ -1,4 +1,4 @@
-"""Scale a recipe down to minutes on a laptop, to see all of it happen before it is paid for: `smoke_test=CORPUS`.
+"""Scale a recipe down to a minute on a laptop, to see all of it happen before it is paid for: `smoke_test=CORPUS`.
 
 The phases keep their order, curves, ramps, mask ratios and attributes of the backbone. Rows, lengths, budgets and the backbone
 shrink in proportion; the corpus's sources replace the recipe's, in turn, and its sentences replace the items of tasks.

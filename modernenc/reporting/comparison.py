@@ -52,7 +52,7 @@ def compare(paths: list[Path], averages: list[str], across_runs: bool = False, o
 
 
 def show(compared: Compared) -> None:
-    """Print a table in which the lowest loss is marked."""
+    """Print the losses of compared checkpoints, one a row and a column for each source, with the lowest loss marked."""
     _, (_, first) = next(iter(compared.items()))
     lowest = min(scores[ALL].loss for _, scores in compared.values())
     table = Table(title="validation, 15 % predicted: nats per token", title_justify="left", box=SIMPLE_HEAD)

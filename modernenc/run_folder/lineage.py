@@ -97,7 +97,7 @@ def versions() -> dict[str, str]:
 
 
 def describe_versions(of: dict[str, str]) -> str:
-    """Return versions as one line of text."""
+    """Return versions of programs, as `versions` gives them, as one line of text."""
     return ", ".join(f"{name} {number}" for name, number in of.items())
 
 

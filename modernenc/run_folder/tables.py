@@ -28,14 +28,15 @@ class Table:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row; numbers are written with all their digits."""
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row))
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+    def append(self, *rows: Mapping[str, Any]) -> None:
+        """Add rows by a single write, so that a kill leaves all of them or none; numbers are written with all their digits."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+        if not self.path.exists():
+            writer.writeheader()
+        writer.writerows(rows)
+        with self.path.open("ab", buffering=0) as file:
+            file.write(text.getvalue().encode())
 
     def read(self) -> list[dict[str, str]]:
         """Return all rows, but for a last one that is still being written, or that a kill cut short.
@@ -69,8 +70,7 @@ class Table:
             return
         rewritten = self.path.with_suffix(".csv.tmp")
         rewritten.unlink(missing_ok=True)
-        for row in rows:
-            Table(rewritten).append(row)
+        Table(rewritten).append(*rows)
         rewritten.replace(self.path)
 
 

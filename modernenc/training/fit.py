@@ -8,20 +8,19 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import cast
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from rich.logging import RichHandler
 
 from modernenc.config import Run, plain
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.evaluation.validation import Validator
+from modernenc.exit_codes import STOPPED, UNSTABLE
 from modernenc.model.allocator import keep_freed_memory
 from modernenc.run_folder import checkpoints, lineage
 from modernenc.run_folder.checkpoints import Checkpoint
@@ -32,10 +31,11 @@ from modernenc.training import ranks
 from modernenc.training.checkpointing import Checkpointing
 from modernenc.training.hardware import advise_precision, choose_determinism
 from modernenc.training.module import Pretraining
-from modernenc.training.preemption import STOPPED, Preemption
+from modernenc.training.preemption import Preemption
 from modernenc.training.progress import TokenProgress
 from modernenc.training.recorder import MetricsWriter, ValidationWriter
-from modernenc.training.watch import UNSTABLE, SpikeMonitor
+from modernenc.training.strategy import choose_strategy
+from modernenc.training.watch import SpikeMonitor
 
 log = logging.getLogger("modernenc")
 
@@ -52,7 +52,7 @@ def fit(
     """Train to the end of the curriculum, from a checkpoint or from the start.
 
     `plan` is the text of the run's plan, `event` is added to the lineage, and `callbacks` are called after the product's own.
-    Exits with `preemption.STOPPED` if it was asked to stop before the end, with `watch.UNSTABLE` if it stopped by itself.
+    Exits with `STOPPED` if it was asked to stop before the end, with `UNSTABLE` if it stopped by itself.
     """
     first = ranks.is_rank_zero()
     with _open_log(Path(run.run_dir)) if first else nullcontext(False) as waited:
@@ -68,7 +68,7 @@ def fit(
             accelerator=run.trainer.accelerator,
             devices=run.trainer.devices,
             num_nodes=run.trainer.num_nodes,
-            strategy=_strategy(run),
+            strategy=choose_strategy(run),
             precision=run.trainer.precision,  # pyright: ignore[reportArgumentType]
             # After each step they are called in this order: the monitor reads the rows that the writer has made, a checkpoint
             # holds metrics as they are after the writer has flushed them, and validation can fail when all is saved.
@@ -153,17 +153,6 @@ class StartupSync(L.Callback):
             _announce(self.run, self.curriculum, module, trainer, own)
             record_start(self.run, self.plan, self.checkpoint, self.event, trainer.world_size)
         self.checkpoint = None  # its tensors take as much memory as the model and its optimizers
-
-
-def _strategy(run: Run) -> Strategy | str:
-    world, timeout = run.trainer.devices * run.trainer.num_nodes, timedelta(seconds=run.trainer.timeout_s)
-    if run.trainer.strategy == "fsdp":
-        return ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1, timeout=timeout)
-    if run.trainer.strategy == "auto" and world == 1:
-        return "auto"
-    # A step trains one of several heads. Besides, DDP would otherwise regroup the gradients after the first backward pass of
-    # each process, and three or more ranks add the numbers of another group in another order: no resume would be exact.
-    return DDPStrategy(find_unused_parameters=True, timeout=timeout)
 
 
 def _lost_a_rank(error: RuntimeError) -> bool:

@@ -2,13 +2,10 @@
 
 import logging
 import time
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -27,6 +24,7 @@ from modernenc.run_folder.checkpoints import Checkpoint
 from modernenc.training.accumulator import Metrics
 from modernenc.training.snapshot import restore, restore_metrics, restore_optimizers
 from modernenc.training.state import LoopState
+from modernenc.training.strategy import split_parameters, synchronise_gradients
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +57,7 @@ class Pretraining(LoopState):
         """Compile the layers if the recipe says so; under FSDP2, split the parameters over the ranks, layer by layer."""
         if self.compiles:
             compile_layers(self.objectives.backbone)
-        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not isinstance(self.objectives, FSDPModule):
-            mesh = self.trainer.strategy.device_mesh["data_parallel"]
-            for layer in self.objectives.backbone.describe().layers:
-                fully_shard(layer, mesh=mesh)
-            fully_shard(self.objectives, mesh=mesh)
+        split_parameters(self.objectives, self.trainer.strategy)
 
     @property
     def compiles(self) -> bool:
@@ -93,7 +87,8 @@ class Pretraining(LoopState):
         """Return the loader of the steps from here on."""
         state = DataState.from_dict(self.data_state)
         steps = Steps(self.run, self.curriculum, self.corpus, self.global_rank, self.trainer.world_size, state)
-        return StepLoader(steps, self.run.data.workers, pin_memory=self.device.type == "cuda")
+        data = self.run.data
+        return StepLoader(steps, data.workers, pin_memory=self.device.type == "cuda", timeout_s=data.loader_timeout_s)
 
     def transfer_batch_to_device(self, batch: Step, device: torch.device, dataloader_idx: int) -> Step:
         """Move the micro-batches to the device; the state of the data stays on the CPU."""
@@ -111,7 +106,7 @@ class Pretraining(LoopState):
         loss = torch.zeros((), device=self.device)
         for number, micro_batch in enumerate(batch.micro_batches, 1):
             self._seed_dropout(micro_batch.first_row)
-            with self._gradient_sync(number == len(batch.micro_batches)):
+            with synchronise_gradients(self.objectives, self.trainer.strategy, number == len(batch.micro_batches)):
                 part, _ = self.objectives(micro_batch)
                 # Ranks average their gradients; the factor of the world size turns the average into a sum.
                 self.manual_backward(part * (self.trainer.world_size / max(1, targets)))
@@ -142,14 +137,6 @@ class Pretraining(LoopState):
         """Make dropout a function of (seed, step, first row), whatever ran before."""
         words = np.random.SeedSequence([self.run.seed, self.step, first_row]).generate_state(1, np.uint64)
         torch.manual_seed(int(words[0] >> np.uint64(1)))
-
-    def _gradient_sync(self, last: bool) -> AbstractContextManager[None]:
-        """Synchronise gradients between ranks on the last micro-batch only."""
-        if isinstance(self.objectives, FSDPModule):  # for which Lightning's own switch has no effect
-            self.objectives.set_requires_gradient_sync(last)
-        elif isinstance(self.trainer.strategy, DDPStrategy) and not last:
-            return self.trainer.strategy.block_backward_sync()
-        return nullcontext()
 
     def _clip(self) -> torch.Tensor:
         """Clip the gradient to `clip_grad_norm` if that is not 0, and return its norm over all ranks before."""

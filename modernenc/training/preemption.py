@@ -22,9 +22,6 @@ from modernenc.training.module import Pretraining
 
 log = logging.getLogger(__name__)
 
-STOPPED = 75
-"""Exit code of a run that saved on request and can be resumed: EX_TEMPFAIL of sysexits.h."""
-
 
 _ONE_REQUEST_S = 2
 """Seconds in which further signals belong to the first: a scheduler signals ranks, and their launcher passes its own on."""

@@ -4,8 +4,11 @@ Libraries do not understand the variables of srun, and a process that believes i
 Therefore srun's variables are translated into torchrun's, and all four are compared with the trainer's before the first step.
 """
 
+import atexit
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from modernenc.config import differences
@@ -131,16 +134,27 @@ def agree(settings: dict[str, Any], own_keys: tuple[str, ...]) -> dict[str, Any]
     return everyone[0]
 
 
-def leave() -> None:
-    """End a process of another rank than the first, its work done, without taking the interpreter down.
+@contextmanager
+def ending_as_rank() -> Iterator[None]:
+    """Run a command to its end, and then, if this process is one of several ranks, end it with the interpreter still up.
 
     Threads of a process group may still let go of tensors, for which they need the interpreter: where it goes first, the
-    process aborts (SIGABRT), and its launcher ends the first rank, which has the report to write.
+    process aborts (SIGABRT), and its launcher ends the other ranks and reports another status.
     """
-    if not is_rank_zero():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+    code: Any = 0
+    try:
+        yield
+    except SystemExit as ended:
+        code = ended.code
+        raise
+    finally:
+        torch = sys.modules.get("torch")
+        grouped = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+        if grouped and isinstance(code, int) and sys.exc_info()[0] in (None, SystemExit):
+            atexit._run_exitfuncs()  # such as those that end workers and finish logs
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
 
 
 def describe(ranks: int, threads: int) -> str:

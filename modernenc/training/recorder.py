@@ -13,7 +13,7 @@ from modernenc.config import Run
 from modernenc.curriculum import MASKED_LM
 from modernenc.evaluation.validation import Validator
 from modernenc.model.build import set_attributes
-from modernenc.run_folder.checkpoints import FOLDER, end_of
+from modernenc.run_folder.checkpoints import FOLDER, at_step, end_of
 from modernenc.run_folder.tables import ALL, Table
 from modernenc.training.module import Pretraining
 
@@ -107,10 +107,11 @@ class ValidationWriter(L.Callback):
             self.validation.cut_after(cast(Pretraining, pl_module).step)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validate at a phase's end that was saved, and not validated before the process died."""
+        """Validate after a step that was saved, and not validated before the process died."""
         module = cast(Pretraining, pl_module)
-        if trainer.strategy.broadcast(is_missing(Path(module.run.run_dir), module.finished_phase, module.step)):
-            set_attributes(module.objectives.backbone, module.curriculum.at(module.tokens_seen - 1))
+        missing = self._is_due(module) and is_missing(module.run, module.last_spec.phase, module.step)
+        if trainer.strategy.broadcast(missing):  # the first rank decides
+            set_attributes(module.objectives.backbone, module.last_spec)
             self._validate(trainer, module)
 
     def on_train_batch_end(
@@ -118,19 +119,23 @@ class ValidationWriter(L.Callback):
     ) -> None:
         """Validate when it is due."""
         module = cast(Pretraining, pl_module)
-        if module.finished_phase or module.crossed(self.run.validation.every_tokens):
+        if self._is_due(module):
             started = time.monotonic()
             self._validate(trainer, module)
             self.writer.leave_out(time.monotonic() - started)
 
+    def _is_due(self, module: Pretraining) -> bool:
+        """Return whether validation follows the last step."""
+        return bool(module.finished_phase) or module.crossed(self.run.validation.every_tokens)
+
     def _validate(self, trainer: L.Trainer, module: Pretraining) -> None:
-        phase = module.finished_phase or module.last_spec.phase
+        phase = module.last_spec.phase
         with trainer.precision_plugin.forward_context():
             scores = self.validator.scores(module.objectives, phase)
+        at = {"step": module.step, "tokens_seen": module.tokens_seen, "phase": phase}
+        if trainer.is_global_zero:
+            self.validation.append(*({**at, **asdict(score)} for score in scores))
         for score in scores:
-            row = {"step": module.step, "tokens_seen": module.tokens_seen, "phase": phase, **asdict(score)}
-            if trainer.is_global_zero:
-                self.validation.append(row)
             if score.source == ALL:
                 log_numbers(trainer, module.step, {f"validation/{score.seq_len}/{score.mask_ratio}": score.loss})
             elif score.source in self.run.tasks:
@@ -138,11 +143,11 @@ class ValidationWriter(L.Callback):
         self.last_loss = next(score.loss for score in scores if score.source == ALL)
 
 
-def is_missing(run_dir: Path, phase: str, step: int) -> bool:
-    """Return whether a phase that ended with a step was saved, and its scores were not written."""
-    if not phase or not (run_dir / FOLDER / f"{end_of(phase)}.ckpt").exists():
-        return False
-    return all(int(row["step"]) != step for row in Table(run_dir / "validation.csv").read())
+def is_missing(run: Run, phase: str, step: int) -> bool:
+    """Return whether a step after which validation is due was saved in the run folder, and its scores were not written."""
+    run_dir = Path(run.run_dir)
+    saved = any((run_dir / FOLDER / f"{name}.ckpt").exists() for name in (end_of(phase), at_step(step)))
+    return saved and all(int(row["step"]) != step for row in Table(run_dir / "validation.csv").read())
 
 
 def log_numbers(trainer: L.Trainer, step: int, values: dict[str, Any]) -> None:

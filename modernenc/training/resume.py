@@ -83,7 +83,7 @@ def _go_on(run: Run, checkpoint: Checkpoint | None, event: Event) -> None:
     check_backbone(run)
     check_optim(run)
     at_end = checkpoint is not None and checkpoint.state.tokens_seen >= curriculum.total_tokens
-    if checkpoint and at_end and not is_missing(Path(run.run_dir), checkpoint.state.phase, checkpoint.state.step):
+    if checkpoint and at_end and not is_missing(run, checkpoint.state.phase, checkpoint.state.step):
         print(f"{run.run_dir} is finished: {event.checkpoint} is at the end of the curriculum")
         if ranks.is_rank_zero() and not (Path(run.run_dir) / page.REPORT).exists():
             page.write(run)

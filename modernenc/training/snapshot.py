@@ -77,6 +77,8 @@ def restore(module: LoopState, checkpoint: Checkpoint) -> None:
             )
     load_weights(module.objectives, checkpoint.weights)
     module.tokens_seen = state.tokens_seen
+    last_step_tokens = module.curriculum.at(max(0, state.tokens_seen - 1)).step_tokens
+    module.last_spec = module.curriculum.at(max(0, state.tokens_seen - last_step_tokens))
     module.step = state.step
     module.seconds = state.seconds
     module.skipped_steps = state.skipped_steps

@@ -3,7 +3,8 @@
 Each row of metrics is compared with those of the last `watch.window_tokens` in its phase by a robust z-score: distance from the
 median in units of the median absolute deviation times 1.4826, which for normal noise is the standard deviation. The first rows
 of a phase, whose lengths, rates and sources may be new, are compared with the phase before, and those of the first phase with
-a model that knows nothing: for them a spike is a loss half as high again, or a gradient norm ten times as large.
+a model that knows nothing, whose gradient is not known: a spike is a loss half as high again, or a gradient norm ten times as
+large.
 """
 
 import logging
@@ -16,18 +17,15 @@ from typing import Any, NamedTuple, cast
 import lightning.pytorch as L
 
 from modernenc.config import Run
-from modernenc.curriculum import CHOICES, MASKED_LM
-from modernenc.planning.notes import WATCHED_ROWS
+from modernenc.curriculum import CHOICES, MASKED_LM, WATCHED_ROWS
 from modernenc.run_folder.checkpoints import FOLDER, tokens_seen
 from modernenc.training.module import Pretraining
 from modernenc.training.recorder import MetricsWriter
 
 log = logging.getLogger(__name__)
 
-UNSTABLE = 3
-"""Exit code of a run that stopped by `watch.action=stop`."""
 _FIRST_LOSS, _FIRST_LOG_GRAD_NORM = 1.5, math.log(10)
-"""Before that: factor of the loss, and rise of the log gradient norm, above the median, that count as a spike."""
+"""In the first rows of a phase: the factor of the loss, and the rise of the log gradient norm, that count as a spike."""
 _LEAST_SPREAD = 0.002
 """Relative to the median: what nearly equal rows are taken to vary by."""
 
@@ -84,7 +82,7 @@ class Series:
         if not (math.isfinite(point.loss) and math.isfinite(point.log_grad_norm)):
             return values
         if len(self._points) < WATCHED_ROWS:
-            earlier = self._before if len(self._points) < WATCHED_ROWS // 2 else self._points
+            earlier = [*self._before, *self._points][-WATCHED_ROWS:]
             loss, gradient = median(other.loss for other in earlier), median(other.log_grad_norm for other in earlier)
             far = point.loss > _FIRST_LOSS * loss or point.log_grad_norm > gradient + _FIRST_LOG_GRAD_NORM
             return f"{values}, after medians of {loss:.3f} and {gradient:.2f}" if far else ""

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -233,3 +233,17 @@ def test_a_worker_does_not_outlive_a_killed_trainer():
             return
         time.sleep(0.05)
     raise AssertionError("the worker lives")
+
+
+def test_a_worker_that_gives_nothing_ends_the_run_with_a_line():
+    """As one that waits for a network disk that does not answer."""
+
+    class Silent:
+        def __iter__(self):
+            time.sleep(600)
+            yield
+
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"data.loader_timeout_s=0.5: the loader process gave no step"):
+        next(iter(StepLoader(cast(Any, Silent()), 1, pin_memory=False, timeout_s=0.5)))
+    assert time.monotonic() - started < 30

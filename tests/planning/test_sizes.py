@@ -10,7 +10,7 @@ import pytest
 from modernenc.config import RECIPES_DIR, load
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import MANIFEST, Corpus
-from modernenc.planning.checks import check_run
+from modernenc.planning.checks import check_corpus
 from modernenc.planning.sizes import ENOUGH_LANES, FEWEST_ROWS, LEFT, MOST_LANES, MOST_ROWS, buffered_tokens
 from support.commands import command, error
 from support.results import FINAL
@@ -48,7 +48,7 @@ def test_a_corpus_of_any_size_gives_lanes_and_rows_that_it_can_fill(corpus_of, b
     settings = [f"phases.{name}.{key}" for name in ("stable", "extend", "decay") for key in
                 (f"tokens={tokens}", f"seq_len={seq_len}")]  # fmt: skip
     run = composed(text_only(*settings, f"data.root={corpus_of(blocks, 4_096, 501)}"))
-    check_run(run)
+    check_corpus(run, Corpus.of(run.data))
     data, curriculum = run.data, Curriculum.of(run)
     assert 1 <= data.lanes <= min(MOST_LANES, blocks) and FEWEST_ROWS <= data.buffer_rows <= MOST_ROWS
     assert data.lanes & (data.lanes - 1) == 0, "any usual number of ranks divides a power of two"

@@ -298,7 +298,7 @@ def test_a_sweep_runs_all_its_values_and_ends_with_a_table_and_a_plot(corpus_roo
     assert result.returncode == 1, result.stderr
     with (tmp_path / "sweep" / "sweep.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["optim.lr"] for row in rows] == ["1e-3", "-1", "3e-3"]
+    assert [float(row["optim.lr"]) for row in rows] == [1e-3, -1, 3e-3]
     assert [bool(row["run"]) for row in rows] == [True, False, True]
     assert "optim.lr=-1" in rows[1]["error"] and rows[1]["validation"] == "nan"
     table = Table(Path(rows[2]["run"]) / "validation.csv").read()

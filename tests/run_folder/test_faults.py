@@ -4,16 +4,22 @@ Each fault meets a run that was stopped in its midst. The run must refuse to go 
 it must end with the weights of a run that never met it.
 """
 
+import re
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from modernenc.exit_codes import STOPPED
 from modernenc.hashing import hash_file
 from modernenc.run_folder import checkpoints
 from modernenc.run_folder.checkpoints import newest
+from support.commands import ROOT
 from support.damage import edit, flip, truncate
 from support.results import FINAL, same
 from support.runs import SMALL, composed, resume, train
@@ -81,7 +87,7 @@ DATA = {
     "no manifest": (lambda root: (root / "manifest.json").unlink(), r"data\.root=.*no manifest\.json there"),
     "changed tokenizer": (
         lambda root: edit(root / "manifest.json", "tokenizer", "sha256", value="0" * 64),
-        r"not the data that the checkpoint was trained with \(tokenizer, sources or shards differ\)",
+        r"tokenizer\.json is not the tokenizer that made the token ids",
     ),
     "changed data": (swapped, r"not the data that the checkpoint was trained with"),
 }
@@ -158,3 +164,18 @@ def test_a_run_folder_that_cannot_be_written_is_said_before_training(stopped, re
     resized(moved.parent, "rw")
     resume(moved, [])
     assert same(moved / FINAL, final)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_a_resume_starts_asks_for_another_resume(small_run, number):
+    folder = train(small_run())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "modernenc.resume", str(folder / "checkpoints" / "end-of-stable.ckpt")],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    status = Path(f"/proc/{process.pid}/status")
+    while not int(re.findall(r"SigCgt:\s*(\w+)", status.read_text())[0], 16) >> (number - 1) & 1:
+        time.sleep(0.01)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == STOPPED and f"{number.name} before the first step: nothing was lost" in said

@@ -19,8 +19,7 @@ from modernenc.train import main
 def begun(small_run) -> Run:
     """A run whose folder exists, but which took no step."""
     run = small_run()
-    create(run, "", corpus_files=Corpus.of(run.data).small_files())
-    return run
+    return create(run, "", corpus_files=Corpus.of(run.data).small_files())
 
 
 def test_a_report_is_one_file_with_all_numbers_and_plots(small_run):

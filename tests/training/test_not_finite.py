@@ -10,6 +10,7 @@ import torch
 
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
+from modernenc.exit_codes import UNSTABLE
 from modernenc.model.export import export
 from modernenc.objectives import Objectives
 from modernenc.planning.model_checks import check_init
@@ -18,7 +19,6 @@ from modernenc.run_folder import checkpoints
 from modernenc.run_folder.averaging import average
 from modernenc.run_folder.checkpoints import newest, read
 from modernenc.run_folder.tables import Table
-from modernenc.training.watch import UNSTABLE
 from support.results import FINAL, metrics, same_state
 from support.runs import composed, resume, small, train
 

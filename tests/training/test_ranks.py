@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from modernenc.exit_codes import STOPPED
 from modernenc.run_folder.checkpoints import manifest_of, newest, read, read_manifest
 from modernenc.run_folder.tables import Table
-from modernenc.training.preemption import STOPPED
 from support.commands import ROOT
 from support.results import FINAL, distance, losses, metrics, same_state
 from support.runs import SMALL
@@ -288,12 +288,26 @@ def test_another_number_of_processes_than_the_recipe_has_devices_is_an_error(set
     assert "trainer.devices=1 trainer.num_nodes=1, but 2 processes were launched" in result.stderr
 
 
-@pytest.mark.parametrize(("rank", "rest"), [("0", "went on, taken down"), ("1", "")])
-def test_a_rank_with_no_report_to_write_leaves_with_all_it_said(rank, rest):
-    """What is registered to run when the interpreter goes stands for the threads of a process group."""
-    code = "import atexit; from modernenc.training import ranks; atexit.register(lambda: print(', taken down', end=''))"
-    code += "; print('done', end=' '); ranks.leave(); print('went on', end='')"
-    process = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "RANK": rank}, capture_output=True, text=True, check=False
-    )
-    assert (process.returncode, process.stdout, process.stderr) == (0, f"done {rest}", "")
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_process_of_several_ends_before_the_interpreter_goes_and_with_all_it_said(ranks, code):
+    """What is deleted when the interpreter goes stands for the tensors of a process group's threads."""
+    program = f"""
+import atexit, sys
+from modernenc.training.ranks import ending_as_rank
+class Deleted:
+    def __del__(self):
+        print("went with the interpreter", flush=True)
+deleted = Deleted()
+atexit.register(lambda: print("at exit"))
+with ending_as_rank():
+    if {ranks} > 1:
+        import torch
+        torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    print("done")
+    if {code}:
+        raise SystemExit({code})
+"""
+    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == code, process.stderr
+    assert process.stdout.split("\n") == ["done", "at exit", *(["went with the interpreter"] if ranks == 1 else []), ""]
