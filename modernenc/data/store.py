@@ -15,6 +15,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import xxhash
 from fsspec import get_filesystem_class
@@ -39,11 +40,16 @@ class Store:
     """Read access to the files below a root, by their relative names.
 
     `cache` is required when the root is a URL, and optional for a folder (on a slow network disk). `timeout_s` is how long a
-    remote may deliver nothing before an attempt counts as failed. Raises ValueError when a remote has no cache, when an hf://
-    dataset has no revision, and when no installed package can read the remote.
+    remote may deliver nothing before an attempt counts as failed. Raises ValueError when a remote has a password in its URL or
+    no cache, when an hf:// dataset has no revision, and when no installed package can read the remote.
     """
 
     def __init__(self, root: str, cache: str = "", timeout_s: float = 60) -> None:
+        if (url := urlsplit(root)).password:  # which configurations, checkpoints and errors would show
+            raise ValueError(
+                f"data.root holds a password for {url.hostname}: leave it out, and put it where fsspec looks for it, in "
+                "~/.config/fsspec or in the environment"
+            )
         remote = "://" in root
         if remote and not cache:
             raise ValueError(f"data.root={root} is remote: give data.cache=FOLDER, on a fast disk of this machine")

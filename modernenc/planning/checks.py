@@ -5,7 +5,6 @@ import importlib.util
 import inspect
 from pathlib import Path
 from typing import Any, get_type_hints
-from urllib.parse import urlsplit
 
 from modernenc import ranges
 from modernenc.config import Run
@@ -86,11 +85,6 @@ def _check_combinations(run: Run) -> None:
     """Raise ValueError for a setting that is legal by itself and not beside another, or that this installation lacks."""
     if run.estimate.device not in ("", *DEVICES):
         raise ValueError(f"estimate.device={run.estimate.device}: expected one of {', '.join(DEVICES)}, or nothing")
-    if (url := urlsplit(run.data.root)).password:  # which configuration, checkpoints and errors would show
-        raise ValueError(
-            f"data.root holds a password for {url.hostname}: leave it out, and put it where fsspec looks for it, in "
-            "~/.config/fsspec or in the environment"
-        )
     tries = ATTEMPTS * run.data.timeout_s + 10  # for the pauses
     if run.data.workers and "://" in run.data.root and run.data.loader_timeout_s < tries:
         raise ValueError(
