@@ -31,11 +31,3 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write a small JSON file, whole or not at all, and sync it and its folder to disk."""
     write_text(path, json.dumps(content, indent=1))
-
-
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file; ValueError, naming the file, if it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; restore it from a copy") from error

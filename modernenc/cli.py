@@ -90,7 +90,7 @@ def run(
             _check_not_renamed(argument.partition("=")[0].lstrip("+~"))
             if "=" not in argument and not argument.startswith(("-", "~")) and not flag.startswith("-"):
                 raise ValueError(f"{argument}: expected KEY=VALUE, +KEY=VALUE or ~KEY")
-        sys.argv[1:] = quote_values(sys.argv[1:])
+        sys.argv[1:] = quote_arguments(sys.argv[1:])
         try:
             hydra.main(config_path=str(CONF_DIR), config_name=config_name, version_base="1.3")(main)()
         except ConfigCompositionException as error:
@@ -168,6 +168,18 @@ def help_text(groups: Iterable[str]) -> str:
     return "\n".join([*lines, f"Every key is explained in {schema}/config.py; --cfg job shows the composed configuration."])
 
 
+def quote_arguments(arguments: Iterable[str]) -> list[str]:
+    """Return arguments that Hydra can parse; the choice of a part is always text, and so has quotes if it were a number."""
+    groups = parts()
+
+    def quote(argument: str) -> str:
+        key, equals, value = argument.partition("=")
+        is_choice = equals and key.lstrip("+").partition("@")[0] in groups and "'" not in value and '"' not in value
+        return f"{key}='{value}'" if is_choice and re.fullmatch(r"[\d.+-][\w.+-]*|true|false|null|nan|inf", value) else argument
+
+    return quote_values([quote(argument) for argument in arguments])
+
+
 def parts() -> dict[str, list[str]]:
     """Return the names of the shipped options by group."""
     folders = {"recipe": RECIPES_DIR, **{path.name: path for path in sorted(CONF_DIR.iterdir()) if path.is_dir()}}
@@ -186,8 +198,9 @@ def to_schema(cfg: DictConfig, schema: type[Config], groups: tuple[str, ...]) ->
             if said in cfg:
                 cfg[field] = cfg.pop(said)
     _check_keys(schema, OmegaConf.to_container(cfg, resolve=False), "")
+    missing = OmegaConf.missing_keys(cfg)
     cfg = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(schema), cfg))
-    missing = sorted(OmegaConf.missing_keys(cfg))
+    missing = sorted(missing | OmegaConf.missing_keys(cfg))
     if missing:
         where = f"in the {groups[0]} or on the command line" if groups else "on the command line"
         raise ValueError(f"{', '.join(missing)}: no value; set it {where}")

@@ -82,7 +82,7 @@ class Phase:
     """Fraction of the text tokens that are predicted, in (0, 1)."""
     mix: dict[str, Annotated[float, Ge(0)]] = MISSING
     """Relative proportion of tokens by source (`wiki`), or by one slice of a source (`wiki/slice-001`); 0 leaves it out."""
-    objectives: dict[str, Annotated[int, Ge(0)]] = field(default_factory=dict)
+    objectives: dict[str, Annotated[int, Interval(ge=0, le=1_000)]] = field(default_factory=dict)
     """Steps of each objective in one cycle: `masked_lm`, or one of `tasks`; empty means masked LM alone. A phase without masked
     LM draws no text: its `batch_rows` is 0, its `mix` is empty, and `seq_len` and `mask_ratio` apply to validation."""
     backbone: dict[str, Any] = field(default_factory=dict)

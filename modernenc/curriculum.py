@@ -22,6 +22,8 @@ MASKED_LM = "masked_lm"
 """The objective that reads text; the others are tasks."""
 CHOICES = 4
 """Endings of a multiple-choice item, each of which takes a row."""
+_MOST_STAGES = 1_000
+"""Stages that a ramp may have."""
 WATCHED_ROWS = 8
 """Rows of metrics in a phase from which the watch judges by the spread of the rows themselves."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{,63}")
@@ -117,6 +119,12 @@ class Curriculum:
             _check(name, phase)
         _check_tasks(self.phases, self.tasks)
         object.__setattr__(self, "stages", tuple(_stages(self.phases, self.tasks)))
+        for stage in self.stages:
+            if stage.end_tokens >= 1 << 53:  # up to there a float is exact
+                raise ValueError(
+                    f"phases.{stage.phase} ends at token {stage.end_tokens:,}: expected less than {1 << 53:,}; lower its "
+                    "tokens, batch_rows, seq_len, or the size of its tasks"
+                )
         attributes = accumulate((phase.backbone for phase in self.phases.values()), lambda before, new: {**before, **new})
         object.__setattr__(self, "_backbone", dict(zip(self.phases, attributes, strict=True)))
 
@@ -302,7 +310,10 @@ def _check(name: str, phase: Phase) -> None:
             0 < ramp.start_rows < phase.batch_rows,
             "ramp.start_rows", ramp.start_rows, f"1 to {phase.batch_rows - 1}, below batch_rows",
         )  # fmt: skip
-        require(ramp.step_rows > 0, "ramp.step_rows", ramp.step_rows, "at least 1 row")
+        least = max(1, -(-(phase.batch_rows - ramp.start_rows) // _MOST_STAGES))
+        require(
+            ramp.step_rows >= least, "ramp.step_rows", ramp.step_rows, f"{least} or more, for {_MOST_STAGES:,} stages at most"
+        )
 
 
 def _check_tasks(phases: dict[str, Phase], tasks: dict[str, Task]) -> None:

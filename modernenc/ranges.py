@@ -7,6 +7,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
+from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, GroupedMetadata, Gt, Interval, Le, Len, Lt, MaxLen, MinLen, MultipleOf
@@ -18,7 +19,7 @@ def check(key: str, kind: Any, value: Any) -> None:
     """Raise ValueError for the first value that is of another type or out of its range, naming its dotted key.
 
     `kind` is the annotation of the value; a dataclass is checked field by field, a mapping and a list value by value. Numbers
-    must be finite.
+    must be finite. `X | None` is checked unless it is None.
     """
     if get_origin(kind) is Annotated:
         kind, *constraints = get_args(kind)
@@ -30,7 +31,12 @@ def check(key: str, kind: Any, value: Any) -> None:
         hints = get_type_hints(kind, include_extras=True)
         for one in fields(kind):
             check(f"{key}.{one.name}" if key else one.name, hints[one.name], getattr(value, one.name))
-    elif get_origin(kind) is dict and isinstance(value, dict):
+    elif get_origin(kind) is UnionType:
+        if value is not None:
+            check(key, get_args(kind)[0], value)
+    elif get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{key}={value}: expected a mapping")
         for name, item in value.items():
             check(f"{key}.{name}", get_args(kind)[1], item)
     elif get_origin(kind) is list:

@@ -20,8 +20,9 @@ def main() -> None:
         if not any(override.startswith("data.root=") for override in arguments.overrides) and "://" in run.data.root:
             run = replace(run, data=replace(run.data, root=""))  # a folder that may be anybody's names no server
         from modernenc.reporting.page import write  # torch takes seconds to import
+        from modernenc.run_folder.load import without_cache
 
-        print(write(run))
+        print(write(without_cache(run, arguments.overrides)))
 
 
 if __name__ == "__main__":

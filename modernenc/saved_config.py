@@ -13,6 +13,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from modernenc import ranges
 from modernenc.atomic import write_text
 from modernenc.config import CONF_DIR, Run
 from modernenc.quoting import parse_assignments
@@ -93,16 +94,23 @@ def from_plain(values: Any, run_dir: str = "") -> Run:
                 f"that names it, add --allow-code {module}"
             )
     merged = OmegaConf.merge(OmegaConf.structured(Run), values, {"run_dir": run_dir} if run_dir else {})
-    return cast(Run, OmegaConf.to_object(merged))
+    run = cast(Run, OmegaConf.to_object(merged))
+    ranges.check("", Run, run)
+    return run
 
 
 def apply_overrides(run: Run, overrides: list[str]) -> Run:
     """Return the run with `KEY=VALUE` settings changed."""
     merged = OmegaConf.structured(run)
     for key, value in parse_assignments(overrides):
-        change = OmegaConf.create()
-        OmegaConf.update(change, key, value)
-        merged = OmegaConf.merge(merged, change)
+        if value == "???":
+            raise ValueError(f"{key}=???: expected a value")
+        try:
+            change = OmegaConf.create()
+            OmegaConf.update(change, key, value)
+            merged = OmegaConf.merge(merged, change)
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{key}={value}: {str(error).partition(chr(10))[0]}") from error
     return cast(Run, OmegaConf.to_object(merged))
 
 
@@ -134,7 +142,10 @@ def load(run_dir: Path) -> Run:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("it holds no mapping of keys to values")
-        return from_plain(values)
+        run = from_plain(values)
+        if lost := next((key for key, there, _ in differences(values, plain(run)) if there is None), ""):
+            raise ValueError(f"{lost} is missing: a part of the file is lost, or another version of modernenc wrote it")
+        return run
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         if not isinstance(error, ConfigKeyError):
             raise ValueError(f"{path}: {' '.join(str(error).split())}") from error

@@ -18,8 +18,9 @@ except ImportError:
     Ge = Gt = Interval = MultipleOf = lambda *bounds, **more_bounds: None
 
 Count = Annotated[int, Ge(1)]
+Depth = Annotated[int, Interval(ge=1, le=1_000)]
 Even = Annotated[int, Ge(2), MultipleOf(2)]
 Positive = Annotated[float, Gt(0)]
 DropoutRate = Annotated[float, Interval(ge=0, lt=1)]
 
-__all__ = ["Bool", "Count", "DropoutRate", "Even", "Float", "Int", "Positive"]
+__all__ = ["Bool", "Count", "Depth", "DropoutRate", "Even", "Float", "Int", "Positive"]

@@ -27,7 +27,7 @@ from modernenc.kernels.buckets import Buckets
 from modernenc.kernels.device import lengths_of
 from modernenc.kernels.documents import SEGMENT, Documents
 from modernenc.kernels.dropout import Dropout
-from modernenc.shapes import Count, DropoutRate, Even, Float, Int
+from modernenc.shapes import Count, Depth, DropoutRate, Even, Float, Int
 
 NORM_EPS = 1e-5
 
@@ -50,7 +50,7 @@ class Mega(nn.Module):
         hidden_size: Count,
         intermediate_size: Count,
         nffn_hidden_size: Count,
-        num_hidden_layers: Count,
+        num_hidden_layers: Depth,
         shared_representation_size: Even,  # the rotary bias turns its numbers in pairs
         ema_projection_size: Count,
         chunk_size: Count,

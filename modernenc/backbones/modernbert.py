@@ -24,7 +24,7 @@ from modernenc.backbones.description import Description
 from modernenc.backbones.initial import INIT_STD, truncated_normal_
 from modernenc.backbones.rotary import Rotation, positions_of, rotation
 from modernenc.kernels.dropout import Dropout
-from modernenc.shapes import Count, DropoutRate, Even, Float, Int, Positive
+from modernenc.shapes import Count, Depth, DropoutRate, Even, Float, Int, Positive
 
 
 class ModernBERT(nn.Module):
@@ -43,7 +43,7 @@ class ModernBERT(nn.Module):
         vocab_size: Count,
         hidden_size: Count,
         intermediate_size: Count,
-        num_hidden_layers: Count,
+        num_hidden_layers: Depth,
         num_attention_heads: Count,
         max_position: Count,
         global_rope_theta: Positive,

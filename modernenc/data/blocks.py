@@ -20,9 +20,9 @@ import xxhash
 from jaxtyping import Integer
 
 from modernenc.config import Data
-from modernenc.data.expected import NUMBER, parse
 from modernenc.data.mds import INDEX, SHARD_HASH, TOKEN_DTYPES, Block, Shard, header, settings
 from modernenc.data.store import Store
+from modernenc.expected import NUMBER, parse
 from modernenc.hashing import hash_file
 
 MANIFEST = "manifest.json"

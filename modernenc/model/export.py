@@ -28,9 +28,9 @@ def export(paths: Sequence[Path], out: Path, average_by: str | None = None, acro
     runs, files = zip(*map(locate, paths), strict=True)
     if None in files:
         raise FileNotFoundError(f"{paths[files.index(None)]} holds no checkpoint yet: nothing to export")
-    run, corpus = runs[0], small_corpus(runs[0])
+    corpus = small_corpus(runs[0])
     trained = average(list(files), average_by, across_runs) if average_by else checkpoints.read(files[0])
-    objective = masked_lm_of(run, trained)
+    objective = masked_lm_of(trained, files[-1])
     roles = corpus.roles
     special_ids = {
         "pad_token_id": roles.pad, "cls_token_id": roles.cls, "sep_token_id": roles.sep, "bos_token_id": roles.cls,
@@ -41,7 +41,7 @@ def export(paths: Sequence[Path], out: Path, average_by: str | None = None, acro
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     model.save_pretrained(partial)
-    pretrained_tokenizer(corpus, run.backbone["max_position"]).save_pretrained(partial)
+    pretrained_tokenizer(corpus, objective.backbone.max_position).save_pretrained(partial)
     difference = logit_difference(objective, converter_of(objective.backbone).load(partial), corpus.vocab_size)
     if not difference <= TOLERANCE:  # which a difference that is no number is not either
         raise ValueError(f"{partial}: its logits differ from the checkpoint's by {difference:.1e}; not exported")

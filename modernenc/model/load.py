@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from omegaconf.errors import OmegaConfBaseException
+
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
@@ -11,6 +13,7 @@ from modernenc.objectives.masked_lm import MaskedLM
 from modernenc.run_folder import checkpoints
 from modernenc.run_folder.checkpoints import Checkpoint
 from modernenc.run_folder.create import CORPUS
+from modernenc.saved_config import from_plain
 
 
 def small_corpus(run: Run) -> Corpus:
@@ -20,14 +23,22 @@ def small_corpus(run: Run) -> Corpus:
     )
 
 
-def load_masked_lm(run: Run, path: Path) -> MaskedLM:
+def load_masked_lm(path: Path) -> MaskedLM:
     """Return masked LM with the weights of a checkpoint, in evaluation mode, its backbone as in the phase that was reached."""
-    return masked_lm_of(run, checkpoints.read(path))
+    return masked_lm_of(checkpoints.read(path), path)
 
 
-def masked_lm_of(run: Run, checkpoint: Checkpoint) -> MaskedLM:
-    """Return masked LM with the weights of a checkpoint that was read, in evaluation mode."""
-    model = masked_lm_with(run.backbone)
-    load_weights(model, masked_lm_weights(checkpoint.weights))
-    set_attributes(model.backbone, Curriculum.of(run).at(checkpoint.state.tokens_seen - 1))
+def masked_lm_of(checkpoint: Checkpoint, path: Path) -> MaskedLM:
+    """Return masked LM with the weights of a checkpoint that was read from a path, in evaluation mode.
+
+    The settings are those in the checkpoint, whose hash was verified. Raises ValueError, naming the path, if they and the
+    weights do not fit each other.
+    """
+    try:
+        run = from_plain(checkpoint.run)
+        model = masked_lm_with(run.backbone)
+        load_weights(model, masked_lm_weights(checkpoint.weights))
+        set_attributes(model.backbone, Curriculum.of(run).at(max(0, checkpoint.state.tokens_seen - 1)))
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     return model.eval()

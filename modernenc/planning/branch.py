@@ -64,6 +64,8 @@ def fork(run: Run, corpus: Corpus, checkpoint: Checkpoint, skip_tokens: int = 0)
     """
     state, old = checkpoint.state, checkpoint.run
     before = from_plain(old, run.run_dir)
+    if state.phase not in before.phases:
+        raise ValueError(f"the checkpoint is at phase {state.phase}, which its run lacks; take another")
     done_before = done_phases(before, state.tokens_seen)
     run = replace(
         run,

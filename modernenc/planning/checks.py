@@ -128,10 +128,10 @@ def _check_arguments(group: str, node: dict[str, Any], given: tuple[str, ...] = 
     """
     if "_target_" not in node:
         raise ValueError(f"{group}: no _target_; choose one with {group}=NAME")
-    module, _, called = node["_target_"].rpartition(".")
+    module, _, called = str(node["_target_"]).rpartition(".")
     try:
         found = importlib.util.find_spec(module) if module else None
-    except ModuleNotFoundError:
+    except (ImportError, ValueError):  # of a parent that is no package, or a name that cannot be one
         found = None
     if found is None:
         raise ValueError(f"{group}._target_={node['_target_']}: there is no module {module}; install it or mend the name")

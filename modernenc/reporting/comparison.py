@@ -13,7 +13,7 @@ from modernenc.evaluation.validation import Score, Validator
 from modernenc.model.load import masked_lm_of, small_corpus
 from modernenc.run_folder.averaging import average
 from modernenc.run_folder.checkpoints import Checkpoint, read
-from modernenc.run_folder.load import check_root, locate
+from modernenc.run_folder.load import check_root, locate, without_cache
 from modernenc.run_folder.tables import ALL
 from modernenc.saved_config import apply_overrides
 
@@ -36,20 +36,20 @@ def compare(paths: list[Path], averages: list[str], across_runs: bool = False, o
         checkpoints[str(path) if name in checkpoints else name] = run, checkpoint
     first, _ = next(iter(checkpoints.values()))
     check_root(first, overrides)
-    first = apply_overrides(first, list(overrides))
+    first = without_cache(apply_overrides(first, list(overrides)), overrides)
     corpus = Corpus.of(first.data)
     for run, path in checkpoints.values():
         if small_corpus(run).tokenizer_file.read_bytes() != corpus.tokenizer_file.read_bytes():
             raise ValueError(f"{path} has another tokenizer than the first: their losses, in nats per token, do not compare")
     validator = Validator(first, corpus)
 
-    def validate(run: Run, checkpoint: Checkpoint) -> tuple[int, dict[str, Score]]:
-        scores = validator.scores_at_reference(masked_lm_of(run, checkpoint))
+    def validate(checkpoint: Checkpoint, path: Path) -> tuple[int, dict[str, Score]]:
+        scores = validator.scores_at_reference(masked_lm_of(checkpoint, path))
         return checkpoint.state.tokens_seen, {score.source: score for score in scores}
 
-    compared = {name: validate(run, read(path)) for name, (run, path) in checkpoints.items()}
+    compared = {name: validate(read(path), path) for name, (_, path) in checkpoints.items()}
     every = [path for _, path in checkpoints.values()]
-    return compared | {f"average: {kind}": validate(first, average(every, kind, across_runs)) for kind in averages}
+    return compared | {f"average: {kind}": validate(average(every, kind, across_runs), every[-1]) for kind in averages}
 
 
 def show(compared: Compared) -> None:

@@ -13,9 +13,10 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 
+from modernenc.atomic import partial_path, write_text
 from modernenc.config import Run
 from modernenc.curriculum import CHOICES, MASKED_LM, Curriculum
-from modernenc.data.blocks import VALIDATION, corpus_of
+from modernenc.data.blocks import MANIFEST, VALIDATION, corpus_of
 from modernenc.data.packing import SPECIALS
 from modernenc.evaluation.standard_error import FIXED_RATIO
 from modernenc.model.load import masked_lm_of, small_corpus
@@ -23,6 +24,7 @@ from modernenc.reporting import plots
 from modernenc.reporting.plots import Rows, rows_of
 from modernenc.run_folder import checkpoints, lineage
 from modernenc.run_folder.checkpoints import Checkpoint
+from modernenc.run_folder.create import CORPUS
 from modernenc.run_folder.tables import ALL, Table
 from modernenc.saved_config import CONFIG
 
@@ -42,12 +44,19 @@ def write(run: Run) -> Path:
     training = [row for row in metrics if row["objective"] == MASKED_LM]
     validation = [row for row in scores if row["source"] not in run.tasks]
     unigram = unigram_nats(run, validation)
+    if unknown := {row["source"] for row in validation} - {ALL, *unigram}:
+        raise ValueError(
+            f"{run_dir / 'validation.csv'} has scores of {', '.join(sorted(unknown))}, which "
+            f"{run_dir / CORPUS / MANIFEST} lacks; restore the one that is damaged from a copy"
+        )
     newest = checkpoints.newest(run_dir)
     checkpoint = checkpoints.read(newest) if newest else None
     entries = lineage.read(run_dir)
     is_forked = any(entry["event"] in ("rollback", "branch", "branched") for entry in entries)
     picture = plots.draw_curriculum(run, curriculum)
-    picture.savefig(run_dir / "curriculum.png", dpi=110)
+    image = run_dir / "curriculum.png"
+    picture.savefig(partial_path(image), format="png", dpi=110)
+    partial_path(image).replace(image)  # a link of this name is replaced, and not followed out of the folder
     values = {
         "recipe": run.recipe,
         "facts": list(_facts(run, curriculum, training, validation)),
@@ -57,14 +66,14 @@ def write(run: Run) -> Path:
         "curriculum": _png(picture),
         "throughput": _png(plots.draw_throughput(curriculum, metrics)),
         "tokens": list(_token_counts(checkpoint)) if checkpoint else [],
-        "passages": dict(_fill_masks(run, checkpoint)) if checkpoint else {},
+        "passages": dict(_fill_masks(run, checkpoint, newest)) if checkpoint and newest else {},
         "forks": _png(plots.draw_lineage(run_dir, curriculum, training, entries)) if is_forked else "",
         "history": [_history_row(entry) for entry in entries],
         "configuration": (run_dir / CONFIG).read_text(),
     }
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
     path = run_dir / REPORT
-    path.write_text(environment.get_template("page.html").render(values))
+    write_text(path, environment.get_template("page.html").render(values))
     return path
 
 
@@ -75,8 +84,8 @@ def unigram_nats(run: Run, validation: Rows) -> dict[str, float]:
     """
     nats = {source: entry[VALIDATION]["unigram_nats"] for source, entry in small_corpus(run).sources.items()}
     last = [row for row in validation if row["step"] == validation[-1]["step"]]
-    targets = {row["source"]: int(row["targets"]) for row in last if row["source"] != ALL}
-    if targets:
+    targets = {row["source"]: int(row["targets"]) for row in last if row["source"] in nats}
+    if any(targets.values()):
         nats[ALL] = sum(nats[source] * count for source, count in targets.items()) / sum(targets.values())
     return nats
 
@@ -99,9 +108,10 @@ def _validation_tables(validation: Rows, unigram: dict[str, float]) -> Iterator[
         ends = {row["phase"]: row["step"] for row in rows}
         lines = []
         for source in dict.fromkeys(row["source"] for row in rows):
-            at_ends = [row for row in rows_of(rows, seq_len, ratio, source) if ends[row["phase"]] == row["step"]]
-            losses = [f"{float(row['loss']):.3f}" for row in at_ends]
-            lines.append([source, f"{unigram[source]:.3f}", *losses, f"{float(at_ends[-1]['accuracy']):.1%}"])
+            mine = rows_of(rows, seq_len, ratio, source)
+            losses = {row["phase"]: f"{float(row['loss']):.3f}" for row in mine if ends[row["phase"]] == row["step"]}
+            at_ends = [losses.get(phase, "-") for phase in ends]
+            lines.append([source, f"{unigram[source]:.3f}", *at_ends, f"{float(mine[-1]['accuracy']):.1%}"])
         header = ["source", "unigram", *(f"end of {phase}" for phase in ends), "accuracy now"]
         yield f"Rows of {seq_len}, {100 * ratio:.0f} % predicted (nats per token)", header, lines
 
@@ -140,7 +150,7 @@ def _history_row(entry: dict[str, Any]) -> list[str]:
     return [entry["time"], entry["event"], entry["checkpoint"], position, str(entry["ranks"]), "; ".join(notes)]
 
 
-def _fill_masks(run: Run, checkpoint: Checkpoint) -> Iterator[tuple[str, list[tuple[str, str, bool, str]]]]:
+def _fill_masks(run: Run, checkpoint: Checkpoint, path: Path) -> Iterator[tuple[str, list[tuple[str, str, bool, str]]]]:
     """Yield each source with one held-out passage, some of whose tokens are masked and filled in by a checkpoint's model.
 
     A passage is a list of pieces: a text, the model's first guess for the token after it, whether that is right, and its
@@ -149,7 +159,7 @@ def _fill_masks(run: Run, checkpoint: Checkpoint) -> Iterator[tuple[str, list[tu
     corpus = corpus_of(run.data)
     if corpus is None or corpus.tokenizer_file.read_bytes() != small_corpus(run).tokenizer_file.read_bytes():
         return
-    model = masked_lm_of(run, checkpoint)
+    model = masked_lm_of(checkpoint, path)
     tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))
     longest = min(PASSAGE, model.backbone.max_position - SPECIALS)
     for source in corpus.sources:

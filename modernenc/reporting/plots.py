@@ -97,20 +97,21 @@ def draw_task(curriculum: Curriculum, trained: Rows, validated: Rows) -> Figure:
 
 
 def draw_lineage(run_dir: Path, curriculum: Curriculum, training: Rows, entries: list[dict[str, Any]]) -> Figure:
-    """Plot the run as a line over tokens, with abandoned parts and branches as lines below it, in the order of time."""
+    """Plot the run as a line over tokens, with abandoned parts as lines below it, in the order of time, then branches.
+
+    Of a branch only its beginning is drawn: the folder that the history names may be anybody's, and is not read.
+    """
     sides = [(entry, f"abandoned: {entry['abandoned']}", _RED, rows) for entry, rows in _abandoned_rows(run_dir)]
     for entry in entries:
         if entry["event"] == "branched":
-            folder = Path(entry["into"])
-            sides.append((entry, f"branch: {folder.name}", _GREEN, Table(folder / "metrics.csv").read()))
+            sides.append((entry, f"branch: {Path(entry['into']).name}", _GREEN, []))
     figure, (axis,), scale = _new_figure(curriculum, 0.9 + 0.4 * len(sides))
     begin = next((entry["tokens_seen"] for entry in entries if entry["event"] == "branch"), 0) / scale
     if begin:
         axis.plot([0, begin], [0, 0], color=_GREEN, linestyle=":")
     axis.plot([begin, int(training[-1]["tokens_seen"]) / scale if training else 0], [0, 0], color=_BLUE, linewidth=2)
     for depth, (entry, name, colour, rows) in enumerate(sides, 1):
-        # The last row of a run that still trains may have no position yet.
-        start, end = entry["tokens_seen"] / scale, int(rows[-1]["tokens_seen"] or 0 if rows else entry["tokens_seen"]) / scale
+        start, end = entry["tokens_seen"] / scale, int(rows[-1]["tokens_seen"] if rows else entry["tokens_seen"]) / scale
         axis.plot([start, start, end], [0, -depth, -depth], color=colour, linewidth=1.5)
         axis.annotate(name, (end, -depth), xytext=(4, -3), textcoords="offset points", fontsize=8, color=colour)
     axis.set_ylim(-len(sides) - 0.6, 0.6)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from modernenc.run_folder.checkpoints import Checkpoint, read, sort_key
+from modernenc.saved_config import from_plain
 from modernenc.schedules import one_minus_sqrt
 
 
@@ -51,8 +52,9 @@ def average(paths: list[Path], kind: str, across_runs: bool = False) -> Checkpoi
     last, group = None, ""
     for path, coefficient in zip(paths, KINDS[kind](len(paths)), strict=True):
         last = read(path)  # one checkpoint at a time is in memory
-        group = group or last.run["logger"]["group"]
-        if last.run["logger"]["group"] != group and not across_runs:
+        mine = from_plain(last.run).logger.group
+        group = group or mine
+        if mine != group and not across_runs:
             raise ValueError(
                 f"{path} is of another run than those before it: an average of runs that began apart is no model; to make it "
                 "all the same, add --across-runs"

@@ -19,7 +19,7 @@ import os
 import shlex
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from typing import Any
 import torch
 import xxhash
 
+from modernenc import ranges
 from modernenc.atomic import PARTIAL_SUFFIX, partial_path, write_json
+from modernenc.expected import NUMBER, parse
 from modernenc.hashing import hash_file
 from modernenc.run_folder.lineage import Event
 
@@ -39,6 +41,10 @@ BRANCH = "branch"
 POSITION = ("tokens_seen", "step", "phase", "boundary")
 """What a manifest says about the position of a checkpoint."""
 _SHARD_SUFFIX = ".part"
+_SHARD_MANIFEST = {"bytes": NUMBER, "xxh3_64": str, "save": range(1 << 63), "ranks": range(1, 1 << 16), "sum": str}
+_MANIFEST = {
+    **_SHARD_MANIFEST, "tokens_seen": NUMBER, "step": NUMBER, "phase": str, "boundary": bool, "rollbacks": NUMBER,
+}  # fmt: skip
 
 
 def end_of(phase: str) -> str:
@@ -68,6 +74,12 @@ class UnloggedMetrics:
     grad_norm: float
     skipped: int
     """Steps that were skipped because their gradient was not finite."""
+
+    @classmethod
+    def from_plain(cls, values: dict[str, Any]) -> "UnloggedMetrics":
+        """Return the metrics that plain values describe, whose loss and norm may be infinite, or not a number."""
+        ranges.check("unlogged", cls, cls(**{**values, "losses": [], "grad_norm": 0.0}))
+        return cls(**{**values, "losses": [float(loss) for loss in values["losses"]], "grad_norm": float(values["grad_norm"])})
 
 
 @dataclass
@@ -101,7 +113,7 @@ class TrainState:
 class Checkpoint:
     """All that a run needs to go on. Ranks other than the first write a shard that holds tensors only."""
 
-    weights: dict[str, Any]
+    weights: dict[str, torch.Tensor]
     """Tensors by name."""
     optimizers: list[dict[str, Any]]
     """State of each optimizer by parameter name."""
@@ -118,8 +130,15 @@ class Checkpoint:
         state = content.get("state", {})
         if content.keys() != expected or state.keys() != {one.name for one in fields(TrainState)}:
             raise ValueError("it was written by another version of modernenc, whose checkpoints this one cannot read")
-        unlogged = {objective: UnloggedMetrics(**metrics) for objective, metrics in state["unlogged"].items()}
-        return cls(**{**content, "state": TrainState(**{**state, "unlogged": unlogged}), "event": Event(**content["event"])})
+        unlogged = {objective: UnloggedMetrics.from_plain(metrics) for objective, metrics in state["unlogged"].items()}
+        event = Event(**content["event"])
+        checkpoint = cls(**{**content, "state": TrainState(**{**state, "unlogged": unlogged}), "event": event})
+        ranges.check("", cls, replace(checkpoint, state=replace(checkpoint.state, unlogged={})))
+        ranges.check("run.rollbacks", int, checkpoint.run["rollbacks"])
+        for name, weight in checkpoint.weights.items():
+            if not isinstance(weight, torch.Tensor):
+                raise ValueError(f"{name} is no tensor")
+        return checkpoint
 
     def plain(self) -> dict[str, Any]:
         """Return the content as plain values and tensors, which need no pickled code."""
@@ -221,13 +240,21 @@ def read(checkpoint: Path) -> Checkpoint:
     Raises ValueError, naming the file, if it is not whole, its weights are not finite, or another version wrote it.
     """
     check(checkpoint)
-    shards = [torch.load(path, map_location="cpu", weights_only=True) for path in _shards_of(checkpoint)]
+    shards = [_load(path) for path in _shards_of(checkpoint)]
     try:
         content = Checkpoint.from_plain(_join(shards))
-    except ValueError as error:
-        raise ValueError(f"{checkpoint}: {error}; go on with the version that wrote it") from error
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{checkpoint}: {' '.join(str(error).split())}; go on with the version that wrote it") from error
     check_finite(content.weights, str(checkpoint))
     return content
+
+
+def _load(path: Path) -> Any:
+    """Return the content of one file, loaded without pickled code; ValueError, naming it, if it is none of torch's."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of damage below the hash, which somebody made on purpose, torch raises any class
+        raise ValueError(f"{path} is no checkpoint: {' '.join(str(error).split())[:200]}; take another") from error
 
 
 def check_finite(weights: dict[str, Any], where: str) -> None:
@@ -268,15 +295,13 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     path = manifest_of(checkpoint)
     if not path.is_file():
         raise ValueError(f"{checkpoint} is not whole: {path.name} is missing beside it; take another checkpoint")
-    manifest: dict[str, Any] = {}
+    shape = _SHARD_MANIFEST if checkpoint.suffix == _SHARD_SUFFIX else _MANIFEST
     try:
-        manifest = json.loads(path.read_text())
-        digest = manifest.pop("sum")
-        whole = digest == _hash_of(manifest)
-    except (ValueError, LookupError, AttributeError, TypeError):
-        whole = False
-    if not whole:
-        raise ValueError(f"{checkpoint} is not whole: {path.name} beside it is damaged; take another checkpoint")
+        manifest = parse(path.read_bytes(), shape, path.name, "take another checkpoint")
+        if manifest.pop("sum") != _hash_of(manifest):
+            raise ValueError(f"{path.name} has another content than its hash says; take another checkpoint")
+    except ValueError as error:
+        raise ValueError(f"{checkpoint} is not whole: {path.name} beside it is damaged: {error}") from error
     return manifest
 
 

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import cast
 
-from omegaconf import OmegaConf
+import yaml
+from yaml import YAMLError
 
 from modernenc.atomic import write_text
 from modernenc.config import Logger, Run
@@ -97,8 +97,12 @@ def _check_holds_no_run(folder: Path) -> None:
             f"{shlex.quote(str(folder))}, or choose another run_dir"
         )
     if (folder / CONFIG).exists():
-        held = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
+        try:
+            held = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        except (YAMLError, ValueError):
+            held = None
+        recipe = f" of recipe {held['recipe']}" if isinstance(held, dict) and "recipe" in held else ""
         raise ValueError(
-            f"run_dir={folder} holds a run of recipe {cast(dict, held).get('recipe')}; "
+            f"run_dir={folder} holds a run{recipe}; "
             f"go on with it by python -m modernenc.resume {shlex.quote(str(folder))}, or choose another run_dir"
         )

@@ -14,13 +14,10 @@ from modernenc.config import Run
 from modernenc.run_folder import checkpoints, lineage
 from modernenc.run_folder.checkpoints import Checkpoint
 from modernenc.run_folder.create import new_id, write_plan
-from modernenc.run_folder.lineage import Event
+from modernenc.run_folder.lineage import ABANDONED, Event
 from modernenc.saved_config import CONFIG, from_plain, load, save
 
 log = logging.getLogger(__name__)
-
-ABANDONED = "abandoned"
-"""Folder in a run folder that holds, by number, what its rollbacks abandoned."""
 
 
 def prepare_rollback(run: Run, checkpoint: Checkpoint, event: Event) -> Checkpoint:

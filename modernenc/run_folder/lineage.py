@@ -6,6 +6,7 @@ An entry holds an event, the position at which it happened, when it happened, an
 import fcntl
 import os
 import platform
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,9 +18,19 @@ from typing import Any
 import torch
 
 import modernenc
-from modernenc.atomic import read_json, write_json
+from modernenc.atomic import write_json
+from modernenc.expected import NUMBER, parse
 
 LINEAGE = "lineage.json"
+ABANDONED = "abandoned"
+"""Folder in a run folder that holds, by number, what its rollbacks abandoned."""
+EVENTS = ("start", "resume", "rollback", "branch", "branched")
+_ENTRY = {
+    "event": str, "checkpoint": str, "changed?": [str], "skipped_tokens?": NUMBER, "abandoned?": str, "into?": str,
+    "tokens_seen": NUMBER, "time": str, "versions": {str: str}, "threads": NUMBER, "ranks": range(1, 1 << 31),
+}  # fmt: skip
+_ALSO = {"rollback": ("abandoned",), "branched": ("into",)}
+"""Keys that an entry of an event has, too."""
 
 
 @dataclass
@@ -45,9 +56,19 @@ class Event:
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
-    """Return all entries so far; ValueError if the file is damaged."""
+    """Return all entries so far; ValueError, naming the file, if it is damaged, or names a folder outside the run's."""
     path = run_dir / LINEAGE
-    return read_json(path) if path.exists() else []
+    if not path.exists():
+        return []
+    remedy = "restore it from a copy"
+    entries = parse(path.read_bytes(), [_ENTRY], str(path), remedy)
+    for number, entry in enumerate(entries):
+        missing = [key for key in _ALSO.get(entry["event"], ()) if key not in entry]
+        if entry["event"] not in EVENTS or missing:
+            raise ValueError(f"{path}: [{number}] is no event, or lacks {', '.join(missing) or 'its name'}; {remedy}")
+        if not re.fullmatch(rf"{ABANDONED}/\d+", entry.get("abandoned", f"{ABANDONED}/1")):
+            raise ValueError(f"{path}: [{number}].abandoned is {entry['abandoned']}, expected {ABANDONED}/NUMBER; {remedy}")
+    return entries
 
 
 def write(run_dir: Path, entries: list[dict[str, Any]]) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from omegaconf.errors import OmegaConfBaseException
+
 from modernenc.config import Run
 from modernenc.run_folder import checkpoints
 from modernenc.saved_config import from_plain, load
@@ -39,6 +41,13 @@ def check_root(run: Run, overrides: Iterable[str]) -> None:
         )
 
 
+def without_cache(run: Run, overrides: Iterable[str]) -> Run:
+    """Return the run reading a local corpus in place, unless the user names a cache: a folder names no place to write to."""
+    if "://" in run.data.root or any(override.startswith("data.cache=") for override in overrides):
+        return run
+    return replace(run, data=replace(run.data, cache=""))
+
+
 def _settings(run_dir: Path) -> Run:
     """Return the configuration of a run, from its newest checkpoint if its file is missing or damaged."""
     try:
@@ -47,6 +56,9 @@ def _settings(run_dir: Path) -> Run:
         checkpoint = checkpoints.newest(run_dir)
         if checkpoint is None:
             raise
-        run = from_plain(checkpoints.read(checkpoint).run)
+        try:
+            run = from_plain(checkpoints.read(checkpoint).run)
+        except OmegaConfBaseException as damage:
+            raise ValueError(f"{checkpoint}: {' '.join(str(damage).split())}") from damage
         log.warning("%s; its settings are taken from %s", error, checkpoint)
         return run

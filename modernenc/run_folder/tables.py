@@ -8,6 +8,18 @@ from typing import Any
 
 ALL = "all"
 """Name of the row of `validation.csv` that covers all sources together."""
+_COLUMNS: dict[str, dict[str, type]] = {
+    "metrics.csv": {
+        "step": int, "tokens_seen": int, "phase": str, "objective": str, "loss": float, "grad_norm": float, "lr": float,
+        "weight_decay": float, "batch_rows": int, "seq_len": int, "mask_ratio": float, "tokens_per_s": float,
+        "seconds": float, "skipped": int,
+    },
+    "validation.csv": {
+        "step": int, "tokens_seen": int, "phase": str, "source": str, "seq_len": int, "mask_ratio": float, "loss": float,
+        "accuracy": float, "targets": int,
+    },
+}  # fmt: skip
+"""Columns of the tables with the types of their values."""
 
 
 class Table:
@@ -27,15 +39,32 @@ class Table:
             file.write(text.getvalue().encode())
 
     def read(self) -> list[dict[str, str]]:
-        """Return all rows."""
+        """Return all rows, but for a last one that is still being written, or that a kill cut short.
+
+        Raises ValueError, naming file and line, for a row that is damaged otherwise.
+        """
         if not self.path.exists():
             return []
-        with self.path.open(newline="") as file:
-            return list(csv.DictReader(file))
+        line = 1
+        try:
+            text = self.path.read_bytes().decode()
+            reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""), strict=True)
+            columns, rows = _COLUMNS[self.path.name], []
+            if reader.fieldnames is not None and list(reader.fieldnames) != list(columns):
+                raise ValueError(f"its columns are {', '.join(reader.fieldnames)!r}, expected {', '.join(columns)!r}")
+            for row in reader:
+                line = reader.line_num
+                _check(row, columns)
+                rows.append(row)
+        except (ValueError, csv.Error) as error:
+            raise ValueError(
+                f"{self.path}, line {line}: {error}; restore the file from a copy, or delete what is damaged"
+            ) from error
+        return rows
 
     def cut_after(self, step: int) -> None:
         """Drop the rows of later steps, which a resumed run will write again, and a last row that a kill cut short."""
-        rows = [row for row in self.read() if _is_whole(row) and int(row["step"]) <= step]
+        rows = [row for row in self.read() if int(row["step"]) <= step]
         if not rows:
             self.path.unlink(missing_ok=True)
             return
@@ -45,6 +74,13 @@ class Table:
         rewritten.replace(self.path)
 
 
-def _is_whole(row: dict[str, str]) -> bool:
-    """Return whether a row has a value for each column, and no more."""
-    return None not in row.values() and None not in row
+def _check(row: dict[str, Any], columns: Mapping[str, type]) -> None:
+    """Raise ValueError unless a row has a value of its type for each column, and no more."""
+    if None in row or None in row.values():
+        raise ValueError(f"expected {len(columns)} values")
+    for name, kind in columns.items():
+        if not row[name].isprintable():
+            raise ValueError(f"{name} is {row[name]!r}")
+        if kind is int and not 0 <= int(row[name]) < 1 << 53:
+            raise ValueError(f"{name} is {row[name]}, expected a count")
+        kind(row[name])

@@ -15,8 +15,8 @@ from modernenc.planning.tables import plan_text
 from modernenc.reporting import page
 from modernenc.run_folder import checkpoints
 from modernenc.run_folder.checkpoints import Checkpoint
-from modernenc.run_folder.history import ABANDONED, prepare_rollback
-from modernenc.run_folder.lineage import Event
+from modernenc.run_folder.history import prepare_rollback
+from modernenc.run_folder.lineage import ABANDONED, Event
 from modernenc.run_folder.load import check_root, locate
 from modernenc.saved_config import apply_overrides, from_plain
 from modernenc.training import ranks

@@ -140,7 +140,7 @@ def exported(small_run, tmp_path) -> Path:
     folder = train(run)
     out = tmp_path / "exported"
     assert export([folder], out) <= TOLERANCE
-    objective = load_masked_lm(run, folder / FINAL)
+    objective = load_masked_lm(folder / FINAL)
     expected = []
     for document in ids(LENGTHS):
         ends = torch.tensor([0, len(document)], dtype=torch.int32)

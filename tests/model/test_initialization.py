@@ -69,7 +69,7 @@ def loss_of_the_first_step(run: Run, begins: bool) -> float:
 
 def test_a_run_starts_from_the_weights_of_a_checkpoint(trained, small_run):
     recipe, folder = trained
-    objective = load_masked_lm(small_run(recipe=recipe), folder / FINAL)
+    objective = load_masked_lm(folder / FINAL)
     shorter = [
         "phases.stable.tokens=1500",
         "phases.stable.ramp.tokens=0",
@@ -103,7 +103,7 @@ def test_an_exported_model_comes_back_as_it_was(trained, small_run, tmp_path):
     recipe, folder = trained
     export([folder], tmp_path / "exported")
     run = small_run(f"init.source={tmp_path / 'exported'}", recipe=recipe)
-    objective = load_masked_lm(run, folder / FINAL)
+    objective = load_masked_lm(folder / FINAL)
     assert all(torch.equal(value, weights_of(objective)[name]) for name, value in first_weights(run).items())
     kind = type(objective.backbone)
     assert isinstance(kind, type) and issubclass(kind, ModernBERT | Mega)
@@ -150,7 +150,7 @@ def test_a_tensor_is_repeated_around_its_centre():
 
 def test_a_wider_and_deeper_backbone_holds_the_smaller_one(small_run, tmp_path):
     folder = train(small_run(f"run_dir={tmp_path / 'source'}"))
-    source = load_masked_lm(small_run(), folder / FINAL)
+    source = load_masked_lm(folder / FINAL)
     run = small_run(*WIDER, f"init.source={folder / FINAL}", "init.layer_mapping=by_type")
     large, small = first_weights(run), weights_of(source)
     assert torch.equal(
@@ -189,7 +189,7 @@ def test_under_another_tokenizer_a_token_is_the_mean_of_the_tokens_that_spell_it
     folder = train(small_run(f"run_dir={tmp_path / 'source'}"))
     tokenizer = corpus_root / "tokenizer.json"
     run = small_run(f"init.source={folder / FINAL}", f"init.tokenizer={tokenizer}")
-    source = load_masked_lm(run, folder / FINAL)
+    source = load_masked_lm(folder / FINAL)
     same = first_weights(run)  # from a tokenizer to itself nothing changes
     assert all(torch.allclose(value, weights_of(source)[name]) for name, value in same.items())
 

@@ -12,6 +12,7 @@ from modernenc import ranges
 from modernenc.config import Run
 from modernenc.planning.checks import check_settings
 from modernenc.saved_config import apply_overrides
+from support.commands import error
 from support.runs import composed
 
 
@@ -94,3 +95,39 @@ def test_a_run_cannot_be_changed_in_place():
     with pytest.raises(FrozenInstanceError, match=r"Run\.seed cannot be changed: make a copy"):
         run.seed = 3  # pyright: ignore[reportAttributeAccessIssue]
     assert replace(run, seed=3).seed == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"), [(dict[str, int], [1]), (str | None, 1), (list[str] | None, ["a", 2]), (dict[str, int], {"a": None})]
+)
+def test_a_value_of_another_type_is_named(kind, value):
+    ranges.check("key", kind, None if kind == str | None else {} if kind == dict[str, int] else [])
+    with pytest.raises(ValueError, match=r"^key(\.a|\[1\])?=.*: expected"):
+        ranges.check("key", kind, value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("phases.stable=0.5", r"^phases\.stable=0\.5: "),
+        ("trainer=stable", r"^trainer=stable: "),
+        ("phases.extend.first_lr_factor=???", r"first_lr_factor=\?\?\?: expected a value"),
+        ("data=???", r"^data=\?\?\?: expected a value"),
+        ("optim._target_=0.5", r"optim\._target_=0\.5: there is no module"),
+        ("optim._target_=a..b", r"optim\._target_=a\.\.b: there is no module"),
+        ("phases.stable.objectives={masked_lm: 1000001}", r"objectives\.masked_lm=1000001: expected"),
+        ("phases.stable.batch_rows=9999999999", r"ramp\.step_rows=.*at most"),
+        ("phases.extend.batch_rows=9999999999999999999", r"phases\.extend ends at token .*batch_rows"),
+        ("backbone.num_hidden_layers=100000000", r"backbone\.num_hidden_layers=100000000: expected"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_by_its_key_at_once(setting, said):
+    run = composed(["+recipe=demo", "data.root=nowhere"])
+    with pytest.raises(ValueError, match=said):
+        check_settings(apply_overrides(run, [setting]))
+
+
+@pytest.mark.parametrize("setting", ["phases.extend.first_lr_factor=???", "backbone=1", "optim=1e-3"])
+def test_a_choice_that_is_no_name_and_a_value_that_is_none_are_named_on_the_command_line(setting, tmp_path):
+    said = error("modernenc.plan", "+recipe=demo", f"data.root={tmp_path}", setting)
+    assert setting.partition("=")[0] in said

@@ -31,7 +31,7 @@ from modernenc.run_folder.checkpoints import (
     tokens_seen,
     write,
 )
-from support.damage import flip, truncate
+from support.damage import flip, reseal, truncate
 
 
 def checkpoint(tokens: int, weights: dict[str, torch.Tensor], optimizers: list[dict] | None = None) -> Checkpoint:
@@ -174,10 +174,11 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
             return (print, ("run",))
 
     path = tmp_path / "checkpoints" / "step-1.ckpt"
-    state = {"tokens_seen": 1, "step": 1, "phase": "a", "boundary": False}
-    write({"evil": Evil(), "state": state}, path)
+    write(content_at(1), path)
+    torch.save({"evil": Evil()}, path)
+    reseal(path)
     check(path)
-    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+    with pytest.raises(ValueError, match=r"step-1\.ckpt is no checkpoint: [Ww]eights.only"):
         read(path)
 
 

@@ -1,18 +1,25 @@
 """A run folder or a checkpoint may come from anybody: it holds values, and is never code."""
 
+import json
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from modernenc import config, saved_config
 from modernenc.model.export import export
 from modernenc.planning import eta
 from modernenc.reporting.comparison import compare
+from modernenc.reporting.page import write as write_page
 from modernenc.run_folder import checkpoints
 from modernenc.run_folder.checkpoints import read
+from modernenc.run_folder.tables import Table
 from support.commands import command, error
+from support.damage import reseal
 from support.results import FINAL, same
 from support.runs import composed, resume, small, train
 
@@ -113,8 +120,6 @@ def test_a_run_without_its_configuration_goes_on_by_its_checkpoint(folder, tmp_p
 
 
 def test_lost_rows_of_metrics_are_said(folder, caplog):
-    from modernenc.run_folder.tables import Table
-
     Table(folder / "metrics.csv").cut_after(5)
     resume(folder / "checkpoints" / "end-of-stable.ckpt", [])
     assert "has lost the rows of steps 6 to" in caplog.text
@@ -123,4 +128,135 @@ def test_lost_rows_of_metrics_are_said(folder, caplog):
 def test_a_damaged_history_names_its_file(folder):
     (folder / "lineage.json").write_text("[{")
     result = command("modernenc.eta", str(folder))
-    assert result.returncode == 2 and f"{folder / 'lineage.json'} is damaged" in result.stderr
+    assert result.returncode == 2 and f"{folder / 'lineage.json'} is not a JSON file" in result.stderr
+
+
+@pytest.mark.parametrize("outside", ["../../x", "/etc", "https://example.org/x", "abandoned/../../x"])
+def test_a_history_leads_no_reader_out_of_the_folder(folder, tmp_path, outside):
+    """What a rollback abandoned lies in the folder; of a branch the name is shown, and nothing read."""
+    path = folder / "lineage.json"
+    (start,) = json.loads(path.read_text())
+    path.write_text(json.dumps([start, {**start, "event": "rollback", "abandoned": outside}]))
+    with pytest.raises(ValueError, match=r"lineage\.json: \[1\]\.abandoned is .*, expected abandoned/NUMBER"):
+        write_page(replace(saved_config.load(folder), run_dir=str(folder)))
+    other = tmp_path / "other"
+    other.mkdir()
+    os.mkfifo(other / "metrics.csv")  # a read of it would not end
+    for into in (outside, str(other), "../other"):
+        path.write_text(json.dumps([start, {**start, "event": "branched", "into": into}]))
+        assert into in write_page(replace(saved_config.load(folder), run_dir=str(folder))).read_text()
+
+
+def test_a_link_in_the_folder_is_replaced_and_not_written_through(folder, tmp_path):
+    for name in ("report.html", "curriculum.png"):
+        (folder / name).unlink()
+        (tmp_path / name).write_text("mine")
+        (folder / name).symlink_to(tmp_path / name)
+    write_page(replace(saved_config.load(folder), run_dir=str(folder)))
+    assert all((tmp_path / name).read_text() == "mine" for name in ("report.html", "curriculum.png"))
+
+
+def test_a_folder_names_no_cache_to_write_to(folder, tmp_path):
+    cache = tmp_path / "cache"
+    root = yaml.safe_load((folder / "config.yaml").read_text())["data"]["root"]
+    spoil_config(folder, "data", cache=str(cache))
+    compare([folder], [])
+    assert command("modernenc.report", str(folder)).returncode == 0 and not cache.exists()
+    compare([folder], [], overrides=[f"data.root={root}", f"data.cache={cache}"])
+    assert cache.exists()
+
+
+@pytest.mark.parametrize("reader", ["compare", "resume"])
+@pytest.mark.parametrize("root", ["https://example.org/x", "s3://bucket/x"])
+def test_a_folder_names_no_server(folder, tmp_path, reader, root):
+    spoil_config(folder, "data", root=root, cache=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="a run folder may name a remote corpus only if you do too"):
+        READERS[reader](folder, tmp_path)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_phase_that_is_a_path_is_no_phase(folder):
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    values["phases"]["../../x"] = values["phases"].pop("decay")
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    for reader in (eta.show, resume):
+        with pytest.raises(ValueError, match=r"phases\.\.\./\.\./x: expected a name|of another run"):
+            reader(folder, [])
+
+
+def test_a_manifest_in_the_folder_leads_no_reader_out_of_it(folder, tmp_path):
+    path = folder / "corpus" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["sources"]["../../x"] = manifest["sources"].pop("code")
+    path.write_text(json.dumps(manifest))
+    for reader in ("export", "compare"):
+        with pytest.raises(ValueError, match=r"corpus/manifest\.json names \.\./\.\./x"):
+            READERS[reader](folder, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_model_of_a_checkpoint_is_that_of_its_own_settings(folder, tmp_path):
+    """They are verified by its hash; config.yaml is text that anybody may edit."""
+    export([folder], tmp_path / "one")
+    spoil_config(folder, "backbone", norm_eps=0.1, local_attention=2)
+    export([folder], tmp_path / "other")
+    assert (tmp_path / "one" / "config.json").read_text() == (tmp_path / "other" / "config.json").read_text()
+
+
+def test_a_configuration_that_has_lost_a_key_is_not_filled_up_with_a_default(folder):
+    path = folder / "config.yaml"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if not line.startswith("clip_grad_norm")))
+    with pytest.raises(ValueError, match=r"config\.yaml: clip_grad_norm is missing"):
+        saved_config.load(folder)
+
+
+def test_a_forged_checkpoint_is_named(folder):
+    path = folder / FINAL
+    content = read(path)
+    for forged, named in (
+        (replace(content, state=replace(content.state, ranks="x")), "state.ranks=x: expected a whole number"),
+        (replace(content, run={**content.run, "rollbacks": "../../x"}), "rollbacks"),
+        (
+            replace(content, weights={**content.weights, "masked_lm.decoder.weight": torch.zeros(2)}),
+            "masked_lm.decoder.weight|decoder.weight",
+        ),
+    ):
+        checkpoints.write(forged, path)
+        with pytest.raises(ValueError, match=rf"end-of-decay\.ckpt.*({named})"):
+            export([path], path.parent / "out")
+    path.write_bytes(b"no checkpoint")
+    reseal(path)
+    with pytest.raises(ValueError, match=r"end-of-decay\.ckpt is no checkpoint: .*take another"):
+        read(path)
+
+
+def test_tables_are_read_whole_but_for_a_last_row_that_is_being_written(folder):
+    path = folder / "metrics.csv"
+    whole, rows = path.read_text(), Table(path).read()
+    path.write_text(whole[:-20])
+    assert Table(path).read() == rows[:-1]
+    first = whole.splitlines()[1]
+    for line, said in (
+        (first.rpartition(",")[0], "expected 14 values"),
+        (first.replace(",masked_lm,", ",masked_lm,x"), "loss|float"),
+    ):
+        path.write_text(whole.replace(first, line))
+        with pytest.raises(ValueError, match=rf"metrics\.csv, line 2: .*({said}).*; restore the file"):
+            Table(path).read()
+    path.write_text(whole.replace("loss", "los"))
+    with pytest.raises(ValueError, match=r"metrics\.csv, line 1: its columns are"):
+        Table(path).read()
+    path.write_text(whole)
+    scores = folder / "validation.csv"
+    scores.write_text(scores.read_text().replace(",code,", ",cude,"))
+    with pytest.raises(ValueError, match=r"validation\.csv has scores of cude, which .*manifest\.json lacks"):
+        write_page(replace(saved_config.load(folder), run_dir=str(folder)))
+
+
+def test_a_damaged_run_in_the_folder_of_a_new_one_is_left_alone(folder, small_run):
+    shutil.rmtree(folder / "checkpoints")
+    for content in ("- 1\n", "\x00{", ""):
+        (folder / "config.yaml").write_text(content)
+        with pytest.raises(ValueError, match=r"run_dir=.* holds a run;"):
+            train(small_run())

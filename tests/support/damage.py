@@ -2,6 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from modernenc.hashing import hash_file
+from modernenc.run_folder import checkpoints
 
 
 def truncate(path: Path) -> None:
@@ -14,6 +20,20 @@ def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def reseal(checkpoint: Path) -> None:
+    """Give a changed checkpoint a manifest with its hash, as somebody who forges one does."""
+    manifest = checkpoints.read_manifest(checkpoint)
+    manifest |= {"bytes": checkpoint.stat().st_size, "xxh3_64": hash_file(checkpoint)}
+    seal(checkpoints.manifest_of(checkpoint), manifest)
+
+
+def seal(path: Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest with the hash of its own content."""
+    content = {key: value for key, value in manifest.items() if key != "sum"}
+    digest = xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
+    path.write_text(json.dumps({**content, "sum": digest}))
 
 
 def edit(path: Path, *keys: str | int, value: object) -> None:

@@ -364,8 +364,12 @@ def rows(rng: random.Random, folder: Path) -> str:
 TARGETS = {function.__name__: function for function in (manifest, index, shard, tokenizer, jsonl, text, rows)}
 
 
-def attempt(target: str, first: int, count: int) -> tuple[Counter[str], list[str]]:
+Target = Callable[[random.Random, Path], str]
+
+
+def attempt(target: Target, first: int, count: int) -> tuple[Counter[str], list[str]]:
     """Damage files of one kind, seeds from `first` on: how each ended, and what was odd."""
+    kind = target.__name__
     signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError("no end")))
     ends: Counter[str] = Counter()
     odd = []
@@ -373,36 +377,37 @@ def attempt(target: str, first: int, count: int) -> tuple[Counter[str], list[str
         for seed in range(first, first + count):
             signal.alarm(PATIENCE_S)
             try:
-                ends[TARGETS[target](random.Random(f"{target} {seed}"), Path(name))] += 1
+                ends[target(random.Random(f"{kind} {seed}"), Path(name))] += 1
             except BaseException as error:  # whatever it is, it is what is looked for
-                odd.append(f"{target} {seed}: {type(error).__name__}: {error}")
+                odd.append(f"{kind} {seed}: {type(error).__name__}: {error}")
             signal.alarm(0)
     return ends, odd
 
 
-def fuzz(count: int, workers: int = 1, first: int = 0) -> tuple[dict[str, Counter[str]], list[str]]:
+def fuzz(targets: dict[str, Target], count: int, workers: int = 1, first: int = 0) -> tuple[dict[str, Counter[str]], list[str]]:
     """Damage `count` files of all kinds, in processes of their own: how they ended by kind, and what was odd."""
-    each = -(-count // len(TARGETS))
+    each = -(-count // len(targets))
     found: dict[str, Counter[str]] = {}
     odd: list[str] = []
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        ended = {target: pool.submit(attempt, target, first, each) for target in TARGETS}
-        for target, future in ended.items():
-            found[target], more = future.result()
+        ended = {name: pool.submit(attempt, target, first, each) for name, target in targets.items()}
+        for name, future in ended.items():
+            found[name], more = future.result()
             odd += more
     return found, odd
 
 
-def main() -> None:
-    count, first = (*map(int, sys.argv[1:3]), *(3_000, 0)[len(sys.argv) - 1 :])
-    found, odd = fuzz(count, workers=2, first=first)
+def main(targets: dict[str, Target], count: int) -> None:
+    """Damage as many files as the command line says, or `count`, and print how they ended."""
+    count, first = (*map(int, sys.argv[1:3]), *(count, 0)[len(sys.argv) - 1 :])
+    found, odd = fuzz(targets, count, workers=2, first=first)
     for target, ends in found.items():
         print(
-            f"{target:10} {sum(ends.values()):6,} damaged: {ends[NAMED]:6,} named, {ends[SAME]:6,} read as a plain reader does"
+            f"{target:13} {sum(ends.values()):6,} damaged: {ends[NAMED]:6,} named, {ends[SAME]:6,} read as a plain reader does"
         )
     print("\n".join(odd) or "nothing odd")
     sys.exit(bool(odd))
 
 
 if __name__ == "__main__":
-    main()
+    main(TARGETS, 3_000)

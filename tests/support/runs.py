@@ -7,10 +7,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 
-from modernenc.cli import to_schema
+from modernenc.cli import quote_arguments, to_schema
 from modernenc.config import CONF_DIR, Run, register
 from modernenc.planning.resolve import resolve
-from modernenc.quoting import quote_values
 from modernenc.run_folder.overrides import check_overrides
 from modernenc.train import main
 from modernenc.training import resume as working
@@ -48,7 +47,7 @@ def composed(overrides: list[str], config_name: str = "train") -> Run:
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = compose(config_name, quote_values(overrides), return_hydra_config=True)
+        cfg = compose(config_name, quote_arguments(overrides), return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
         with open_dict(cfg):
             del cfg["hydra"]

@@ -156,7 +156,7 @@ def test_the_backbone_is_loaded_as_its_phase_left_it(small_run):
     run = small_run()
     folder = train(run)
     thetas = {
-        phase: getattr(load_masked_lm(run, folder / "checkpoints" / f"end-of-{phase}.ckpt").backbone, "global_rope_theta")
+        phase: getattr(load_masked_lm(folder / "checkpoints" / f"end-of-{phase}.ckpt").backbone, "global_rope_theta")
         for phase in run.phases
     }
     assert thetas == {"stable": 10_000, "extend": 160_000, "decay": 160_000}

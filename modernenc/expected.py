@@ -1,7 +1,8 @@
 """Check a JSON file against an expected shape, so that a damaged file is one clear message and not an error deep in the code.
 
-A shape looks like the value itself: `str`, `float` or a range of integers stands for a scalar, a list of one shape for a list
-of any length, a dictionary for the keys that must exist (or, if `str` is its only key, for a dictionary with any keys).
+A shape looks like the value itself: `str`, `bool`, `float` or a range of integers stands for a scalar, a list of one shape for
+a list of any length, a dictionary for the keys that must exist (or, if `str` is its only key, for a dictionary with any keys).
+A key that ends with `?` may be missing.
 """
 
 import json
@@ -32,11 +33,13 @@ def _fault(value: Any, shape: Any, place: str) -> str:
     parts: list[tuple[str, Any, Any]] = []
     if isinstance(shape, dict):
         fits, expected = isinstance(value, dict), "a dictionary"
-        for key in (shape if str not in shape else value) if fits else ():
+        for named in (shape if str not in shape else value) if fits else ():
+            key = named.removesuffix("?") if str not in shape else named
             at = f"{place}.{key}" if place else key
-            if key not in value:
+            if key in value:
+                parts.append((at, value[key], shape.get(named, shape.get(str))))
+            elif key == named:
                 return f"no {at}"
-            parts.append((at, value[key], shape.get(key, shape.get(str))))
     elif isinstance(shape, list):
         fits, expected = isinstance(value, list), "a list"
         parts = [(f"{place}[{at}]", item, shape[0]) for at, item in enumerate(value)] if fits else []
@@ -44,6 +47,8 @@ def _fault(value: Any, shape: Any, place: str) -> str:
         fits, expected = type(value) is int and value in shape, f"an integer from {shape.start} to {shape.stop - 1}"
     elif shape is float:
         fits, expected = type(value) in (int, float) and abs(value) < math.inf, "a number"
+    elif shape is bool:
+        fits, expected = isinstance(value, bool), "true or false"
     else:
         fits, expected = isinstance(value, str), "text"
     if not fits:
