@@ -1,15 +1,16 @@
 """Start runs in processes of their own at once, and kill them where it hurts.
 
-A process that has imported everything and done nothing forks one per line on its input: {"argv", "place", "step", "delay_s"}.
-The child, in a group of its own, trains as `modernenc.resume` or `.train` would. When it comes to `place` at or after `step`
-(or to a step, when it has not come there for long), the parent waits `delay_s` and kills the group with SIGKILL. It answers
-{"killed", "code", "place"}.
+A process that has imported everything and done nothing forks one per line on its input: {"argv", "place", "step", "delay_s",
+"ranks", "rank"}. The child, in a group of its own with further ranks if there are several, trains as `modernenc.resume` or
+`.train` would. When `rank` comes to `place` at or after `step` (or to a step, when it has not come there for long), the parent
+waits `delay_s` and kills the group with SIGKILL. It answers {"killed", "code", "place"}.
 """
 
 import json
 import os
 import select
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -41,22 +42,16 @@ def serve() -> None:
 def run(order: dict[str, Any]) -> dict[str, Any]:
     """Fork a run, kill it where the order says so, and return how it ended."""
     reads, writes = os.pipe()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     child = os.fork()
     if not child:
         os.setsid()
         os.close(reads)
-        code = 1
-        try:
-            code = train(order, writes)
-        except SystemExit as error:
-            code = int(error.code or 0)
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
+        others = [fork_rank(order, rank, port, writes) for rank in range(1, order["ranks"])]
+        code = train_rank(order, 0, port, writes)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) for other in others]
+        os._exit(next(filter(None, [code, *codes]), 0))
     os.close(writes)
     deadline = time.monotonic() + 120
     told = b""
@@ -76,11 +71,38 @@ def run(order: dict[str, Any]) -> dict[str, Any]:
     return {"killed": os.WIFSIGNALED(status), "code": os.waitstatus_to_exitcode(status), "place": told.decode()}
 
 
-def train(order: dict[str, Any], pipe: int) -> int:
+def fork_rank(order: dict[str, Any], rank: int, port: int, pipe: int) -> int:
+    """Fork a further rank, and return its process."""
+    child = os.fork()
+    if not child:
+        os._exit(train_rank(order, rank, port, pipe))
+    return child
+
+
+def train_rank(order: dict[str, Any], rank: int, port: int, pipe: int) -> int:
+    """Train as one rank, and return the exit code."""
+    if order["ranks"] > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"WORLD_SIZE": str(order["ranks"]), "LOCAL_WORLD_SIZE": str(order["ranks"])}
+    code = 1
+    try:
+        code = train(order, rank, pipe)
+    except SystemExit as error:
+        code = int(error.code or 0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+    return code
+
+
+def train(order: dict[str, Any], rank: int, pipe: int) -> int:
     """Train as the command line of the order does."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
-    if order["place"]:
+    if order["place"] and order["rank"] == rank:
         tell_at(order["place"], order["step"], pipe)
     kind, *argv = order["argv"]
     if kind == "resume":

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from support.results import FINAL, same_state
 from support.runs import SMALL, task
 
 KILLS = int(os.environ.get("MODERNENC_KILLS", "20"))
-"""How many times; 60 and more for the long form."""
+"""How many times on one rank, and ten times as many as on several; 60 and more for the long form, with more numbers of ranks."""
+SEED = int(os.environ.get("MODERNENC_KILLS_SEED", "20"))
 LONGER = [
     "phases.stable.tokens=60000", "phases.extend.tokens=40000", "phases.decay.tokens=40000", "data.buffer_rows=16",
     "checkpoint.every_tokens=4000", "validation.every_tokens=6000", "logger.every_steps=3",
@@ -56,15 +58,26 @@ class Zygote:
             text=True,
         )
 
-    def run(self, *argv: str, place: str = "", step: int = 0, delay_s: float = 0) -> dict[str, Any]:
+    def run(
+        self, *argv: str, ranks: int = 1, rank: int = 0, place: str = "", step: int = 0, delay_s: float = 0
+    ) -> dict[str, Any]:
         assert self.process.stdin and self.process.stdout and self.process.stderr
-        print(json.dumps({"argv": argv, "place": place, "step": step, "delay_s": delay_s}), file=self.process.stdin, flush=True)
+        argv = (*argv, f"trainer.devices={ranks}")
+        order = {"argv": argv, "ranks": ranks, "rank": rank, "place": place, "step": step, "delay_s": delay_s}
+        print(json.dumps(order), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         assert answer, self.process.stderr.read()
         return json.loads(answer)
 
     def close(self) -> None:
-        self.process.communicate()
+        print(self.process.communicate()[1])
+
+
+@pytest.fixture
+def zygote() -> Iterator[Zygote]:
+    started = Zygote()
+    yield started
+    started.close()
 
 
 def shared_memory() -> set[Path]:
@@ -82,7 +95,7 @@ def left_behind(*folders: Path) -> Counter[str]:
 
 
 @pytest.mark.slow
-def test_killed_anywhere_ends_with_the_same_weights(small_run, corpus_root, items, tmp_path):
+def test_killed_anywhere_ends_with_the_same_weights(zygote, small_run, corpus_root, items, tmp_path):
     longer = [*LONGER, *task(items), "+phases.decay.objectives={masked_lm: 4, next: 1}"]
     run = small_run(*longer)
     curriculum, corpus = check_run(run)
@@ -93,7 +106,7 @@ def test_killed_anywhere_ends_with_the_same_weights(small_run, corpus_root, item
     assert len(run.phases) == 3 and len(windows) == 3 * run.data.lanes
     assert min(len(numbers) for numbers in windows.values()) >= 3
 
-    rng = np.random.default_rng(20)
+    rng = np.random.default_rng(SEED)
     boundaries = [curriculum.stages_of(phase)[0].first_step for phase in ("extend", "decay")]
     moments = [(int(step), PLACES[number % len(PLACES)]) for number, step in
                enumerate(sorted(rng.integers(3, curriculum.total_steps - 12, KILLS - 2)))]  # fmt: skip
@@ -101,7 +114,6 @@ def test_killed_anywhere_ends_with_the_same_weights(small_run, corpus_root, item
     cache = tmp_path / "cache"
     settings = ["+recipe=demo", *SMALL, *longer, f"data.root={corpus_root}"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    zygote = Zygote()
     assert zygote.run("train", *settings, f"run_dir={whole}")["code"] == 0
     before, shared_before = left_behind(tmp_path), shared_memory()
     kills: Counter[str] = Counter()
@@ -125,7 +137,6 @@ def test_killed_anywhere_ends_with_the_same_weights(small_run, corpus_root, item
         if (killed / "config.yaml").exists():
             argv = ["resume", str(killed)]
     assert zygote.run(*argv)["code"] == 0
-    zygote.close()
     after = left_behind(tmp_path)
     deadline = time.monotonic() + 60
     while shared_memory() - shared_before and time.monotonic() < deadline:
@@ -139,3 +150,30 @@ def test_killed_anywhere_ends_with_the_same_weights(small_run, corpus_root, item
         rows = [Table(folder / table).read() for folder in (whole, killed)]
         assert [(row["step"], row["loss"]) for row in rows[0]] == [(row["step"], row["loss"]) for row in rows[1]]
     assert after == before and not shared
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3, 4] if KILLS >= 60 else [3])
+def test_ranks_killed_anywhere_end_with_the_same_weights(zygote, corpus_root, tmp_path, ranks):
+    settings = [
+        *("+recipe=demo", *SMALL, *LONGER, f"data.root={corpus_root}"),
+        *("phases.extend.batch_rows=4", "phases.decay.batch_rows=4", "data.lanes=12"),
+    ]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert zygote.run("train", *settings, f"run_dir={whole}", ranks=ranks)["code"] == 0
+    last_step = Table(whole / "metrics.csv").read()[-1]["step"]
+    rng = np.random.default_rng(SEED + ranks)
+    argv = ["train", *settings, f"run_dir={killed}"]
+    kills: Counter[str] = Counter()
+    for step in sorted(rng.integers(3, int(last_step or 0) - 12, max(KILLS // 10, 2))):
+        place = ("step", "write", "validation", "manifest")[rng.integers(4)]
+        rank = 0 if place in ("write", "manifest") else int(rng.integers(ranks))
+        delay_s = float(rng.uniform(0, LONGEST_DELAY_S[place]))
+        answer = zygote.run(*argv, ranks=ranks, rank=rank, place=place, step=int(step), delay_s=delay_s)
+        assert answer["killed"], answer
+        kills[answer["place"]] += 1
+        if (killed / "config.yaml").exists():
+            argv = ["resume", str(killed)]
+    assert zygote.run(*argv, ranks=ranks)["code"] == 0
+    print(f"{ranks} ranks, {sum(kills.values())} kills: {dict(kills)}")
+    assert same_state(whole / FINAL, killed / FINAL)
