@@ -73,13 +73,15 @@ def _receive_steps(steps: Steps, pin_for: int | None, timeout_s: float) -> Itera
     writes.close()
     received: queue.SimpleQueue[Any] = queue.SimpleQueue()
     room = threading.Semaphore(_AHEAD)
-    thread = threading.Thread(target=_fill_queue, args=(reads, received, room, pin_for), name="loader", daemon=True)
+    over = threading.Event()
+    thread = threading.Thread(target=_fill_queue, args=(reads, received, room, over, pin_for), name="loader", daemon=True)
     thread.start()
 
     def end() -> None:
-        """End the worker, and then the thread, which finds the pipe closed."""
+        """End the worker, and then the thread, which waits for the pipe or for room."""
         worker.kill()
         worker.join(10)
+        over.set()
         room.release()
         thread.join(10)
 
@@ -128,13 +130,14 @@ def _send_steps(steps: Steps, reads: Connection, writes: Connection) -> None:
         writes.send(error)
 
 
-def _fill_queue(reads: Connection, received: "queue.SimpleQueue[Any]", room: threading.Semaphore, pin_for: int | None) -> None:
-    """Move items from the pipe to the queue, at most `_AHEAD` steps ahead; the last item is `_ENDED`, whatever happens."""
+def _fill_queue(
+    reads: Connection, received: "queue.SimpleQueue[Any]", room: threading.Semaphore, over: threading.Event, pin_for: int | None
+) -> None:
+    """Move items from the pipe to the queue, at most `_AHEAD` steps ahead, until all is over; the last item is `_ENDED`."""
     try:
         if pin_for is not None:
             torch.cuda.set_device(pin_for)
-        while True:
-            room.acquire()
+        while room.acquire() and not over.is_set():
             item = reads.recv()
             received.put(item.pin_memory() if pin_for is not None and isinstance(item, Step) else item)
     except (EOFError, OSError):  # the worker ended between two steps, or amid one

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, cast
 
@@ -199,6 +200,16 @@ def test_the_end_of_a_worker_is_reported_and_leaves_no_thread(how, kind, message
     deadline = time.monotonic() + 10
     while threading.active_count() > threads and time.monotonic() < deadline:
         time.sleep(0.01)
+    assert threading.active_count() <= threads
+
+
+def test_a_loader_that_is_closed_with_steps_to_spare_leaves_no_thread(steps):
+    """As at a stop: the thread has taken steps ahead of the trainer, and further ones wait in the pipe."""
+    threads = threading.active_count()
+    taking = iter(StepLoader(steps, 1, pin_memory=False))
+    next(taking)
+    time.sleep(0.5)
+    cast(Generator[Any], taking).close()
     assert threading.active_count() <= threads
 
 

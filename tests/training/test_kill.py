@@ -22,7 +22,7 @@ from support.results import FINAL, same_state
 from support.runs import SMALL, task
 
 KILLS = int(os.environ.get("MODERNENC_KILLS", "20"))
-"""How many times on one rank, and ten times as many as on several; 60 and more for the long form, with more numbers of ranks."""
+"""How many times on one rank, and ten times as many as on several; from 60 on with more numbers of ranks."""
 SEED = int(os.environ.get("MODERNENC_KILLS_SEED", "20"))
 LONGER = [
     "phases.stable.tokens=60000", "phases.extend.tokens=40000", "phases.decay.tokens=40000", "data.buffer_rows=16",
