@@ -4,10 +4,12 @@ import itertools
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import hydra
@@ -19,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from modernenc.config import CONF_DIR, RECIPES_DIR, RENAMED, Run
-from modernenc.exit_codes import MISTAKE, UNSTABLE
+from modernenc.exit_codes import MISTAKE, STOP_SIGNALS, STOPPED, UNSTABLE
 from modernenc.quoting import quote_values
 from modernenc.saved_config import load, own_modules, register_parent, trust
 
@@ -122,6 +124,20 @@ class one_line_errors:
             print(f"error{'' if rank == '0' else f' on rank {rank}'}: {_message(error)}", file=sys.stderr)
             sys.stderr.flush()
             raise SystemExit(MISTAKE) from None
+
+
+def end_if_stopped(go_on: str) -> None:
+    """From now on, end the process when it is asked to stop and no step is under way, so that there is nothing to save.
+
+    While it trains, a run has handlers of its own. `go_on` tells the user what to do next.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        print(f"{signal.Signals(number).name} while no step was under way: nothing was lost; {go_on}", file=sys.stderr)
+        raise SystemExit(STOPPED)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, end)
 
 
 def take_allowed_code() -> None:

@@ -2,7 +2,7 @@
 
 A run folder goes on from its newest whole checkpoint, a checkpoint from itself. KEY=VALUE may change where and how fast the
 run trains (trainer.*, checkpoint.*, validation.*, watch.*, logger.*, data.root, data.cache, data.timeout_s, data.workers,
-data.loader_timeout_s, and where the files of tasks are), not what it trains.
+data.loader_timeout_s, cluster.*, estimate.*, and where the files of tasks are), not what it trains.
 
 With --rollback the run goes back to the checkpoint, and on from there under other settings, such as optim.lr=1e-4, or past the
 data that caused trouble. What it abandons is kept in its folder `abandoned`. To leave the run as it is, branch:
@@ -10,21 +10,11 @@ data that caused trouble. What it abandons is kept in its folder `abandoned`. To
 """
 
 import argparse
-import signal
-import sys
 from pathlib import Path
-from types import FrameType
 
-from modernenc.cli import one_line_errors, take_allowed_code
-from modernenc.exit_codes import STOPPED
+from modernenc.cli import end_if_stopped, one_line_errors, take_allowed_code
 from modernenc.run_folder.overrides import check_overrides
 from modernenc.training.ranks import ending_as_rank
-
-
-def _end_before_training(number: int, frame: FrameType | None) -> None:
-    """End a process that is asked to stop while it starts, when there is nothing to save yet."""
-    print(f"{signal.Signals(number).name} before the first step: nothing was lost; resume again", file=sys.stderr)
-    raise SystemExit(STOPPED)
 
 
 def main() -> None:
@@ -40,8 +30,7 @@ def main() -> None:
         "--skip-tokens", type=int, default=0, metavar="N", help="with --rollback: skip the next N tokens of data"
     )
     arguments = parser.parse_intermixed_args()
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # until training has handlers that save
-        signal.signal(number, _end_before_training)
+    end_if_stopped("resume again")
     path, overrides = arguments.path, arguments.overrides
     with ending_as_rank(), one_line_errors():
         if arguments.skip_tokens and not arguments.rollback:

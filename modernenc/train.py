@@ -8,7 +8,7 @@ with a run: `python -m modernenc.resume RUN_DIR`.
 import sys
 from pathlib import Path
 
-from modernenc.cli import Outcome, is_given, run
+from modernenc.cli import Outcome, end_if_stopped, is_given, run
 from modernenc.config import Run, register
 from modernenc.planning.resolve import resolve
 from modernenc.training.ranks import ending_as_rank
@@ -41,5 +41,6 @@ def _resolved_branch(argument: str) -> str:
 if __name__ == "__main__":
     sys.argv = [_resolved_branch(argument) for argument in sys.argv]
     register()
+    end_if_stopped("start again")
     with ending_as_rank():
         run(Run, ("recipe",), "train", main, report_sweep)

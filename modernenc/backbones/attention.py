@@ -33,15 +33,15 @@ class VarlenInfo:
         self._on_cpu = cu_seqlens
         self._tiles: dict[tuple[int | None, torch.dtype], TileLayout] = {}
 
-    def tiles(self, window: int | None, dtype: torch.dtype) -> TileLayout:
+    def tiles(self, half_window: int | None, dtype: torch.dtype) -> TileLayout:
         """Return the tiles of the `tiled` backend, which all layers with the same window share."""
-        if (window, dtype) not in self._tiles:
-            if window is None:
+        if (half_window, dtype) not in self._tiles:
+            if half_window is None:
                 tiles = TileLayout.of_documents(lengths_of(self._on_cpu), dtype, self.cu_seqlens.device)
             else:
-                tiles = TileLayout.of_windows(self.cu_seqlens, self.tokens, window, dtype)
-            self._tiles[window, dtype] = tiles
-        return self._tiles[window, dtype]
+                tiles = TileLayout.of_windows(self.cu_seqlens, self.tokens, half_window, dtype)
+            self._tiles[half_window, dtype] = tiles
+        return self._tiles[half_window, dtype]
 
 
 def select_backend(device: torch.device, dtype: torch.dtype) -> str:
@@ -55,39 +55,39 @@ QKV = Float[Tensor, "tokens 3 heads head_dim"]
 Attended = Float[Tensor, "tokens heads head_dim"]
 
 
-def attention(qkv: QKV, rotation: Rotation, varlen_info: VarlenInfo, window: int | None) -> Attended:
-    """Rotate queries and keys, then attend within each document, to at most `window` tokens on each side, or to all if None."""
-    return BACKENDS[select_backend(qkv.device, qkv.dtype)](qkv, rotation, varlen_info, window)
+def attention(qkv: QKV, rotation: Rotation, varlen_info: VarlenInfo, half_window: int | None) -> Attended:
+    """Rotate queries and keys, then attend within each document, `half_window` tokens to each side, or everywhere if None."""
+    return BACKENDS[select_backend(qkv.device, qkv.dtype)](qkv, rotation, varlen_info, half_window)
 
 
-def flash(qkv: QKV, rotation: Rotation, varlen_info: VarlenInfo, window: int | None) -> Attended:
+def flash(qkv: QKV, rotation: Rotation, varlen_info: VarlenInfo, half_window: int | None) -> Attended:
     """Compute attention by flash-attn's kernel: Dao 2023, arXiv:2307.08691."""
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
     strict = torch.are_deterministic_algorithms_enabled()  # torch's own kernels look at this themselves
-    return _call_kernel(flash_attn_varlen_func, qkv, rotation, varlen_info, window, deterministic=strict)
+    return _call_kernel(flash_attn_varlen_func, qkv, rotation, varlen_info, half_window, deterministic=strict)
 
 
-def varlen(qkv: QKV, rotation: Rotation, varlen_info: VarlenInfo, window: int | None) -> Attended:
+def varlen(qkv: QKV, rotation: Rotation, varlen_info: VarlenInfo, half_window: int | None) -> Attended:
     """Compute attention by the kernel that comes with torch."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return _call_kernel(varlen_attn, qkv, rotation, varlen_info, window)
+    return _call_kernel(varlen_attn, qkv, rotation, varlen_info, half_window)
 
 
-def tiled(qkv: QKV, rotation: Rotation, varlen_info: VarlenInfo, window: int | None) -> Attended:
+def tiled(qkv: QKV, rotation: Rotation, varlen_info: VarlenInfo, half_window: int | None) -> Attended:
     """Compute attention by plain matrix products."""
-    return tiled_attention(qkv, rotation.cos, rotation.sin, varlen_info.tiles(window, qkv.dtype))
+    return tiled_attention(qkv, rotation.cos, rotation.sin, varlen_info.tiles(half_window, qkv.dtype))
 
 
 BACKENDS = {"flash": flash, "varlen": varlen, "tiled": tiled}
 
 
 def _call_kernel(
-    kernel: Callable[..., Any], qkv: QKV, rotation: Rotation, varlen_info: VarlenInfo, window: int | None, **settings: bool
+    kernel: Callable[..., Any], qkv: QKV, rotation: Rotation, varlen_info: VarlenInfo, half_window: int | None, **settings: bool
 ) -> Attended:
     q, k, v = qkv.unbind(1)
     ends, longest = varlen_info.cu_seqlens, varlen_info.max_seqlen
-    sides = (-1, -1) if window is None else (window, window)
+    sides = (-1, -1) if half_window is None else (half_window, half_window)
     q, k = rotate(q, rotation), rotate(k, rotation)
     return kernel(q, k, v, ends, ends, longest, longest, window_size=sides, **settings)

@@ -76,7 +76,7 @@ class ModernBERT(nn.Module):
                 hidden_size,
                 intermediate_size,
                 num_attention_heads,
-                window=None if index % global_attn_every_n_layers == 0 else local_attention // 2,
+                half_window=None if index % global_attn_every_n_layers == 0 else local_attention // 2,
                 # The embedding is normalised already.
                 attn_norm=nn.Identity() if index == 0 else nn.LayerNorm(hidden_size, norm_eps, bias=False),
                 out_dropout=attention_out_dropout,
@@ -106,7 +106,7 @@ class ModernBERT(nn.Module):
         local_rotation = rotation(self.local_rope_theta, head_dim, places, max_seqlen)
         hidden = self.embeddings(input_ids)
         for layer in self._layers():
-            turn = global_rotation if layer.attn.window is None else local_rotation
+            turn = global_rotation if layer.attn.half_window is None else local_rotation
             # Only the last layer can leave tokens out: those before it feed the keys and values of all.
             hidden = layer(hidden, varlen_info, turn, positions if layer is self.layers[-1] else None)
         return self.final_norm(hidden)
@@ -121,7 +121,7 @@ class ModernBERT(nn.Module):
 
     def describe(self) -> Description:
         """Describe the layers: which are global, what is fused, and their FLOPs."""
-        layer_types = ["global" if layer.attn.window is None else "local" for layer in self._layers()]
+        layer_types = ["global" if layer.attn.half_window is None else "local" for layer in self._layers()]
 
         def mixing_flops(length: int) -> float:
             # Two products, of queries with keys and of probabilities with values, over all tokens that one attends to.
@@ -179,14 +179,14 @@ class Layer(nn.Module):
         hidden_size: int,
         intermediate_size: int,
         num_attention_heads: int,
-        window: int | None,
+        half_window: int | None,
         attn_norm: nn.Module,
         out_dropout: float,
         norm_eps: float,
     ) -> None:
         super().__init__()
         self.attn_norm = attn_norm
-        self.attn = Attention(hidden_size, num_attention_heads, window, out_dropout)
+        self.attn = Attention(hidden_size, num_attention_heads, half_window, out_dropout)
         self.mlp_norm = nn.LayerNorm(hidden_size, norm_eps, bias=False)
         self.mlp = GeGLU(hidden_size, intermediate_size)
 
@@ -203,12 +203,12 @@ class Layer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with rotary positions, to `window` tokens on each side or, if None, to the whole document."""
+    """Multi-head attention with rotary positions, to `half_window` tokens on each side or, if None, to the whole document."""
 
-    def __init__(self, hidden_size: int, num_attention_heads: int, window: int | None, out_dropout: float) -> None:
+    def __init__(self, hidden_size: int, num_attention_heads: int, half_window: int | None, out_dropout: float) -> None:
         super().__init__()
         self.heads = num_attention_heads
-        self.window = window
+        self.half_window = half_window
         self.Wqkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.Wo = nn.Linear(hidden_size, hidden_size, bias=False)
         self.out_drop = Dropout(out_dropout)
@@ -221,7 +221,7 @@ class Attention(nn.Module):
         positions: Int[Tensor, " some"] | None = None,
     ) -> Float[Tensor, "_ hidden"]:
         qkv = self.Wqkv(hidden).unflatten(-1, (3, self.heads, -1))
-        out = attention(qkv, rotation, varlen_info, self.window).flatten(1)
+        out = attention(qkv, rotation, varlen_info, self.half_window).flatten(1)
         return self.out_drop(self.Wo(out if positions is None else out.index_select(0, positions)))
 
 

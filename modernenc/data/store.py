@@ -36,6 +36,11 @@ _EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure"
 """The extra of this package that installs the file system of each scheme."""
 
 
+def longest_fetch_s(timeout_s: float) -> float:
+    """Return how long a remote may deliver nothing before a fetch fails, in seconds: all attempts, and the pauses between."""
+    return ATTEMPTS * timeout_s + _FIRST_PAUSE_S * (2 ** (ATTEMPTS - 1) - 1)
+
+
 class Store:
     """Read access to the files below a root, by their relative names.
 

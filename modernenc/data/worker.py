@@ -18,9 +18,8 @@ from typing import Any
 import torch
 
 from modernenc.data.loader import Step, Steps
+from modernenc.exit_codes import STOP_SIGNALS
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""The signals that ask a run to save a checkpoint and stop."""
 _AHEAD = 2
 """Number of steps that may lie received in the trainer; one more is being made or waits in the pipe."""
 _PR_SET_PDEATHSIG = 1  # of prctl(2)

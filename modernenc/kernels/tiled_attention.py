@@ -112,17 +112,17 @@ class TileLayout:
         return cls(groups, start, 0, buckets.index, buckets.inverse)
 
     @classmethod
-    def of_windows(cls, cu_seqlens: Int[Tensor, " docs_plus_1"], tokens: int, window: int, dtype: torch.dtype) -> "TileLayout":
-        """Lay out query ranges of `window` tokens, whose keys reach one window further to both sides."""
+    def of_windows(cls, cu_seqlens: Int[Tensor, " docs_plus_1"], tokens: int, half: int, dtype: torch.dtype) -> "TileLayout":
+        """Lay out query ranges of `half` a window, whose keys reach as far again to both sides."""
         device, lengths = cu_seqlens.device, cu_seqlens.diff()
         numbers = torch.arange(len(lengths), device=device)
         documents = torch.repeat_interleave(numbers, lengths, output_size=tokens)
-        documents = F.pad(documents, (0, -tokens % window), value=-1)  # queries beyond the last token
-        keys = F.pad(documents, (window, window), value=-2).unfold(0, 3 * window, window)[:, None, :]
-        distance = torch.arange(window, device=device)[:, None] + window - torch.arange(3 * window, device=device)
-        seen = (documents.view(-1, window, 1) == keys) & (distance.abs() <= window)
-        group = TileGroup(0, len(seen), window, 3 * window, _make_additive_mask(seen, dtype))
-        return cls([group], len(documents), window, None, None)
+        documents = F.pad(documents, (0, -tokens % half), value=-1)  # queries beyond the last token
+        keys = F.pad(documents, (half, half), value=-2).unfold(0, 3 * half, half)[:, None, :]
+        distance = torch.arange(half, device=device)[:, None] + half - torch.arange(3 * half, device=device)
+        seen = (documents.view(-1, half, 1) == keys) & (distance.abs() <= half)
+        group = TileGroup(0, len(seen), half, 3 * half, _make_additive_mask(seen, dtype))
+        return cls([group], len(documents), half, None, None)
 
 
 def tiled_attention(

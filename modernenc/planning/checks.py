@@ -10,7 +10,7 @@ from modernenc import ranges
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum, reads_text, sources_of
 from modernenc.data.blocks import VALIDATION, Corpus
-from modernenc.data.store import ATTEMPTS
+from modernenc.data.store import ATTEMPTS, longest_fetch_s
 from modernenc.planning.devices import DEVICES
 
 
@@ -85,8 +85,8 @@ def _check_combinations(run: Run) -> None:
     """Raise ValueError for a setting that is legal by itself and not beside another, or that this installation lacks."""
     if run.estimate.device not in ("", *DEVICES):
         raise ValueError(f"estimate.device={run.estimate.device}: expected one of {', '.join(DEVICES)}, or nothing")
-    tries = ATTEMPTS * run.data.timeout_s + 10  # for the pauses
-    if run.data.workers and "://" in run.data.root and run.data.loader_timeout_s < tries:
+    tries = longest_fetch_s(run.data.timeout_s)
+    if run.data.workers and "://" in run.data.root and run.data.loader_timeout_s <= tries:
         raise ValueError(
             f"data.loader_timeout_s={run.data.loader_timeout_s:g}: a read of {run.data.root} may take {tries:g} seconds, "
             f"{ATTEMPTS} times data.timeout_s and the pauses; expected more"

@@ -47,12 +47,12 @@ _MANIFEST = {
 }  # fmt: skip
 
 
-def end_of(phase: str) -> str:
+def name_at_end(phase: str) -> str:
     """Return the name of the checkpoint at the end of a phase."""
     return f"end-of-{phase}"
 
 
-def at_step(step: int | str) -> str:
+def name_at_step(step: int | str) -> str:
     """Return the name of the checkpoint after a step between boundaries; `*` gives the pattern of all such names."""
     return f"step-{step:08d}" if isinstance(step, int) else f"step-{step}"
 
@@ -342,7 +342,7 @@ def newest(run_dir: Path) -> Path | None:
 
 def prune(run_dir: Path, keep_last: int) -> None:
     """Delete all but the last `keep_last` checkpoints between boundaries; one that ranks still write does not count."""
-    between = sorted((run_dir / FOLDER).glob(f"{at_step('*')}.ckpt"), key=sort_key)
+    between = sorted((run_dir / FOLDER).glob(f"{name_at_step('*')}.ckpt"), key=sort_key)
     finished = [checkpoint for checkpoint in between if is_finished(checkpoint)]
     for checkpoint in between:
         if checkpoint not in finished[-keep_last:] and finished and sort_key(checkpoint) < sort_key(finished[-1]):

@@ -19,7 +19,9 @@ _COLUMNS: dict[str, dict[str, type]] = {
         "accuracy": float, "targets": int,
     },
 }  # fmt: skip
-"""Columns of the tables with the types of their values."""
+"""Columns of the tables, in order, with the types of their values: all that a row may and must have."""
+_REWRITTEN = ".tmp"
+"""Suffix of a table that is being written anew."""
 
 
 class Table:
@@ -31,7 +33,10 @@ class Table:
     def append(self, *rows: Mapping[str, Any]) -> None:
         """Add rows by a single write, so that a kill leaves all of them or none; numbers are written with all their digits."""
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+        columns = _COLUMNS[self.path.name.removesuffix(_REWRITTEN)]
+        if any(list(row) != list(columns) for row in rows):
+            raise KeyError(f"{self.path.name}: a row has {', '.join(rows[0])}, but _COLUMNS says {', '.join(columns)}")
+        writer = csv.DictWriter(text, fieldnames=list(columns))
         if not self.path.exists():
             writer.writeheader()
         writer.writerows(rows)
@@ -68,7 +73,7 @@ class Table:
         if not rows:
             self.path.unlink(missing_ok=True)
             return
-        rewritten = self.path.with_suffix(".csv.tmp")
+        rewritten = self.path.with_name(self.path.name + _REWRITTEN)
         rewritten.unlink(missing_ok=True)
         Table(rewritten).append(*rows)
         rewritten.replace(self.path)

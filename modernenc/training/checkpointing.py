@@ -7,7 +7,7 @@ from typing import Any, cast
 import lightning.pytorch as L
 
 from modernenc.config import Run
-from modernenc.run_folder.checkpoints import UNSHARDED, CheckpointWriter, RankShard, at_step, end_of
+from modernenc.run_folder.checkpoints import UNSHARDED, CheckpointWriter, RankShard, name_at_end, name_at_step
 from modernenc.training.module import Pretraining
 from modernenc.training.snapshot import capture
 
@@ -42,7 +42,7 @@ class Checkpointing(L.Callback):
         if sharded:
             shard = RankShard(trainer.global_rank, trainer.world_size, save=trainer.strategy.broadcast(time.time_ns()))
         if sharded or trainer.is_global_zero:
-            self._writer.save(content, end_of(phase) if phase else at_step(module.step), shard)
+            self._writer.save(content, name_at_end(phase) if phase else name_at_step(module.step), shard)
         self._time_of_save = time.monotonic()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -30,6 +30,7 @@ from modernenc.run_folder.lock import LOG, acquire
 from modernenc.saved_config import plain
 from modernenc.training import ranks
 from modernenc.training.checkpointing import Checkpointing
+from modernenc.training.contention import ContentionMonitor
 from modernenc.training.hardware import advise_precision, choose_determinism
 from modernenc.training.module import Pretraining
 from modernenc.training.preemption import Preemption
@@ -81,6 +82,7 @@ def fit(
                 validation,
                 TokenProgress(curriculum, metrics, validation),
                 Preemption(),
+                ContentionMonitor(),
                 *callbacks,
             ],
             logger=_loggers(run) if first else [],
@@ -182,34 +184,11 @@ def _announce(run: Run, curriculum: Curriculum, module: Pretraining, trainer: L.
 
 
 def _loggers(run: Run) -> list[Logger]:
-    """Return the logger of Weights & Biases, if the recipe wants it; without login or network it logs offline."""
     if run.logger.wandb == "off":
         return []
-    import wandb  # an extra
-    from lightning.pytorch.loggers import WandbLogger
+    from modernenc.training.wandb_run import open_run  # wandb is an extra
 
-    if wandb.run is not None:  # the previous run's, where several are trained one after the other
-        wandb.finish()
-    settings = {
-        "project": run.logger.project,
-        "name": f"{run.recipe}/{Path(run.run_dir).name}" + (f", rollback {run.rollbacks}" if run.rollbacks else ""),
-        "group": run.logger.group,
-        "dir": run.run_dir,
-        "id": run.logger.run_id,  # an id that exists continues that run
-        "resume": "allow",
-        "config": plain(run),
-    }
-    try:
-        offline = run.logger.wandb == "offline"
-        if not offline and not wandb.login(prompt=False):
-            log.warning("logger.wandb=online, but there is no login: logging offline; run wandb login, then wandb sync")
-            offline = True
-        begun = wandb.init(**settings, mode="offline" if offline else "online")
-    except wandb.Error as error:
-        said = " ".join(str(error).split())
-        log.warning("logger.wandb=online, but the service does not answer: logging offline; later run wandb sync: %s", said)
-        begun = wandb.init(**settings, mode="offline")
-    return [WandbLogger(experiment=begun)]
+    return [open_run(run)]
 
 
 def _check_unchanged(run_dir: Path, checkpoint: Checkpoint | None, event: Event) -> None:

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import lightning.pytorch as L
 
-from modernenc.data.worker import STOP_SIGNALS
+from modernenc.exit_codes import KILLED, STOP_SIGNALS
 from modernenc.training.module import Pretraining
 
 log = logging.getLogger(__name__)
@@ -86,4 +86,4 @@ def _end_blocked(signals: socket.socket, timeout_s: float) -> None:
         logging.shutdown()
         for worker in multiprocessing.active_children():
             worker.kill()
-        os._exit(128 + signal.SIGTERM)
+        os._exit(KILLED)

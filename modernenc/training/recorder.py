@@ -13,7 +13,7 @@ from modernenc.config import Run
 from modernenc.curriculum import MASKED_LM
 from modernenc.evaluation.validation import Validator
 from modernenc.model.build import set_attributes
-from modernenc.run_folder.checkpoints import FOLDER, at_step, end_of
+from modernenc.run_folder.checkpoints import FOLDER, name_at_end, name_at_step
 from modernenc.run_folder.tables import ALL, Table
 from modernenc.training.module import Pretraining
 
@@ -146,7 +146,7 @@ class ValidationWriter(L.Callback):
 def is_missing(run: Run, phase: str, step: int) -> bool:
     """Return whether a step after which validation is due was saved in the run folder, and its scores were not written."""
     run_dir = Path(run.run_dir)
-    saved = any((run_dir / FOLDER / f"{name}.ckpt").exists() for name in (end_of(phase), at_step(step)))
+    saved = any((run_dir / FOLDER / f"{name}.ckpt").exists() for name in (name_at_end(phase), name_at_step(step)))
     return saved and all(int(row["step"]) != step for row in Table(run_dir / "validation.csv").read())
 
 

@@ -6,7 +6,6 @@ it must end with the weights of a run that never met it.
 
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -15,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from modernenc.exit_codes import STOPPED
+from modernenc.exit_codes import STOP_SIGNALS, STOPPED
 from modernenc.hashing import hash_file
 from modernenc.run_folder import checkpoints
 from modernenc.run_folder.checkpoints import newest
 from support.commands import ROOT
 from support.damage import edit, flip, truncate
 from support.results import FINAL, same
-from support.runs import SMALL, composed, resume, train
+from support.runs import SMALL, composed, resume, small, train
 
 HALF = 6000
 """Tokens of the run that are done."""
@@ -166,16 +165,21 @@ def test_a_run_folder_that_cannot_be_written_is_said_before_training(stopped, re
     assert same(moved / FINAL, final)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_while_a_resume_starts_asks_for_another_resume(small_run, number):
-    folder = train(small_run())
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+@pytest.mark.parametrize("command", ["train", "resume"])
+def test_a_signal_while_a_run_starts_asks_for_another_start(corpus_root, small_run, tmp_path, command, number):
+    if command == "train":
+        arguments = small(corpus_root, tmp_path / "new")
+    else:
+        arguments = [str(train(small_run()) / "checkpoints" / "end-of-stable.ckpt")]
     process = subprocess.Popen(
-        [sys.executable, "-m", "modernenc.resume", str(folder / "checkpoints" / "end-of-stable.ckpt")],
+        [sys.executable, "-m", f"modernenc.{command}", *arguments],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     status = Path(f"/proc/{process.pid}/status")
-    while not int(re.findall(r"SigCgt:\s*(\w+)", status.read_text())[0], 16) >> (number - 1) & 1:
+    last = STOP_SIGNALS[-1]  # Python has a handler of its own for the first
+    while not int(re.findall(r"SigCgt:\s*(\w+)", status.read_text())[0], 16) >> (last - 1) & 1:
         time.sleep(0.01)
     process.send_signal(number)
     said = process.communicate(timeout=60)[1]
-    assert process.returncode == STOPPED and f"{number.name} before the first step: nothing was lost" in said
+    assert process.returncode == STOPPED and f"{number.name} while no step was under way: nothing was lost" in said

@@ -2,10 +2,13 @@
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +20,7 @@ from modernenc.run_folder.lineage import read as read_lineage
 from modernenc.run_folder.tables import Table
 from modernenc.saved_config import load
 from modernenc.train import main
+from modernenc.training import recorder
 from modernenc.training.fit import fit
 from support.commands import ROOT, importing
 from support.runs import SMALL, resume, rollback, train
@@ -181,3 +185,26 @@ def test_a_service_that_does_not_answer_ends_no_run(small_run, tmp_path, monkeyp
     assert result.returncode == 0, result.stderr
     assert "the service does not answer: logging offline" in " ".join(result.stdout.split())
     assert (Path(run.run_dir) / "report.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the service is found through /proc")
+def test_a_service_that_dies_in_the_midst_ends_no_run(small_run, monkeypatch, caplog):
+    log_numbers = recorder.log_numbers
+
+    def kill_and_log(trainer: Any, step: int, values: Any) -> None:
+        if step == 5:
+            for entry in Path("/proc").glob("[0-9]*"):
+                with suppress(OSError):
+                    mine = f"PPid:\t{os.getpid()}\n" in (entry / "status").read_text()
+                    if mine and b"wandb-core" in (entry / "cmdline").read_bytes():
+                        os.kill(int(entry.name), signal.SIGKILL)
+        log_numbers(trainer, step, values)
+
+    monkeypatch.setattr(recorder, "log_numbers", kill_and_log)
+    folder = train(small_run("logger.wandb=offline"))
+    assert caplog.text.count("Weights & Biases is gone, and nothing more is sent there; metrics.csv has it all") == 1
+    assert (folder / "checkpoints" / "end-of-decay.ckpt").exists()
+    monkeypatch.undo()
+    train(small_run("logger.wandb=offline", f"run_dir={folder.parent / 'next'}"))
+    assert ids(folder.parent / "next")

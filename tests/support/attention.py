@@ -23,7 +23,7 @@ def inputs(
     return qkv, turn, VarlenInfo(ends, max(lengths), total, qkv.device)
 
 
-def plain(qkv: torch.Tensor, turn: Rotation, layout: VarlenInfo, window: int | None) -> torch.Tensor:
+def plain(qkv: torch.Tensor, turn: Rotation, layout: VarlenInfo, half_window: int | None) -> torch.Tensor:
     """Compute softmax attention one document at a time, in the precision of the input."""
     outs = []
     for start, end in zip(layout.cu_seqlens[:-1].tolist(), layout.cu_seqlens[1:].tolist(), strict=True):
@@ -32,8 +32,8 @@ def plain(qkv: torch.Tensor, turn: Rotation, layout: VarlenInfo, window: int | N
         q, k, v = (x.transpose(0, 1) for x in (rotate(q, here), rotate(k, here), v))
         scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
         place = torch.arange(end - start, device=q.device)
-        if window is not None:
-            scores = scores.masked_fill((place[:, None] - place).abs() > window, float("-inf"))
+        if half_window is not None:
+            scores = scores.masked_fill((place[:, None] - place).abs() > half_window, float("-inf"))
         outs.append((scores.softmax(-1) @ v).transpose(0, 1))
     return torch.cat(outs)
 

@@ -47,35 +47,37 @@ ZYGOTE = "from support.shapes import check_shapes; check_shapes(); from support.
 class Zygote:
     """Runs, at once and in processes of their own; see support/zygote.py."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: Path) -> None:
+        self.log = log
         self.process = subprocess.Popen(
             [sys.executable, "-c", ZYGOTE],
             cwd=ROOT,
             env=importing(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=log.open("wb"),  # a pipe would fill, and all would wait for it to be read
             text=True,
         )
 
     def run(
         self, *argv: str, ranks: int = 1, rank: int = 0, place: str = "", step: int = 0, delay_s: float = 0
     ) -> dict[str, Any]:
-        assert self.process.stdin and self.process.stdout and self.process.stderr
+        assert self.process.stdin and self.process.stdout
         argv = (*argv, f"trainer.devices={ranks}")
         order = {"argv": argv, "ranks": ranks, "rank": rank, "place": place, "step": step, "delay_s": delay_s}
         print(json.dumps(order), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
-        assert answer, self.process.stderr.read()
+        assert answer, self.log.read_text()
         return json.loads(answer)
 
     def close(self) -> None:
-        print(self.process.communicate()[1])
+        self.process.communicate()
+        print(self.log.read_text()[-10_000:])
 
 
 @pytest.fixture
-def zygote() -> Iterator[Zygote]:
-    started = Zygote()
+def zygote(tmp_path: Path) -> Iterator[Zygote]:
+    started = Zygote(tmp_path / "log.txt")
     yield started
     started.close()
 

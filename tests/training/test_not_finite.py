@@ -52,7 +52,7 @@ def test_a_skipped_step_leaves_weights_and_optimizers_as_they_were(small_run, mo
     spoil(monkeypatch, range(6, 9))
     folder = train(small_run("phases.extend.tokens=6000", "checkpoint.every_tokens=1", "checkpoint.keep_last=1000"))
     (first, *_) = (int(row["step"]) for row in Table(folder / "metrics.csv").read() if int(row["skipped"]))
-    before, after = (read(folder / "checkpoints" / f"{checkpoints.at_step(step)}.ckpt") for step in (first - 1, first))
+    before, after = (read(folder / "checkpoints" / f"{checkpoints.name_at_step(step)}.ckpt") for step in (first - 1, first))
     assert after.state.tokens_seen > before.state.tokens_seen and after.state.skipped_steps == 1
     for name, weight in before.weights.items():
         assert torch.equal(weight, after.weights[name])
@@ -130,7 +130,7 @@ def test_weights_that_are_not_finite_are_not_written_and_no_checkpoint_goes_for_
     content, before = read(folder / FINAL), sorted(path.name for path in (folder / "checkpoints").iterdir())
     content.weights["backbone.final_norm.weight"][3] = math.inf
     writer = checkpoints.CheckpointWriter(folder, keep_last=1)
-    writer.save(content, checkpoints.at_step(10_000), checkpoints.UNSHARDED)
+    writer.save(content, checkpoints.name_at_step(10_000), checkpoints.UNSHARDED)
     with pytest.raises(ValueError, match=r"step-00010000.ckpt: backbone.final_norm.weight is not finite"):
         writer.close()
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == before
