@@ -324,12 +324,10 @@ def check(checkpoint: Path) -> None:
 def newest(run_dir: Path) -> Path | None:
     """Return the furthest whole checkpoint of a run, with a warning about each further one that is not whole.
 
-    Returns None if no checkpoint was written yet; raises FileNotFoundError if there are some, but none is whole.
+    Returns None if no checkpoint was finished yet; raises FileNotFoundError if there are some, but none is whole.
     """
     folder = run_dir / FOLDER
     found = sorted(folder.glob("*.ckpt"), key=sort_key, reverse=True)
-    if not found:
-        return None
     for checkpoint in found:
         try:
             check(checkpoint)
@@ -337,6 +335,8 @@ def newest(run_dir: Path) -> Path | None:
             log.warning("skipped: %s", error)
         else:
             return checkpoint
+    if not found or (len(found) == 1 and not manifest_of(found[0]).exists()):  # the first, which a kill cut short
+        return None
     raise FileNotFoundError(f"{folder} holds no whole checkpoint; restore one, or train again in another run_dir")
 
 

@@ -106,6 +106,14 @@ def test_no_whole_checkpoint_is_an_error(tmp_path):
         newest(tmp_path)
 
 
+def test_a_kill_while_the_first_checkpoint_is_written_leaves_a_run_without_one(tmp_path):
+    manifest_of(save(tmp_path, "step-1", 10)).unlink()
+    assert newest(tmp_path) is None
+    manifest_of(save(tmp_path, "step-2", 20)).unlink()
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
+        newest(tmp_path)
+
+
 def test_a_kill_while_writing_leaves_the_checkpoint_before(tmp_path):
     path = save(tmp_path, "step-1", 10)
     # What is on disk at each moment of a later save: an unfinished file beside the target, then a target without manifest.

@@ -49,15 +49,16 @@ class Zygote:
 
     def __init__(self, log: Path) -> None:
         self.log = log
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", ZYGOTE],
-            cwd=ROOT,
-            env=importing(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log.open("wb"),  # a pipe would fill, and all would wait for it to be read
-            text=True,
-        )
+        with log.open("wb") as errors:  # a pipe would fill, and all would wait for it to be read
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", ZYGOTE],
+                cwd=ROOT,
+                env=importing(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
 
     def run(
         self, *argv: str, ranks: int = 1, rank: int = 0, place: str = "", step: int = 0, delay_s: float = 0
