@@ -220,7 +220,7 @@ class Watch:
     z_threshold: Annotated[float, Gt(0)] = MISSING
     """A loss or log gradient norm this many robust standard deviations above the median counts as a spike."""
     max_skipped_steps: Annotated[int, Ge(1)] = MISSING
-    """Number of steps in a row that may be skipped because their gradient is not finite; then the run stops without saving."""
+    """Number of steps in a row that may be skipped; then the run stops without saving."""
     patience: Annotated[int, Ge(1)] = MISSING
     """Number of consecutive spikes, in rows of metrics, after which `stop` stops."""
 
@@ -316,6 +316,9 @@ class Run:
     """`_target_`, a function of `modernenc.model.optim`, and its arguments, among them `lr` and `weight_decay`."""
     clip_grad_norm: Annotated[float, Ge(0)] = 0
     """Largest norm of a step's gradient; a larger gradient is scaled down to it. 0 means no limit."""
+    skip_norm_sigmas: Annotated[float, Ge(0)] = 0
+    """A step is skipped whose gradient norm is more than this many standard deviations above the mean of the last 128 steps of
+    its phase and objective; OLMo-core proposes 6. 0 skips none but those whose gradient is not finite."""
     init: Init = field(default_factory=Init)
     tasks: dict[str, Task] = field(default_factory=dict)
     """Objectives besides masked LM, by name; `+task@tasks.swag=multiple_choice` adds one. Each has its own head on the

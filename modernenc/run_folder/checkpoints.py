@@ -73,7 +73,7 @@ class UnloggedMetrics:
     targets: int
     grad_norm: float
     skipped: int
-    """Steps that were skipped because their gradient was not finite."""
+    """Steps that were skipped."""
 
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> "UnloggedMetrics":
@@ -95,7 +95,9 @@ class TrainState:
     seconds: float
     """Time spent training, over all resumes."""
     skipped_steps: int
-    """Steps in a row, up to here, that were skipped because their gradient was not finite."""
+    """Steps in a row, up to here, that were skipped."""
+    norms: dict[str, list[float]]
+    """Gradient norms of the last steps of this phase, by objective, where large ones are skipped."""
     unlogged: dict[str, UnloggedMetrics]
     """By objective."""
     data: dict[str, Any]

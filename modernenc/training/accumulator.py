@@ -22,7 +22,7 @@ class Metrics:
     grad_norm: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     """Largest norm of a step's gradient, before clipping."""
     skipped: int = 0
-    """Steps that were skipped because their gradient was not finite; nothing else counts them."""
+    """Steps that were skipped; nothing else counts them."""
 
     def add(self, spec: StepSpec, loss: torch.Tensor, targets: int, tokens: int, grad_norm: torch.Tensor) -> None:
         """Add one step."""

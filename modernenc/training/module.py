@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from modernenc.config import Run
-from modernenc.curriculum import Curriculum
+from modernenc.curriculum import Curriculum, StepSpec
 from modernenc.data.blocks import Corpus
 from modernenc.data.loader import Step, Steps
 from modernenc.data.state import DataState
@@ -22,6 +22,7 @@ from modernenc.model.initialization import fill
 from modernenc.model.unigrams import init_decoder_bias_from_unigrams
 from modernenc.run_folder.checkpoints import Checkpoint
 from modernenc.training.accumulator import Metrics
+from modernenc.training.skipping import reason_to_skip, remember
 from modernenc.training.snapshot import restore, restore_metrics, restore_optimizers
 from modernenc.training.state import LoopState
 from modernenc.training.strategy import split_parameters, synchronise_gradients
@@ -113,21 +114,21 @@ class Pretraining(LoopState):
             loss += part.detach()
         grad_norm = self._clip()
         # The same on all ranks, whose gradients are summed by now. On a GPU this waits for the backward pass.
-        finite = bool(grad_norm.isfinite())
-        if finite:
-            optim.step(optimizers)
-        else:
+        self.skip_reason = self._reason_to_skip(spec, float(grad_norm))
+        if self.skip_reason:
             self.zero_grad()
-        self.skipped_steps = 0 if finite else self.skipped_steps + 1
+        else:
+            optim.step(optimizers)
+        self.skipped_steps = self.skipped_steps + 1 if self.skip_reason else 0
         self.last_spec = spec
         self.tokens_seen += spec.step_tokens
         self.step += 1
         self.data_state = batch.state
         metrics = self.metrics.setdefault(spec.objective, Metrics(spec, torch.zeros((), device=self.device)))
-        if finite:
-            metrics.add(spec, loss, int(targets), batch.tokens, grad_norm)
-        else:
+        if self.skip_reason:
             metrics.skip(spec, batch.tokens)
+        else:
+            metrics.add(spec, loss, int(targets), batch.tokens, grad_norm)
         self.stop_all_ranks, self.abort_all_ranks = stops > 0, aborts > 0
         self.seconds += time.monotonic() - started
         if self.stop_all_ranks or self.abort_all_ranks or self.tokens_seen >= self.curriculum.total_tokens:
@@ -137,6 +138,15 @@ class Pretraining(LoopState):
         """Make dropout a function of (seed, step, first row), whatever ran before."""
         words = np.random.SeedSequence([self.run.seed, self.step, first_row]).generate_state(1, np.uint64)
         torch.manual_seed(int(words[0] >> np.uint64(1)))
+
+    def _reason_to_skip(self, spec: StepSpec, norm: float) -> str:
+        """Return why the step is skipped, or nothing, and remember its gradient norm."""
+        if spec.phase != self.last_spec.phase:
+            self.norms = {}
+        earlier = self.norms.get(spec.objective, [])
+        if self.run.skip_norm_sigmas:
+            self.norms[spec.objective] = remember(norm, earlier)
+        return reason_to_skip(norm, earlier, self.run.skip_norm_sigmas)
 
     def _clip(self) -> torch.Tensor:
         """Clip the gradient to `clip_grad_norm` if that is not 0, and return its norm over all ranks before."""

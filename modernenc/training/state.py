@@ -42,7 +42,11 @@ class LoopState(L.LightningModule):
         self.last_spec = curriculum.at(0)
         """What the curriculum prescribed for the last step."""
         self.skipped_steps = 0
-        """Steps in a row, up to the last one, that were skipped because their gradient was not finite."""
+        """Steps in a row, up to the last one, that were skipped."""
+        self.skip_reason = ""
+        """Why the last step was skipped; empty if it was not."""
+        self.norms: dict[str, list[float]] = {}
+        """Gradient norms of the last steps of this phase, by objective, where large ones are skipped."""
         self.metrics: dict[str, Metrics] = {}
         """Metrics since the last call of `flush_metrics`, by objective."""
 

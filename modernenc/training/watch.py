@@ -135,9 +135,9 @@ class SpikeMonitor(L.Callback):
         if module.skipped_steps == 1:
             self._first_skipped = module.last_spec.tokens_seen
         if module.skipped_steps:
-            log.warning("step %d: skipped, because its gradient is not finite", module.step)
+            log.warning("step %d: skipped, because %s", module.step, module.skip_reason)
         if module.skipped_steps >= self.run.watch.max_skipped_steps:
-            skipped = f"{module.skipped_steps} steps in a row had no finite gradient (watch.max_skipped_steps)"
+            skipped = f"{module.skipped_steps} steps in a row were skipped (watch.max_skipped_steps)"
             module.abort_reason = module.abort_reason or f"{skipped}: {self._advice(module, self._first_skipped)}"
         if self.run.watch.action == "off":
             return

@@ -36,8 +36,8 @@ from support.damage import flip, reseal, truncate
 
 def checkpoint(tokens: int, weights: dict[str, torch.Tensor], optimizers: list[dict] | None = None) -> Checkpoint:
     state = TrainState(
-        tokens_seen=tokens, step=tokens // 10, phase="stable", boundary=False, seconds=0.0, skipped_steps=0, unlogged={},
-        data={}, corpus="", tasks={}, ranks=1, threads=1, versions={},
+        tokens_seen=tokens, step=tokens // 10, phase="stable", boundary=False, seconds=0.0, skipped_steps=0, norms={},
+        unlogged={}, data={}, corpus="", tasks={}, ranks=1, threads=1, versions={},
     )  # fmt: skip
     return Checkpoint(weights, optimizers or [], state, {"rollbacks": 0})
 

@@ -19,18 +19,19 @@ from modernenc.run_folder import checkpoints
 from modernenc.run_folder.averaging import average
 from modernenc.run_folder.checkpoints import newest, read
 from modernenc.run_folder.tables import Table
+from modernenc.training import skipping
 from support.results import FINAL, metrics, same_state
 from support.runs import composed, resume, small, train
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, rows: range) -> None:
-    """Let the loss of micro-batches that begin with one of these rows of their phase be no number, in the second phase."""
+def spoil(monkeypatch: pytest.MonkeyPatch, rows: range, factor: float = math.nan) -> None:
+    """Multiply the loss of micro-batches that begin with one of these rows of their phase, in the second phase and later."""
     forward = Objectives.forward
 
     def spoiled(self, batch):
         loss, correct = forward(self, batch)
         longest = int(batch.cu_seqlens.diff().max())
-        return (loss * math.nan if self.training and longest > 64 and batch.first_row in rows else loss), correct
+        return (loss * factor if self.training and longest > 64 and batch.first_row in rows else loss), correct
 
     monkeypatch.setattr(Objectives, "forward", spoiled)
 
@@ -82,13 +83,48 @@ def test_a_run_that_skipped_steps_resumes_to_the_same_bits(small_run, monkeypatc
     assert metrics(folder) == metrics(resumed)
 
 
+def test_a_norm_is_too_large_only_when_it_is_far_above_enough_others():
+    earlier = [1.0, 1.2] * (skipping.REMEMBERED // 4)  # mean 1.1, standard deviation 0.1
+    assert skipping.reason_to_skip(1.69, earlier, 6) == "" != skipping.reason_to_skip(1.71, earlier, 6)
+    assert skipping.reason_to_skip(1000, earlier, 0) == skipping.reason_to_skip(1000, earlier[:-1], 6) == ""
+    assert skipping.reason_to_skip(math.inf, [], 0) == "its gradient is not finite"
+    grown = list(earlier)
+    for _ in range(skipping.REMEMBERED):
+        grown = skipping.remember(50, grown)
+    assert skipping.reason_to_skip(50, grown, 6) == "" and len(grown) == skipping.REMEMBERED
+    assert skipping.remember(math.nan, grown) == grown
+
+
+def test_a_run_skips_steps_whose_gradient_is_far_too_large_and_resumes_to_the_same_bits(
+    small_run, monkeypatch, tmp_path, caplog
+):
+    monkeypatch.setattr(skipping, "REMEMBERED", 8)
+    spoil(monkeypatch, range(20, 24), 1000)
+    folder = train(
+        small_run("phases.extend.tokens=9000", "checkpoint.every_tokens=1", "checkpoint.keep_last=1000", "skip_norm_sigmas=6")
+    )
+    assert (
+        sum(int(row["skipped"]) for row in Table(folder / "metrics.csv").read())
+        == caplog.text.count("its gradient norm is")
+        > 0
+    )
+    amid = next(path for path in sorted((folder / "checkpoints").glob("step-*.ckpt")) if read(path).state.skipped_steps)
+    resumed = Path(shutil.copytree(folder, tmp_path / "resumed"))
+    for path in (resumed / "checkpoints").glob("*.ckpt"):
+        if checkpoints.sort_key(path) >= checkpoints.sort_key(amid):
+            checkpoints.remove(path)
+    resume(resumed, [])
+    assert same_state(folder / FINAL, resumed / FINAL)
+    assert metrics(folder) == metrics(resumed)
+
+
 def test_too_many_skipped_steps_end_the_run_and_name_the_checkpoint_to_go_back_to(small_run, monkeypatch, caplog):
     spoil(monkeypatch, range(4, 10_000))
     run = small_run("phases.extend.tokens=60000", "watch.max_skipped_steps=5", "watch.action=off", "checkpoint.keep_last=2")
     with caplog.at_level(logging.WARNING, "modernenc"), pytest.raises(SystemExit) as stopped:
         train(run)
     assert stopped.value.code == UNSTABLE
-    assert "5 steps in a row had no finite gradient (watch.max_skipped_steps)" in caplog.text
+    assert "5 steps in a row were skipped (watch.max_skipped_steps)" in caplog.text
     folder = Path(run.run_dir)
     said = caplog.text[caplog.text.rindex("python -m modernenc.resume") :].split()
     assert Path(said[3]).suffix == ".ckpt" and read(Path(said[3])).state.skipped_steps == 0
