@@ -281,8 +281,8 @@ class Cluster:
 class Estimate:
     """Assumptions for the time and cost estimates of `modernenc.plan`; training ignores them."""
 
-    device: str = ""
-    """One of `modernenc.planning.devices.DEVICES`; empty omits hours and the check of memory."""
+    device: Annotated[str, Literal["a100", "h100", "h200", "rtx4090", ""]] = ""
+    """Kind of GPU; empty omits hours and the check of memory."""
     mfu: Annotated[float, Interval(gt=0, le=1)] = 0.25
     """Model FLOP utilization: the fraction of the device's bf16 peak that training reaches. ModernBERT-base took 245.6 hours on
     8 H100, which is 0.26."""

@@ -4,7 +4,6 @@
 `Annotated[str, Literal["ddp", "fsdp"]]` one of several words.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from types import UnionType
@@ -19,7 +18,7 @@ def check(key: str, kind: Any, value: Any) -> None:
     """Raise ValueError for the first value that is of another type or out of its range, naming its dotted key.
 
     `kind` is the annotation of the value; a dataclass is checked field by field, a mapping and a list value by value. Numbers
-    must be finite. `X | None` is checked unless it is None.
+    must lie between -2^63 and 2^63. `X | None` is checked unless it is None.
     """
     if get_origin(kind) is Annotated:
         kind, *constraints = get_args(kind)
@@ -46,8 +45,8 @@ def check(key: str, kind: Any, value: Any) -> None:
             check(f"{key}[{number}]", get_args(kind)[0], item)
     elif kind in _NUMBERS:
         fits = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-        if not (fits and math.isfinite(value)):
-            raise ValueError(f"{key}={value}: expected {_NUMBERS[kind]}")
+        if not (fits and abs(value) < 1 << 63):  # what a machine word holds; not so NaN
+            raise ValueError(f"{key}={value}: expected {_NUMBERS[kind]}{' below 2^63' if fits else ''}")
     elif kind in (bool, str) and not isinstance(value, kind):
         raise ValueError(f"{key}={value}: expected {'true or false' if kind is bool else 'text'}")
 
@@ -72,7 +71,7 @@ def _conditions(constraint: Any) -> Iterator[tuple[str, Callable[[Any], bool]]]:
         case MaxLen(max_length=length):
             yield f"{length} values or fewer", lambda value: len(value) <= length
         case Interval(gt=None, ge=least, lt=None, le=most) if least is not None and most is not None:
-            yield f"from {least} to {most}", lambda value: least <= value <= most
+            yield f"{least} to {most}", lambda value: least <= value <= most
         case Len(min_length=length, max_length=most) if length == most:
             yield f"{length} values", lambda value: len(value) == length
         case GroupedMetadata():
@@ -80,6 +79,6 @@ def _conditions(constraint: Any) -> Iterator[tuple[str, Callable[[Any], bool]]]:
                 yield from _conditions(part)
         case _ if get_origin(constraint) is Literal:
             words = get_args(constraint)
-            yield f"one of {', '.join(map(str, words))}", lambda value: value in words
+            yield f"one of {', '.join(str(word) or 'nothing' for word in words)}", lambda value: value in words
         case _:
             raise TypeError(f"{constraint}: no constraint that can be checked")

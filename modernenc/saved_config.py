@@ -128,6 +128,17 @@ def save(run: Run) -> None:
     write_text(Path(run.run_dir) / CONFIG, OmegaConf.to_yaml(OmegaConf.structured(run)))
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that occurs twice, of which YAML's own loader would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping; ConstructorError for a key that occurs twice."""
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} occurs twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load(run_dir: Path) -> Run:
     """Return the configuration that a run was started with.
 
@@ -139,7 +150,7 @@ def load(run_dir: Path) -> Run:
         give = run_dir / "latest" if (run_dir / "latest" / CONFIG).is_file() else "a folder that modernenc.train made"
         raise FileNotFoundError(f"{run_dir} holds no run: {CONFIG} is missing; give {give}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
         if not isinstance(values, dict):
             raise ValueError("it holds no mapping of keys to values")
         run = from_plain(values)

@@ -11,7 +11,6 @@ from modernenc.config import Run
 from modernenc.curriculum import Curriculum, reads_text, sources_of
 from modernenc.data.blocks import VALIDATION, Corpus
 from modernenc.data.store import ATTEMPTS, longest_fetch_s
-from modernenc.planning.devices import DEVICES
 
 
 def check_run(run: Run) -> tuple[Curriculum, Corpus]:
@@ -83,8 +82,6 @@ def check_settings(run: Run) -> Curriculum:
 
 def _check_combinations(run: Run) -> None:
     """Raise ValueError for a setting that is legal by itself and not beside another, or that this installation lacks."""
-    if run.estimate.device not in ("", *DEVICES):
-        raise ValueError(f"estimate.device={run.estimate.device}: expected one of {', '.join(DEVICES)}, or nothing")
     tries = longest_fetch_s(run.data.timeout_s)
     if run.data.workers and "://" in run.data.root and run.data.loader_timeout_s <= tries:
         raise ValueError(

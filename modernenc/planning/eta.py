@@ -8,6 +8,7 @@ from rich.table import Table
 from modernenc.config import Run
 from modernenc.planning import estimate
 from modernenc.planning.checks import check_settings
+from modernenc.planning.model_checks import check_backbone
 from modernenc.run_folder import lineage, tables
 from modernenc.run_folder.checkpoints import read_manifest
 from modernenc.run_folder.load import locate
@@ -19,6 +20,7 @@ def show(path: Path, overrides: list[str]) -> None:
     before, checkpoint = locate(path)
     run = apply_overrides(before, overrides)
     curriculum = check_settings(run)
+    check_backbone(run)
     position = read_manifest(checkpoint)["tokens_seen"] if checkpoint else 0
     speeds = _speeds(before, run)
     print(f"left of {run.run_dir} after {position:,} of {curriculum.total_tokens:,} tokens")

@@ -67,4 +67,5 @@ def _name_group_in_errors(group: str, node: dict[str, Any]) -> Iterator[None]:
         if str(error).startswith(group):
             raise
         name = node["_target_"].rpartition(".")[2]
-        raise ValueError(f"{group}: {name} cannot be built with these settings: {error}") from error
+        said = str(error).partition("\n")[0]  # torch adds frames of C++
+        raise ValueError(f"{group}: {name} cannot be built with these settings: {said}") from error

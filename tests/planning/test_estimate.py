@@ -3,14 +3,14 @@
 import json
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from modernenc.config import Run
+from modernenc.config import Estimate, Run
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.data.loader import Steps
@@ -18,6 +18,7 @@ from modernenc.data.state import DataState
 from modernenc.model import optim
 from modernenc.model.build import build_objectives, checkpoint_activations
 from modernenc.planning import estimate
+from modernenc.planning.devices import DEVICES
 from modernenc.planning.measure import only_phase
 from modernenc.planning.memory import memory
 from modernenc.planning.notes import notes
@@ -72,6 +73,8 @@ def test_a_plan_is_printed_for_programs_drawn_and_compared(tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     compared = command("modernenc.plan", "+recipe=base", "--against", "large").stdout
     assert "149,655,232" in compared and "395,881,664" in compared and "phases.stable.ramp.start_rows" in compared
+    (names,) = (get_args(constraint) for constraint in get_args(get_type_hints(Estimate, include_extras=True)["device"])[1:])
+    assert {*names} == {*DEVICES, ""}
     device = command("modernenc.plan", "+recipe=base", "estimate.device=b300")
     assert device.returncode == 2 and "estimate.device=b300: expected one of a100, h100" in device.stderr
     unknown = command("modernenc.plan", "+recipe=base", "--against", "huge")

@@ -36,11 +36,11 @@ def test_every_number_of_a_run_has_a_range():
     assert len(list(numbers(Run))) > 40
 
 
-@pytest.mark.parametrize("value", ["-1", ".nan", ".inf", "-.inf", "1e400"])
+@pytest.mark.parametrize("value", ["-1", ".nan", ".inf", "-.inf", "1e400", "1e19", "-9223372036854775809"])
 def test_a_number_that_no_setting_can_have_is_refused_by_its_key(value):
     run = composed(["+recipe=demo", "data.root=nowhere"])
     for key, kind, _ in numbers(Run):
-        if key.startswith(("tasks", "rollbacks")) or (kind is int and value != "-1"):
+        if key.startswith(("tasks", "rollbacks")) or (kind is int and not value.lstrip("-").isdigit()):
             continue
         key = (
             key.replace("phases.*", "phases.stable")
@@ -55,7 +55,7 @@ def test_a_number_that_no_setting_can_have_is_refused_by_its_key(value):
     ("setting", "message"),
     [
         ("phases.extend.backbone.global_rope_theta=0", r"phases\.extend\.backbone\.global_rope_theta=0: expected more than 0"),
-        ("backbone.num_hidden_layers=0", r"backbone\.num_hidden_layers=0: expected 1 or more"),
+        ("backbone.num_hidden_layers=0", r"backbone\.num_hidden_layers=0: expected 1 to 1000"),
         ("backbone.hidden_size=1.5", r"backbone\.hidden_size=1.5: expected a whole number"),
         ("backbone.attention_out_dropout=1.5", r"backbone\.attention_out_dropout=1.5: expected"),
         ("optim.lr=0", r"optim\.lr=0: expected more than 0"),
@@ -117,7 +117,7 @@ def test_a_value_of_another_type_is_named(kind, value):
         ("optim._target_=a..b", r"optim\._target_=a\.\.b: there is no module"),
         ("phases.stable.objectives={masked_lm: 1000001}", r"objectives\.masked_lm=1000001: expected"),
         ("phases.stable.batch_rows=9999999999", r"ramp\.step_rows=.*at most"),
-        ("phases.extend.batch_rows=9999999999999999999", r"phases\.extend ends at token .*batch_rows"),
+        ("phases.extend.batch_rows=9999999999999999999", r"batch_rows=9+: expected a whole number below 2\^63"),
         ("backbone.num_hidden_layers=100000000", r"backbone\.num_hidden_layers=100000000: expected"),
     ],
 )

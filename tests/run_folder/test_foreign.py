@@ -211,6 +211,13 @@ def test_a_configuration_that_has_lost_a_key_is_not_filled_up_with_a_default(fol
         saved_config.load(folder)
 
 
+def test_a_key_that_occurs_twice_is_refused(folder):
+    path = folder / "config.yaml"
+    path.write_text(f"{path.read_text()}clip_grad_norm: 1.0\n")
+    with pytest.raises(ValueError, match=r"config\.yaml: clip_grad_norm occurs twice"):
+        saved_config.load(folder)
+
+
 def test_a_forged_checkpoint_is_named(folder):
     path = folder / FINAL
     content = read(path)
