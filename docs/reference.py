@@ -150,7 +150,9 @@ def describe_range(constraint: ast.expr) -> str:
     """Return a range in words; what else an annotation may say, such as a multiple, is left to the docstring of the field."""
     if isinstance(constraint, ast.Subscript):  # Literal["ddp", "fsdp"]
         words = constraint.slice.elts if isinstance(constraint.slice, ast.Tuple) else [constraint.slice]
-        return "one of " + ", ".join(f"`{word}`" if (word := ast.literal_eval(element)) != "" else "nothing" for element in words)
+        return "one of " + ", ".join(
+            f"`{word}`" if (word := ast.literal_eval(element)) != "" else "nothing" for element in words
+        )
     assert isinstance(constraint, ast.Call)
     bounds = [(ast.unparse(constraint.func).lower(), value) for value in constraint.args]
     bounds += [(str(keyword.arg), keyword.value) for keyword in constraint.keywords]

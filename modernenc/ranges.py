@@ -4,6 +4,7 @@
 `Annotated[str, Literal["ddp", "fsdp"]]` one of several words.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from types import UnionType
@@ -45,8 +46,9 @@ def check(key: str, kind: Any, value: Any) -> None:
             check(f"{key}[{number}]", get_args(kind)[0], item)
     elif kind in _NUMBERS:
         fits = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-        if not (fits and abs(value) < 1 << 63):  # what a machine word holds; not so NaN
-            raise ValueError(f"{key}={value}: expected {_NUMBERS[kind]}{' below 2^63' if fits else ''}")
+        if not (fits and abs(value) < 1 << 63):  # what a machine word holds; NaN is less than nothing
+            finite = fits and abs(value) < math.inf
+            raise ValueError(f"{key}={value}: expected {_NUMBERS[kind]}{' below 2^63' if finite else ''}")
     elif kind in (bool, str) and not isinstance(value, kind):
         raise ValueError(f"{key}={value}: expected {'true or false' if kind is bool else 'text'}")
 

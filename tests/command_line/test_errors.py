@@ -75,7 +75,7 @@ CASES = {
     "a branch from nothing": (["+from=/nonexistent.ckpt"], r"\+from=/nonexistent.ckpt: no checkpoint"),
     "a wrong type": (["data.lanes=many"], r"many.*Integer.*data\.lanes"),
     "an unknown key of the backbone": (["+backbone.depth=3"], r"backbone.depth: unknown key; ModernBERT takes vocab_size"),
-    "no orthogonalisation": (["optim.ns_steps=0"], r"optim.ns_steps=0: expected from 1 to 99"),
+    "no orthogonalisation": (["optim.ns_steps=0"], r"optim.ns_steps=0: expected 1 to 99"),
     "half a step of an optimizer": (["optim.ns_steps=1.5"], r"optim.ns_steps=1.5: expected a whole number"),
     "an unknown key of the optimizer": (["+optim.beta=3"], r"optim.beta: unknown key; muon takes lr"),
     "a wrong type in the backbone": (["backbone.hidden_size=wide"], r"backbone.hidden_size=wide: expected a whole number"),
