@@ -77,8 +77,9 @@ def muon(
     others = adamw(rest, [], adamw_lr_ratio * lr, weight_decay, betas, eps)
     if not matrices:
         return others
-    settings: dict[str, Any] = {"nesterov": True, "ns_steps": ns_steps, "adjust_lr_fn": "match_rms_adamw"}
-    return [torch.optim.Muon(_make_groups(matrices, lr), lr, weight_decay, momentum, **settings), *others]
+    from modernenc.model.muon import Muon  # imports torch.distributed.tensor, which `plan` can do without
+
+    return [Muon(_make_groups(matrices, lr), lr, weight_decay, momentum, ns_steps), *others]
 
 
 def step(optimizers: Iterable[Optimizer]) -> None:

@@ -90,8 +90,6 @@ def _check_combinations(run: Run) -> None:
         )
     if run.init.unigram and not any(reads_text(phase) for phase in run.phases.values()):
         raise ValueError("init.unigram=True: expected false where no phase reads text")
-    if run.trainer.strategy == "fsdp" and str(run.optim.get("_target_")).endswith(".muon"):
-        raise ValueError("trainer.strategy=fsdp: expected ddp with optim=muon, whose matrices must be whole")
     if run.logger.wandb != "off" and importlib.util.find_spec("wandb") is None:
         raise ValueError(f"logger.wandb={run.logger.wandb}: wandb is not installed; pip install 'modernenc[wandb]'")
 

@@ -136,6 +136,30 @@ def test_ddp_and_fsdp_train_as_one_rank_and_take_up_each_others_checkpoints(sett
 
 
 @pytest.mark.slow
+def test_muon_splits_its_matrices_over_two_and_three_ranks_and_trains_as_on_one(settings, tmp_path, monkeypatch):
+    """A run on three ranks goes on on two."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    settings = [
+        *settings,
+        *WIDER,
+        "optim=muon",
+        "trainer.precision=32-true",
+        "phases.decay.tokens=6000",
+        "checkpoint.keep_last=100",
+    ]
+    folders = {ranks: tmp_path / str(ranks) for ranks in (1, 2, 3)}
+    for ranks, folder in folders.items():
+        place = [f"run_dir={folder}", f"trainer.strategy={'auto' if ranks == 1 else 'fsdp'}"]
+        run(ranks, "support.exact_muon", "modernenc.train", *settings, *place)
+        assert len(losses(folder)) > 20
+        assert losses(folder) == pytest.approx(losses(folders[1]), rel=1e-6)
+        assert distance(folders[1] / FINAL, folder / FINAL) < 1e-5
+    taken = shutil.copytree(folders[3], tmp_path / "taken")
+    run(2, "support.exact_muon", "modernenc.resume", str(taken / "checkpoints" / "end-of-stable.ckpt"))
+    assert distance(folders[1] / FINAL, taken / FINAL) < 1e-5
+
+
+@pytest.mark.slow
 def test_two_ranks_that_start_at_different_times_share_a_folder_and_resume_to_the_same_bits(settings, tmp_path):
     """The folder's name holds the second of the start, and the second rank starts seconds later."""
     place = ["trainer.devices=2", "trainer.strategy=fsdp", "checkpoint.distributed=true", "logger.every_steps=3"]
