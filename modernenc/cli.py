@@ -1,5 +1,6 @@
 """The command line of Hydra programs: a user's mistake becomes one clear line instead of a traceback."""
 
+import errno
 import itertools
 import os
 import re
@@ -133,6 +134,8 @@ def end_if_stopped(go_on: str) -> None:
     """
 
     def end(number: int, frame: FrameType | None) -> None:
+        if sys.exc_info()[0] is not None:  # an error is ending the process, and says more
+            return
         print(f"{signal.Signals(number).name} while no step was under way: nothing was lost; {go_on}", file=sys.stderr)
         raise SystemExit(STOPPED)
 
@@ -169,6 +172,9 @@ def checkpoint_argument(path: Path) -> str:
 
 def _message(error: BaseException) -> str:
     text = str(error).strip()
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        what = f"{error.filename} could not be written" if error.filename else "a file could not be written"
+        text = f"{what}: No space left on device; make room, then give the command again, or resume the run"
     if isinstance(error, HydraException) and isinstance(error.__cause__, OmegaConfBaseException):
         text += f": {error.__cause__}"
     text = text.partition("\nConfig search path")[0]

@@ -143,7 +143,7 @@ if [ "$cancelled" = yes ]; then  # bash stopped waiting in order to handle the s
     wait "$step"
     echo "job $SLURM_JOB_ID was cancelled; what it saved is in $run/checkpoints; go on with: sbatch $run/{JOB}"
 elif [ "$status" -eq {STOPPED} ]; then  # saved at a step boundary, ahead of the time limit
-    echo "job $SLURM_JOB_ID saved ahead of its time limit and is queued again"
+    echo "job $SLURM_JOB_ID stopped ahead of its time limit and is queued again"
     scontrol requeue "$SLURM_JOB_ID"
 elif [ "$status" -ne 0 ]; then
     echo "job $SLURM_JOB_ID failed with status $status, see above; when that is mended: sbatch $run/{JOB}"

@@ -179,7 +179,9 @@ class Corpus:
         try:
             self._manifest = store.file(MANIFEST).read_bytes()
         except FileNotFoundError:
-            raise FileNotFoundError(f"data.root={store}: no {MANIFEST} there; {hint}") from None
+            raise FileNotFoundError(
+                f"data.root={store}: no {MANIFEST} there; if the corpus was moved, add data.root=ITS_FOLDER; else {hint}"
+            ) from None
         self.manifest: dict[str, Any] = parse(self._manifest, _MANIFEST, store.where(MANIFEST), REMEDY)
         self.sources: dict[str, dict[str, Any]] = self.manifest["sources"]
         """The entry of each source in the manifest."""

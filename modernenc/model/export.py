@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from modernenc.hugging_face import converter_of, model_of
 from modernenc.hugging_face.parity import TOLERANCE, logit_difference
 from modernenc.hugging_face.tokenizer import pretrained_tokenizer
@@ -40,10 +42,15 @@ def export(paths: Sequence[Path], out: Path, average_by: str | None = None, acro
     partial = out.with_name(out.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    model.save_pretrained(partial)
-    pretrained_tokenizer(corpus, objective.backbone.max_position).save_pretrained(partial)
-    difference = logit_difference(objective, converter_of(objective.backbone).load(partial), corpus.vocab_size)
-    if not difference <= TOLERANCE:  # which a difference that is no number is not either
-        raise ValueError(f"{partial}: its logits differ from the checkpoint's by {difference:.1e}; not exported")
-    os.replace(partial, out)
+    try:
+        model.save_pretrained(partial)
+        pretrained_tokenizer(corpus, objective.backbone.max_position).save_pretrained(partial)
+        difference = logit_difference(objective, converter_of(objective.backbone).load(partial), corpus.vocab_size)
+        if not difference <= TOLERANCE:  # which a difference that is no number is not either
+            raise ValueError(f"{out}: its logits would differ from the checkpoint's by {difference:.1e}; not exported")
+        os.replace(partial, out)
+    except SafetensorError as error:
+        raise OSError(f"{out} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return difference

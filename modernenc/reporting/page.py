@@ -13,7 +13,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 
-from modernenc.atomic import partial_path, write_text
+from modernenc.atomic import replacing, write_text
 from modernenc.config import Run
 from modernenc.curriculum import CHOICES, MASKED_LM, Curriculum
 from modernenc.data.blocks import MANIFEST, VALIDATION, corpus_of
@@ -55,8 +55,8 @@ def write(run: Run) -> Path:
     is_forked = any(entry["event"] in ("rollback", "branch", "branched") for entry in entries)
     picture = plots.draw_curriculum(run, curriculum)
     image = run_dir / "curriculum.png"
-    picture.savefig(partial_path(image), format="png", dpi=110)
-    partial_path(image).replace(image)  # a link of this name is replaced, and not followed out of the folder
+    with replacing(image) as partial:  # a link of this name is replaced, and not followed out of the folder
+        picture.savefig(partial, format="png", dpi=110)
     values = {
         "recipe": run.recipe,
         "facts": list(_facts(run, curriculum, training, validation)),

@@ -96,6 +96,8 @@ class TrainState:
     """Time spent training, over all resumes."""
     skipped_steps: int
     """Steps in a row, up to here, that were skipped."""
+    skipped_since: int
+    """Position before the first of them."""
     norms: dict[str, list[float]]
     """Gradient norms of the last steps of this phase, by objective, where large ones are skipped."""
     unlogged: dict[str, UnloggedMetrics]
@@ -178,10 +180,14 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._writing: Future[None] | None = None
 
-    def save(self, content: Content, name: str, shard: RankShard) -> None:
-        """Write a rank's shard of a checkpoint, whose content nobody changes afterwards; waits for the save before."""
+    def save(self, content: Content, name: str, shard: RankShard, unstable_since: int | None = None) -> None:
+        """Write a rank's shard of a checkpoint, whose content nobody changes afterwards; waits for the save before.
+
+        The last checkpoint up to `unstable_since`, if that is given, is not pruned.
+        """
         self.wait()
-        self._writing = self._thread.submit(self._write, content, self.run_dir / FOLDER / f"{name}.ckpt", shard)
+        target = self.run_dir / FOLDER / f"{name}.ckpt"
+        self._writing = self._thread.submit(self._write, content, target, shard, unstable_since)
 
     def check(self) -> None:
         """Raise the failure of the last save, if it has failed by now."""
@@ -198,10 +204,10 @@ class CheckpointWriter:
         self._thread.shutdown()
         self.wait()
 
-    def _write(self, content: Content, target: Path, shard: RankShard) -> None:
+    def _write(self, content: Content, target: Path, shard: RankShard, unstable_since: int | None) -> None:
         write(content, target, shard)
         if shard.rank == 0:
-            prune(self.run_dir, self.keep_last)
+            prune(self.run_dir, self.keep_last, unstable_since)
 
 
 def write(content: Content, target: Path, shard: RankShard = UNSHARDED) -> None:
@@ -342,12 +348,22 @@ def newest(run_dir: Path) -> Path | None:
     raise FileNotFoundError(f"{folder} holds no whole checkpoint; restore one, or train again in another run_dir")
 
 
-def prune(run_dir: Path, keep_last: int) -> None:
-    """Delete all but the last `keep_last` checkpoints between boundaries; one that ranks still write does not count."""
+def last_until(run_dir: Path, tokens: int) -> Path | None:
+    """Return the furthest finished checkpoint of a run up to a position, of those at one position the last rollback's."""
+    found = [path for path in (run_dir / FOLDER).glob("*.ckpt") if is_finished(path) and tokens_seen(path) <= tokens]
+    return max(found, key=lambda path: (tokens_seen(path), sort_key(path), path.name), default=None)
+
+
+def prune(run_dir: Path, keep_last: int, unstable_since: int | None = None) -> None:
+    """Delete all but the last `keep_last` checkpoints between boundaries; one that ranks still write does not count.
+
+    The last one up to `unstable_since`, if that is given, stays: what came after may be of no use.
+    """
+    good = None if unstable_since is None else last_until(run_dir, unstable_since)
     between = sorted((run_dir / FOLDER).glob(f"{name_at_step('*')}.ckpt"), key=sort_key)
     finished = [checkpoint for checkpoint in between if is_finished(checkpoint)]
     for checkpoint in between:
-        if checkpoint not in finished[-keep_last:] and finished and sort_key(checkpoint) < sort_key(finished[-1]):
+        if checkpoint not in [*finished[-keep_last:], good] and finished and sort_key(checkpoint) < sort_key(finished[-1]):
             remove(checkpoint)
 
 

@@ -42,7 +42,7 @@ def record_start(run: Run, plan: str, checkpoint: Checkpoint | None, event: Even
         if event.event != "resume" or checkpoint is None:
             _point_latest(run_dir)
         else:
-            _restore_config(run)
+            _update_config(run)
         lineage.add(run_dir, event, ranks, position)
         return
     number = checkpoint.run["rollbacks"]
@@ -56,12 +56,15 @@ def record_start(run: Run, plan: str, checkpoint: Checkpoint | None, event: Even
     save(from_plain(checkpoint.run, run.run_dir))
 
 
-def _restore_config(run: Run) -> None:
-    """Write the configuration again if its file is missing or damaged: the run was then resumed by its checkpoint's."""
+def _update_config(run: Run) -> None:
+    """Keep where the corpus is now, and write the whole configuration if its file is missing or damaged."""
     try:
-        load(Path(run.run_dir))
-    except (FileNotFoundError, ValueError):
+        saved = load(Path(run.run_dir))
+    except (FileNotFoundError, ValueError):  # the run was resumed by its checkpoint's
         save(run)
+    else:
+        if saved.data.root != run.data.root:
+            save(replace(saved, run_dir=run.run_dir, data=replace(saved.data, root=run.data.root)))
 
 
 def _point_latest(run_dir: Path) -> None:

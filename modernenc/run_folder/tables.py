@@ -40,8 +40,12 @@ class Table:
         if not self.path.exists():
             writer.writeheader()
         writer.writerows(rows)
-        with self.path.open("ab", buffering=0) as file:
-            file.write(text.getvalue().encode())
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                file.write(text.getvalue().encode())
+        except OSError as error:
+            error.filename = str(self.path)  # which the system does not name when a write fails
+            raise
 
     def read(self) -> list[dict[str, str]]:
         """Return all rows, but for a last one that is still being written, or that a kill cut short.

@@ -42,7 +42,8 @@ class Checkpointing(L.Callback):
         if sharded:
             shard = RankShard(trainer.global_rank, trainer.world_size, save=trainer.strategy.broadcast(time.time_ns()))
         if sharded or trainer.is_global_zero:
-            self._writer.save(content, name_at_end(phase) if phase else name_at_step(module.step), shard)
+            name = name_at_end(phase) if phase else name_at_step(module.step)
+            self._writer.save(content, name, shard, module.unstable_since)
         self._time_of_save = time.monotonic()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -14,7 +14,7 @@ from typing import cast
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.loggers import Logger
-from rich.logging import RichHandler
+from rich import get_console
 
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum
@@ -208,10 +208,8 @@ def _open_log(run_dir: Path) -> Iterator[bool]:
     """
     file = logging.FileHandler(run_dir / LOG)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    screen: logging.Handler = RichHandler(show_path=False, log_time_format="%H:%M:%S")
-    if not sys.stdout.isatty():  # whole lines, so that the commands in them can be copied
-        screen = logging.StreamHandler(sys.stdout)
-        screen.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    screen = _Screen() if sys.stdout.isatty() else logging.StreamHandler(sys.stdout)
+    screen.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     try:
         assert file.stream is not None
         waited = acquire(file.stream, run_dir)
@@ -224,6 +222,15 @@ def _open_log(run_dir: Path) -> Iterator[bool]:
     finally:
         log.removeHandler(file)
         file.close()
+
+
+class _Screen(logging.Handler):
+    """Prints above the progress bar, in lines that are not broken, so that the commands in them can be copied."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a message."""
+        style = "yellow" if record.levelno >= logging.WARNING else None
+        get_console().print(self.format(record), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _quiet_libraries() -> None:

@@ -119,6 +119,8 @@ class Pretraining(LoopState):
             self.zero_grad()
         else:
             optim.step(optimizers)
+        if not self.skipped_steps:
+            self.skipped_since = self.tokens_seen
         self.skipped_steps = self.skipped_steps + 1 if self.skip_reason else 0
         self.last_spec = spec
         self.tokens_seen += spec.step_tokens

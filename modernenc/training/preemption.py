@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from types import FrameType
-from typing import Any, cast
+from typing import cast
 
 import lightning.pytorch as L
 
@@ -31,7 +31,6 @@ class Preemption(L.Callback):
     """Handles the signals from the first step to the last."""
 
     def __init__(self) -> None:
-        self._handlers: dict[int, Any] = {}
         self._wakeup = -1
         self._pipe: tuple[socket.socket, socket.socket] | None = None
 
@@ -44,7 +43,8 @@ class Preemption(L.Callback):
                 log.warning("%s: saving after this step; once more ends the run at once", signal.Signals(number).name)
             module.stop_requested = True
 
-        self._handlers = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+        for number in STOP_SIGNALS:
+            signal.signal(number, note)
         reads, writes = self._pipe = socket.socketpair()
         writes.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(writes.fileno())
@@ -55,12 +55,15 @@ class Preemption(L.Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Restore the handlers that were installed before, and end the thread."""
+        """Ignore the signals until Lightning, at the end of its teardown, restores the handlers before its own; end the thread.
+
+        Lightning's handler would talk to the other ranks, which may be gone.
+        """
         if self._pipe is None:
             return
         signal.set_wakeup_fd(self._wakeup)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         self._pipe[1].close()
         self._pipe = None
 

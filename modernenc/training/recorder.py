@@ -20,6 +20,10 @@ from modernenc.training.module import Pretraining
 log = logging.getLogger(__name__)
 
 
+_USELESS = 1.5
+"""Validation losses this many times as high as that of a model that knows nothing are warned of."""
+
+
 class MetricsWriter(L.Callback):
     """Writes `metrics.csv`, and passes the same metrics to the loggers."""
 
@@ -141,6 +145,11 @@ class ValidationWriter(L.Callback):
             elif score.source in self.run.tasks:
                 log_numbers(trainer, module.step, {f"validation/{score.source}/accuracy": score.accuracy})
         self.last_loss = next(score.loss for score in scores if score.source == ALL)
+        blind = math.log(self.run.backbone["vocab_size"])
+        if not self.last_loss <= _USELESS * blind:
+            log.warning(
+                "validation loss %.3f: a model that knows nothing has %.3f; this one is of no use", self.last_loss, blind
+            )
 
 
 def is_missing(run: Run, phase: str, step: int) -> bool:

@@ -48,9 +48,10 @@ def resume(path: Path, overrides: list[str]) -> None:
 
 def rollback(path: Path, overrides: list[str], skip_tokens: int) -> None:
     """Go back to a checkpoint, and on under other settings; ValueError or FileNotFoundError names what is wrong."""
-    if skip_tokens < 0:
-        raise ValueError(f"--skip-tokens {skip_tokens}: expected a number of tokens, 0 or more")
     now, file = _locate(path)
+    longest = int(sum(phase.tokens for phase in now.phases.values()))
+    if not 0 <= skip_tokens <= longest:
+        raise ValueError(f"--skip-tokens {skip_tokens}: expected 0 to {longest}, the tokens of the whole run")
     check_root(now, overrides)
     assert file is not None
     checkpoint = checkpoints.read(file)
@@ -80,6 +81,7 @@ def _locate(path: Path) -> tuple[Run, Path | None]:
 
 def _go_on(run: Run, checkpoint: Checkpoint | None, event: Event) -> None:
     curriculum, corpus = check_run(run)
+    run = replace(run, data=replace(run.data, root=str(corpus.store)))
     check_hardware(run)
     check_backbone(run)
     check_optim(run)

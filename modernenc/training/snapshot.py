@@ -48,6 +48,7 @@ def capture(module: LoopState, sharded: bool) -> Content:
         boundary=bool(module.finished_phase),
         seconds=module.seconds,
         skipped_steps=module.skipped_steps,
+        skipped_since=module.skipped_since,
         norms={objective: list(norms) for objective, norms in module.norms.items()},
         unlogged=unlogged,
         data=data,
@@ -83,6 +84,7 @@ def restore(module: LoopState, checkpoint: Checkpoint) -> None:
     module.step = state.step
     module.seconds = state.seconds
     module.skipped_steps = state.skipped_steps
+    module.skipped_since = state.skipped_since
     module.norms = dict(state.norms)
     module.data_state = state.data
 

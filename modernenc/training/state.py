@@ -43,6 +43,11 @@ class LoopState(L.LightningModule):
         """What the curriculum prescribed for the last step."""
         self.skipped_steps = 0
         """Steps in a row, up to the last one, that were skipped."""
+        self.skipped_since = 0
+        """Position before the first of them."""
+        self.unstable_since: int | None = None
+        """Position before the first of the last steps in a row that were skipped or spiked; None if the last one was not. Known
+        on the first rank."""
         self.skip_reason = ""
         """Why the last step was skipped; empty if it was not."""
         self.norms: dict[str, list[float]] = {}

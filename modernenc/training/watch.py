@@ -18,7 +18,7 @@ import lightning.pytorch as L
 
 from modernenc.config import Run
 from modernenc.curriculum import CHOICES, MASKED_LM, WATCHED_ROWS
-from modernenc.run_folder.checkpoints import FOLDER, tokens_seen
+from modernenc.run_folder.checkpoints import last_until, tokens_seen
 from modernenc.training.module import Pretraining
 from modernenc.training.recorder import MetricsWriter
 
@@ -57,6 +57,8 @@ class Series:
         self.run = run
         self.spikes: list[Observation] = []
         """The last rows, as far back as each was a spike."""
+        self.since = 0
+        """Position of the last row before these."""
         self._phase = ""
         self._points: list[Observation] = []
         self._before = [Observation(0, blind_loss, math.inf)]
@@ -69,6 +71,8 @@ class Series:
             self._phase, self._points, self._before = phase, [], self._points or self._before
         warning = self._spike(point)
         if warning:
+            if not self.spikes:
+                self.since = (self._points or self._before)[-1].tokens_seen
             self.spikes.append(point)
         else:
             self.spikes = []
@@ -114,16 +118,15 @@ class SpikeMonitor(L.Callback):
     def __init__(self, run: Run, writer: MetricsWriter) -> None:
         self.run = run
         self.writer = writer
-        self._first_skipped = 0
-        """Position at the start of the first of the steps in a row that were skipped."""
         self._series: dict[str, Series] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore the series from the rows that were written before."""
         if trainer.is_global_zero:
             for row in self.writer.metrics.read():
-                self._of(row["objective"]).update(row["phase"], _observation(row))
-            self._first_skipped = cast(Pretraining, pl_module).tokens_seen
+                if not _is_of_skipped_steps(row):
+                    self._of(row["objective"]).update(row["phase"], _observation(row))
+            self._note_trouble(cast(Pretraining, pl_module))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -132,24 +135,32 @@ class SpikeMonitor(L.Callback):
         module = cast(Pretraining, pl_module)
         if not trainer.is_global_zero:
             return
-        if module.skipped_steps == 1:
-            self._first_skipped = module.last_spec.tokens_seen
         if module.skipped_steps:
             log.warning("step %d: skipped, because %s", module.step, module.skip_reason)
         if module.skipped_steps >= self.run.watch.max_skipped_steps:
             skipped = f"{module.skipped_steps} steps in a row were skipped (watch.max_skipped_steps)"
-            module.abort_reason = module.abort_reason or f"{skipped}: {self._advice(module, self._first_skipped)}"
-        if self.run.watch.action == "off":
-            return
+            module.abort_reason = module.abort_reason or f"{skipped}: {self._advice(module, module.skipped_since)}"
+        if self.run.watch.action != "off":
+            self._judge(module)
+        self._note_trouble(module)
+
+    def _judge(self, module: Pretraining) -> None:
+        """Judge the rows of the step, if there are new ones."""
         for row in self.writer.latest_rows:
-            if row["step"] != module.step:
+            if row["step"] != module.step or _is_of_skipped_steps(row):
                 continue
             series = self._of(row["objective"])
             warning = series.update(row["phase"], _observation(row))
             if warning:
                 log.warning("step %d: %s", module.step, warning)
             if self.run.watch.action == "stop" and len(series.spikes) >= self.run.watch.patience:
-                module.abort_reason = self._advice(module, series.spikes[0].tokens_seen)
+                module.abort_reason = self._advice(module, series.since)
+
+    def _note_trouble(self, module: Pretraining) -> None:
+        """Tell the module since when it has been unstable."""
+        since = [series.since for series in self._series.values() if series.spikes]
+        since += [module.skipped_since] if module.skipped_steps else []
+        module.unstable_since = min(since, default=None)
 
     def _of(self, objective: str) -> Series:
         """Return the series of an objective."""
@@ -157,16 +168,23 @@ class SpikeMonitor(L.Callback):
         return self._series.setdefault(objective, Series(self.run, math.log(choices)))
 
     def _advice(self, module: Pretraining, first: int) -> str:
-        folder = Path(self.run.run_dir) / FOLDER
-        good = [path for path in folder.glob("*.ckpt") if tokens_seen(path) <= first]
-        if not good:
+        """Return what to do about a run that has been unstable since a position."""
+        last = last_until(Path(module.run.run_dir), first)
+        if last is None:
             return f"unstable since {first:,} tokens, and no checkpoint is older; start again with a lower learning rate"
-        last = max(good, key=tokens_seen)
+        phase, general = module.last_spec.phase, self.run.optim["lr"]
+        own = self.run.phases[phase].lr
+        key, rate = ("optim.lr", general) if own == general else (f"phases.{phase}.lr", own)
         return (
             f"unstable since {first:,} tokens; go back to {last} under another learning rate, or past data that hurt: "
             f"python -m modernenc.resume {shlex.quote(str(last))} --rollback --skip-tokens "
-            f"{module.tokens_seen - int(tokens_seen(last))} optim.lr={self.run.optim['lr'] / 2:g}"
+            f"{module.tokens_seen - int(tokens_seen(last))} {key}={rate / 2:g}"
         )
+
+
+def _is_of_skipped_steps(row: dict[str, Any]) -> bool:
+    """Return whether all steps of a row were skipped, which was said of each."""
+    return bool(int(row["skipped"])) and math.isnan(float(row["loss"]))
 
 
 def _observation(row: dict[str, Any]) -> Observation:

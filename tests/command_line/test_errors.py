@@ -1,13 +1,18 @@
 """A user's mistake is one line that names it, before the first step; status not 0; nothing overwritten."""
 
+import errno
+import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 import yaml
 
+from modernenc.cli import end_if_stopped, one_line_errors
+from modernenc.exit_codes import MISTAKE, STOP_SIGNALS, STOPPED
 from modernenc.planning.checks import check_run
 from support.commands import ROOT, command, error
 from support.damage import flip
@@ -206,3 +211,33 @@ def test_a_logger_that_is_not_installed_is_told_before_training(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not there
     with pytest.raises(ValueError, match=r"logger.wandb=offline: wandb is not installed; pip install 'modernenc\[wandb\]'"):
         check_run(composed(["+recipe=demo", "logger.wandb=offline"]))
+
+
+def test_a_full_disk_is_said_with_what_to_do(capsys):
+    with pytest.raises(SystemExit), one_line_errors():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "plan.txt")
+    said = capsys.readouterr().err
+    assert (
+        said.startswith("error: plan.txt could not be written: No space left on device; make room, then ")
+        and said.count("\n") == 1
+    )
+
+
+def test_a_signal_does_not_hide_the_error_that_ends_a_process(capsys):
+    """As when a launcher ends the ranks of a run because one of them is gone."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    end_if_stopped("start again")
+    try:
+        with pytest.raises(SystemExit) as ended, one_line_errors():
+            try:
+                raise RuntimeError("the connection was closed")
+            except RuntimeError as error:
+                signal.raise_signal(signal.SIGTERM)
+                raise ConnectionError("another rank was lost") from error
+        assert ended.value.code == MISTAKE and capsys.readouterr().err == "error: another rank was lost\n"
+        with pytest.raises(SystemExit) as ended:
+            signal.raise_signal(signal.SIGTERM)
+        assert ended.value.code == STOPPED
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

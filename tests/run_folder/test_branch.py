@@ -173,6 +173,7 @@ def test_a_rollback_with_a_mistake_changes_nothing(finished):
         ((["optim.lr=abc"], 0), "optim.lr=abc: expected a number"),
         ((["run_dir=elsewhere"], 0), "run_dir=elsewhere: a rollback stays in its run"),
         (([], -5), "--skip-tokens -5: expected"),
+        (([], 10**12), r"--skip-tokens 1000000000000: expected 0 to \d+, the tokens of the whole run"),
         ((["phases.extend.seq_len=64"], 0), "does not come out the same|phases.extend"),
     ):
         with pytest.raises(ValueError, match=message):

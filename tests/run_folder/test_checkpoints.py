@@ -36,8 +36,8 @@ from support.damage import flip, reseal, truncate
 
 def checkpoint(tokens: int, weights: dict[str, torch.Tensor], optimizers: list[dict] | None = None) -> Checkpoint:
     state = TrainState(
-        tokens_seen=tokens, step=tokens // 10, phase="stable", boundary=False, seconds=0.0, skipped_steps=0, norms={},
-        unlogged={}, data={}, corpus="", tasks={}, ranks=1, threads=1, versions={},
+        tokens_seen=tokens, step=tokens // 10, phase="stable", boundary=False, seconds=0.0, skipped_steps=0,
+        skipped_since=0, norms={}, unlogged={}, data={}, corpus="", tasks={}, ranks=1, threads=1, versions={},
     )  # fmt: skip
     return Checkpoint(weights, optimizers or [], state, {"rollbacks": 0})
 
@@ -121,6 +121,15 @@ def test_a_kill_while_writing_leaves_the_checkpoint_before(tmp_path):
     assert newest(tmp_path) == path
     (tmp_path / "checkpoints" / "step-2.ckpt").write_bytes(path.read_bytes())
     assert newest(tmp_path) == path
+
+
+def test_pruning_keeps_the_last_from_before_the_trouble(tmp_path):
+    for tokens in (10, 20, 30, 40):
+        save(tmp_path, f"step-{tokens}", tokens)
+    prune(tmp_path, keep_last=1, unstable_since=25)
+    assert sorted(path.stem for path in (tmp_path / "checkpoints").glob("*.ckpt")) == ["step-20", "step-40"]
+    prune(tmp_path, keep_last=1)
+    assert [path.stem for path in (tmp_path / "checkpoints").glob("*.ckpt")] == ["step-40"]
 
 
 def test_pruning_keeps_boundaries_and_the_last(tmp_path):

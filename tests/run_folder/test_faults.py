@@ -18,6 +18,7 @@ from modernenc.exit_codes import STOP_SIGNALS, STOPPED
 from modernenc.hashing import hash_file
 from modernenc.run_folder import checkpoints
 from modernenc.run_folder.checkpoints import newest
+from modernenc.saved_config import load
 from support.commands import ROOT
 from support.damage import edit, flip, truncate
 from support.results import FINAL, same
@@ -139,6 +140,31 @@ def test_a_full_disk_ends_the_run_with_its_last_checkpoint_whole(stopped, small_
     resized(disk, "size=64m")
     resume(moved, [])
     assert same(moved / FINAL, final)
+
+
+def test_a_disk_that_is_full_when_a_command_writes_is_said_with_the_file_and_leaves_nothing_behind(stopped, small_disk):
+    folder, _ = stopped
+    disk = small_disk(64)
+    moved = Path(shutil.copytree(folder, disk / "run"))
+    resized(disk, f"size={sum(path.stat().st_blocks * 512 for path in disk.rglob('*')) + 4096}")
+    before = sorted(disk.rglob("*"))
+    for command in (["report", str(moved)], ["export", str(moved), str(disk / "out")]):
+        line = [sys.executable, "-m", f"modernenc.{command[0]}", *command[1:]]
+        result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert result.returncode == 2 and re.search(r"^error: .*No space left", result.stderr, re.M), result.stderr
+        assert sorted(disk.rglob("*")) == before
+
+
+def test_a_corpus_that_was_moved_is_named_once(stopped, root, tmp_path):
+    folder, final = stopped
+    moved = root.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=r"if the corpus was moved, add data\.root=ITS_FOLDER; else prepare"):
+        resume(folder, [f"data.root={root}"])
+    checkpoints.remove(newest(folder) or folder)
+    resume(folder, [f"data.root={moved}"])
+    assert load(folder).data.root == str(moved)
+    assert same(folder / FINAL, final)
+    resume(folder, [])
 
 
 @pytest.fixture

@@ -145,7 +145,7 @@ def test_one_job_goes_on_over_time_limits_until_the_run_is_done(slurm, settings,
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", script], check=True)
     log = wait_for("is done", run_dir, job, 1500)
-    assert "saved ahead of its time limit and is queued again" in log
+    assert "stopped ahead of its time limit and is queued again" in log
     assert f"job {job}, start 2" in log
     starts = log.count(", start ")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

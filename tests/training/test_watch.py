@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,10 @@ import pytest
 from modernenc.curriculum import WATCHED_ROWS
 from modernenc.exit_codes import UNSTABLE
 from modernenc.model import optim
-from modernenc.run_folder.checkpoints import newest
+from modernenc.run_folder.checkpoints import check, last_until, newest, read, tokens_seen
 from modernenc.run_folder.tables import Table
 from modernenc.training.watch import Observation, Series, z_score
-from support.runs import train
+from support.runs import rollback, train
 
 
 def test_the_z_score_of_normal_noise_is_its_deviation():
@@ -88,6 +89,40 @@ def test_stop_ends_a_spiking_run_without_saving_and_says_what_to_go_back_to(smal
     assert "spike: loss" in caplog.text
     assert "without saving" in caplog.text and "--rollback" in caplog.text and "--skip-tokens" in caplog.text
     assert not (folder / "checkpoints" / f"step-{steps[-1]:08d}.ckpt").exists()
+
+
+@pytest.mark.parametrize(("own", "advised"), [([], "optim.lr=0.0005"), (["phases.stable.lr=2e-3"], "phases.stable.lr=0.001")])
+def test_the_advice_lowers_the_rate_that_the_phase_has_and_names_a_checkpoint_from_before(
+    small_run, caplog, monkeypatch, own, advised
+):
+    """Although the run saved, and pruned, while it was in trouble."""
+    blow_up_after(monkeypatch, 40)
+    watch = ["watch.action=stop", "watch.patience=6", "checkpoint.every_tokens=1", "checkpoint.keep_last=1"]
+    run = small_run(*WATCHED, "optim=adamw", "optim.lr=1e-3", *own, *watch)
+    with caplog.at_level(logging.WARNING, "modernenc"), pytest.raises(SystemExit):
+        train(run)
+    (said,) = (record.message for record in caplog.records if "go back to" in record.message)
+    assert said.endswith(f" {advised}")
+    last = Path(said.partition("go back to ")[2].partition(" under")[0])
+    check(last)
+    assert 38 <= read(last).state.step <= 41
+    assert len(list(last.parent.glob("step-*.ckpt"))) == 2  # it, and the newest
+
+
+def test_after_a_second_rollback_the_advice_is_to_go_back_to_the_second(small_run):
+    folder = train(small_run())
+    for _ in range(2):
+        rollback(folder / "checkpoints" / "end-of-stable.ckpt", [], 500)
+    position = int(tokens_seen(folder / "checkpoints" / "end-of-stable.ckpt"))
+    assert last_until(folder, position) == folder / "checkpoints" / "rollback-2.ckpt"
+    assert last_until(folder, 0) is None
+
+
+def test_a_model_that_is_worse_than_none_is_said_to_be(small_run, caplog, monkeypatch):
+    blow_up_after(monkeypatch, 40)
+    with caplog.at_level(logging.WARNING, "modernenc"):
+        train(small_run(*WATCHED, "optim=adamw", "watch.action=off"))
+    assert re.search(r"validation loss [\d.]+: a model that knows nothing has 6\.238; this one is of no use", caplog.text)
 
 
 def blow_up_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
