@@ -30,6 +30,8 @@ Config = TypeVar("Config")
 
 _ALLOW_CODE = "--allow-code"
 _TRACEBACK = "HYDRA_FULL_ERROR"
+_KINDS = {"Float": "a number", "Integer": "a whole number", "bool": "true or false"}
+"""OmegaConf's names of types as messages give them."""
 _FIELDS = {"from": "branch_from"}
 """Keys of the command line that are keywords of Python, each with the name of its field."""
 
@@ -179,7 +181,21 @@ def _message(error: BaseException) -> str:
         text += f": {error.__cause__}"
     text = text.partition("\nConfig search path")[0]
     text = "\n".join(line for line in text.splitlines() if not line.strip().startswith(("object_type", "reference_type")))
-    return " ".join(text.split())
+    return _in_our_words(" ".join(text.split()))
+
+
+def _in_our_words(text: str) -> str:
+    """Return a message of Hydra's or OmegaConf's about a value as we write such messages; any other as it is."""
+    if several := re.match(r"Ambiguous value for argument '(.*?)' 1\. ", text):
+        as_text = shlex.quote(several[1].replace("=", '="', 1) + '"')
+        return f"{several[1]}: one value, or, with --multirun, several? write {as_text} or add --multirun"
+    if wrong := re.search(
+        r"Value '(.*)' (?:of type '\w+' could not be converted to|is not a valid) (\w+).* full_key: ([\w.]+)", text
+    ):
+        value, kind, key = wrong.groups()
+        source = re.search(r"interpolation '\$\{([\w.]+)\}'", text)
+        return f"{source[1] if source else key}={value}: expected {_KINDS.get(kind, kind)}"
+    return text
 
 
 def help_text(groups: Iterable[str]) -> str:
@@ -246,6 +262,11 @@ def recipe(name: str) -> Run:
 def is_given(key: str) -> bool:
     """Return whether the command line sets a key."""
     return any(override.partition("=")[0].lstrip("+") == key for override in HydraConfig.get().overrides.task)
+
+
+def check_key(key: str) -> None:
+    """Raise ValueError for a key that no run has, naming those there are in its place."""
+    _check_keys(Run, _nest(key), "")
 
 
 def _check_keys(schema: Any, content: Any, prefix: str) -> None:

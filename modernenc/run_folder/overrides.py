@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from modernenc.cli import checkpoint_argument
+from modernenc.cli import check_key, checkpoint_argument
 from modernenc.config import is_identity, is_resumable, resumable_keys
 
 
@@ -10,6 +10,7 @@ def check_overrides(path: Path, overrides: list[str], rollback: bool) -> None:
     """Raise ValueError for a setting that cannot be changed."""
     for override in overrides:
         key, equals, _ = override.partition("=")
+        check_key(key)
         if rollback and is_identity(key):
             raise ValueError(
                 f"{override}: a rollback stays in its run; branch with python -m modernenc.train +recipe=NAME "

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ import yaml
 from modernenc.cli import end_if_stopped, one_line_errors
 from modernenc.exit_codes import MISTAKE, STOP_SIGNALS, STOPPED
 from modernenc.planning.checks import check_run
+from modernenc.run_folder.overrides import check_overrides
 from support.commands import ROOT, command, error
 from support.damage import flip
 from support.runs import composed, small
@@ -78,7 +80,13 @@ CASES = {
     "no learning rate": (["optim.lr=0", "phases.stable.lr=1", "phases.extend.lr=1", "phases.decay.lr=1"], r"optim.lr=0: exp"),
     "a theta in words": (["phases.extend.backbone.global_rope_theta=abc"], r"global_rope_theta=abc: expected a number"),
     "a branch from nothing": (["+from=/nonexistent.ckpt"], r"\+from=/nonexistent.ckpt: no checkpoint"),
-    "a wrong type": (["data.lanes=many"], r"many.*Integer.*data\.lanes"),
+    "a wrong type": (["data.lanes=many"], r"data\.lanes=many: expected a whole number"),
+    "a wrong type that others take over": (["optim.lr=fast"], r"optim\.lr=fast: expected a number"),
+    "neither true nor false": (["init.unigram=perhaps"], r"init\.unigram=perhaps: expected true or false"),
+    "several values": (
+        ["phases.stable.lr=1e-4,1e-3"],
+        r"lr=1e-4,1e-3: one value, or, with --multirun, several\?",
+    ),
     "an unknown key of the backbone": (["+backbone.depth=3"], r"backbone.depth: unknown key; ModernBERT takes vocab_size"),
     "no orthogonalisation": (["optim.ns_steps=0"], r"optim.ns_steps=0: expected 1 to 99"),
     "half a step of an optimizer": (["optim.ns_steps=1.5"], r"optim.ns_steps=1.5: expected a whole number"),
@@ -241,3 +249,8 @@ def test_a_signal_does_not_hide_the_error_that_ends_a_process(capsys):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_a_resume_names_the_keys_there_are():
+    with pytest.raises(ValueError, match=r"^trainer\.devicse: unknown key; there are accelerator, devices"):
+        check_overrides(Path("runs/demo/x"), ["trainer.devicse=2"], rollback=False)
