@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from types import FrameType
-from typing import cast
+from typing import Any, cast
 
 import lightning.pytorch as L
 
@@ -31,6 +31,8 @@ class Preemption(L.Callback):
     """Handles the signals from the first step to the last."""
 
     def __init__(self) -> None:
+        # Before Lightning installs its own, which would talk to the other ranks even when they are gone.
+        self._handlers_before: dict[int, Any] = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         self._wakeup = -1
         self._pipe: tuple[socket.socket, socket.socket] | None = None
 
@@ -55,15 +57,12 @@ class Preemption(L.Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Ignore the signals until Lightning, at the end of its teardown, restores the handlers before its own; end the thread.
-
-        Lightning's handler would talk to the other ranks, which may be gone.
-        """
+        """Restore the handlers that were installed before the run began, and end the thread."""
         if self._pipe is None:
             return
         signal.set_wakeup_fd(self._wakeup)
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        for number, handler in self._handlers_before.items():
+            signal.signal(number, handler)
         self._pipe[1].close()
         self._pipe = None
 

@@ -1,12 +1,16 @@
 """The loop: it learns, it obeys the curriculum, and a run that was cut ends as one that was not."""
 
 import shutil
+import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 from modernenc.curriculum import Curriculum
+from modernenc.evaluation.validation import Validator
+from modernenc.exit_codes import STOP_SIGNALS
 from modernenc.model import optim
 from modernenc.model.build import build_objectives, checkpoint_activations
 from modernenc.model.load import load_masked_lm
@@ -212,3 +216,14 @@ def test_muon_takes_the_matrices_and_adamw_the_rest(small_run):
     assert chosen | rest == {id(parameter) for parameter in objective.parameters()}
     assert not chosen & rest
     assert {group["ns_steps"] for group in muon.param_groups} == {3}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_signals_are_handled_after_a_run_as_before_it(small_run, monkeypatch, fails):
+    """Also where Lightning restores handlers of its own: a process may train several runs, and start others."""
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    if fails:
+        monkeypatch.setattr(Validator, "scores", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        train(small_run("phases.stable.tokens=2000", "phases.extend.tokens=1000", "phases.decay.tokens=1000"))
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
