@@ -174,11 +174,11 @@ class SpikeMonitor(L.Callback):
             return f"unstable since {first:,} tokens, and no checkpoint is older; start again with a lower learning rate"
         phase, general = module.last_spec.phase, self.run.optim["lr"]
         own = self.run.phases[phase].lr
-        key, rate = ("optim.lr", general) if own == general else (f"phases.{phase}.lr", own)
+        slower = f"optim.lr={general / 2:g}" if own == general else f"phases.{phase}.lr={own / 2:g}"
         return (
             f"unstable since {first:,} tokens; go back to {last} under another learning rate, or past data that hurt: "
             f"python -m modernenc.resume {shlex.quote(str(last))} --rollback --skip-tokens "
-            f"{module.tokens_seen - int(tokens_seen(last))} {key}={rate / 2:g}"
+            f"{module.tokens_seen - int(tokens_seen(last))} {slower}"
         )
 
 
