@@ -27,7 +27,9 @@ class ContentionMonitor(L.Callback):
         self._since: tuple[float, float] | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock, if there is something to measure."""
+        """Start the clock, if there is something to measure, and the advice was not taken yet."""
+        if os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE":
+            return
         if trainer.strategy.root_device.type == "cpu" and torch.get_num_threads() > 1 and waited_s() is not None:
             self._since = time.monotonic(), waited_s() or 0
 

@@ -158,7 +158,7 @@ def test_killed_anywhere_ends_with_the_same_weights(zygote, small_run, corpus_ro
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3, 4] if KILLS >= 60 else [3])
+@pytest.mark.parametrize("ranks", [2, 3, 4] if KILLS >= 60 else [2])
 def test_ranks_killed_anywhere_end_with_the_same_weights(zygote, corpus_root, tmp_path, ranks):
     settings = [
         *("+recipe=demo", *SMALL, *LONGER, f"data.root={corpus_root}"),
