@@ -24,6 +24,12 @@ class Checkpointing(L.Callback):
         self._writer = CheckpointWriter(Path(cast(Pretraining, pl_module).run.run_dir), self.run.checkpoint.keep_last)
         self._time_of_save = time.monotonic()
 
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Request a save on the first rank when one is due by its clock; the ranks learn of it in the step."""
+        every_s = self.run.checkpoint.every_minutes * 60
+        due = 0 < every_s <= time.monotonic() - self._time_of_save
+        cast(Pretraining, pl_module).save_requested = trainer.is_global_zero and due
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -34,7 +40,8 @@ class Checkpointing(L.Callback):
         module = cast(Pretraining, pl_module)
         self._writer.check()
         phase = module.finished_phase
-        if module.abort_all_ranks or not (phase or module.stop_all_ranks or self._due(trainer, module)):
+        due = phase or module.stop_all_ranks or module.save_all_ranks or module.crossed(self.run.checkpoint.every_tokens)
+        if module.abort_all_ranks or not due:
             return
         sharded = self.run.checkpoint.distributed and module.is_split
         content = capture(module, sharded)
@@ -50,10 +57,3 @@ class Checkpointing(L.Callback):
         """Wait on all ranks until everything is on disk, because a launcher may kill the first rank once another has ended."""
         self._writer.close()
         trainer.strategy.barrier()
-
-    def _due(self, trainer: L.Trainer, module: Pretraining) -> bool:
-        every_s = self.run.checkpoint.every_minutes * 60
-        by_time = 0 < every_s <= time.monotonic() - self._time_of_save
-        if every_s:
-            by_time = bool(trainer.strategy.broadcast(by_time))  # clocks differ
-        return by_time or module.crossed(self.run.checkpoint.every_tokens)

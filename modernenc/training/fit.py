@@ -98,6 +98,8 @@ def fit(
         )
         if not first:
             log.setLevel(logging.WARNING)
+        # Lightning would send a tensor around before each step and wait for it, to learn of signals that Preemption handles.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         try:
             trainer.fit(module)
         except RuntimeError as error:

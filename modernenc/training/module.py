@@ -29,6 +29,9 @@ from modernenc.training.strategy import split_parameters, synchronise_gradients
 
 log = logging.getLogger(__name__)
 
+CLIP_EPS = 1e-6
+"""Added to the norm by which clipping divides, as torch does."""
+
 
 class Pretraining(LoopState):
     """The training loop: one item of the loader is one optimizer step.
@@ -103,18 +106,22 @@ class Pretraining(LoopState):
         set_attributes(self.objectives.backbone, spec)
         optimizers = self.wrapped_optimizers()
         optim.apply((optimizer.optimizer for optimizer in optimizers), spec, self.run.optim["lr"])
-        targets, stops, aborts = self.sum_over_ranks([batch.targets, self.stop_requested, bool(self.abort_reason)])
-        loss = torch.zeros((), device=self.device)
+        loss, world = torch.zeros((), device=self.device), self.trainer.world_size
+        # Several ranks learn how many targets they have in all beside the gradients, and scale these afterwards.
+        scale = 1 / max(1, batch.targets) if world == 1 else 1.0
         for number, micro_batch in enumerate(batch.micro_batches, 1):
             self._seed_dropout(micro_batch.first_row)
             with synchronise_gradients(self.objectives, self.trainer.strategy, number == len(batch.micro_batches)):
                 part, _ = self.objectives(micro_batch)
-                # Ranks average their gradients; the factor of the world size turns the average into a sum.
-                self.manual_backward(part * (self.trainer.world_size / max(1, targets)))
+                self.manual_backward(part * scale)
             loss += part.detach()
-        grad_norm = self._clip()
-        # The same on all ranks, whose gradients are summed by now. On a GPU this waits for the backward pass.
-        self.skip_reason = self._reason_to_skip(spec, float(grad_norm))
+        requests = self.stop_requested, bool(self.abort_reason), self.save_requested
+        sums = self.sum_over_ranks([batch.targets, *requests])
+        # Ranks average their gradients; the factor of the world size turns the average into a sum.
+        grad_norm = self._scale_and_clip(world / sums[0].clamp(min=1) if world > 1 else None)
+        targets, *asked, norm = read(torch.cat([sums, grad_norm[None]]))
+        self.stop_all_ranks, self.abort_all_ranks, self.save_all_ranks = (one > 0 for one in asked)
+        self.skip_reason = self._reason_to_skip(spec, norm)
         if self.skip_reason:
             self.zero_grad()
         else:
@@ -131,7 +138,6 @@ class Pretraining(LoopState):
             metrics.skip(spec, batch.tokens)
         else:
             metrics.add(spec, loss, int(targets), batch.tokens, grad_norm)
-        self.stop_all_ranks, self.abort_all_ranks = stops > 0, aborts > 0
         self.seconds += time.monotonic() - started
         if self.stop_all_ranks or self.abort_all_ranks or self.tokens_seen >= self.curriculum.total_tokens:
             self.trainer.should_stop = True
@@ -150,10 +156,27 @@ class Pretraining(LoopState):
             self.norms[spec.objective] = remember(norm, earlier)
         return reason_to_skip(norm, earlier, self.run.skip_norm_sigmas)
 
-    def _clip(self) -> torch.Tensor:
-        """Clip the gradient to `clip_grad_norm` if that is not 0, and return its norm over all ranks before."""
-        parameters = list(self.objectives.parameters())
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    def _scale_and_clip(self, factor: torch.Tensor | None) -> torch.Tensor:
+        """Multiply the gradients by a factor and clip them to `clip_grad_norm`, in one pass, or none if neither is wanted.
+
+        Returns their norm over all ranks, scaled and not clipped.
+        """
+        grads = [parameter.grad for parameter in self.objectives.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if factor is not None:
+            factor, norm = factor.to(norm.dtype), (norm * factor).to(norm.dtype)
         if self.run.clip_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.run.clip_grad_norm, norm)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+            clipping = (self.run.clip_grad_norm / (norm + CLIP_EPS)).clamp(max=1)
+            factor = clipping if factor is None else factor * clipping
+        if factor is not None:
+            torch._foreach_mul_([grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads], factor)
+        return norm
+
+
+def read(numbers: torch.Tensor) -> list[float]:
+    """Return the numbers of a step, for which the processor waits until a GPU has finished the backward pass.
+
+    This is the only time in a step that it waits. The gradient's norm has to be known before the weights change.
+    """
+    return numbers.tolist()

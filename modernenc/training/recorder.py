@@ -67,7 +67,8 @@ class MetricsWriter(L.Callback):
     def _record(self, trainer: L.Trainer, module: Pretraining) -> None:
         by_objective = module.flush_metrics()
         losses = [float(metrics.loss) for metrics in by_objective.values()]
-        *losses, tokens = module.sum_over_ranks([*losses, float(sum(metrics.tokens for metrics in by_objective.values()))])
+        tokens = sum(metrics.tokens for metrics in by_objective.values())
+        *losses, tokens = module.sum_over_ranks([*losses, float(tokens)]).tolist()
         seconds = time.monotonic() - self._since
         self.latest_rows = []
         for (objective, metrics), loss in zip(by_objective.items(), losses, strict=True):

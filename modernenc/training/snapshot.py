@@ -129,7 +129,7 @@ def _gather(module: LoopState, numbers: list[float]) -> list[list[float]]:
     world = module.trainer.world_size
     spread = [0.0] * (len(numbers) * world)
     spread[module.global_rank :: world] = numbers
-    summed = module.sum_over_ranks(spread)
+    summed = module.sum_over_ranks(spread).tolist()
     return [summed[at : at + world] for at in range(0, len(summed), world)]
 
 

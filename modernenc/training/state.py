@@ -3,6 +3,7 @@
 from typing import Any, cast
 
 import lightning.pytorch as L
+import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
@@ -12,6 +13,7 @@ from modernenc.curriculum import Curriculum, StepSpec
 from modernenc.data.blocks import Corpus
 from modernenc.data.loader import fingerprint
 from modernenc.data.state import DataState
+from modernenc.kernels.device import to_device
 from modernenc.model.build import build_objectives
 from modernenc.training.accumulator import Metrics
 
@@ -33,12 +35,12 @@ class LoopState(L.LightningModule):
         self.data_state = DataState().to_dict()
         self.stop_requested = False
         """Whether this process was asked to save and stop after the step."""
-        self.stop_all_ranks = False
-        """Whether any rank was asked to stop before the last step began; the same on all ranks."""
         self.abort_reason = ""
         """Why the run should stop without saving; set on the first rank."""
-        self.abort_all_ranks = False
-        """Whether there was such a reason before the last step began; the same on all ranks."""
+        self.save_requested = False
+        """Whether a checkpoint is due by the clock; set on the first rank, since clocks differ."""
+        self.stop_all_ranks = self.abort_all_ranks = self.save_all_ranks = False
+        """Whether any rank asked for it before the last step ended; the same on all ranks."""
         self.last_spec = curriculum.at(0)
         """What the curriculum prescribed for the last step."""
         self.skipped_steps = 0
@@ -89,10 +91,9 @@ class LoopState(L.LightningModule):
         metrics, self.metrics = self.metrics, {}
         return metrics
 
-    def sum_over_ranks(self, numbers: list[float]) -> list[float]:
-        """Return each number summed over the ranks."""
-        if self.trainer.world_size == 1:
-            return numbers
-        tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(tensor)  # Lightning's own reduce waits at a barrier first
-        return tensor.tolist()
+    def sum_over_ranks(self, numbers: list[float]) -> torch.Tensor:
+        """Return each number summed over the ranks, in fp64 on the device, for which nothing has to wait."""
+        summed = to_device(np.array(numbers, np.float64), self.device)
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(summed)  # Lightning's own reduce waits at a barrier first
+        return summed
