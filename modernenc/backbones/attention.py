@@ -60,6 +60,13 @@ def attention(qkv: QKV, rotation: Rotation, varlen_info: VarlenInfo, half_window
     return BACKENDS[select_backend(qkv.device, qkv.dtype)](qkv, rotation, varlen_info, half_window)
 
 
+def kernels() -> list[Any]:
+    """Return the operators of the backends for a GPU, as far as torch knows them."""
+    from torch.nn.attention.varlen import _varlen_attn
+
+    return [torch.ops.torch_attn._varlen_attn.default]
+
+
 def flash(qkv: QKV, rotation: Rotation, varlen_info: VarlenInfo, half_window: int | None) -> Attended:
     """Compute attention by flash-attn's kernel: Dao 2023, arXiv:2307.08691."""
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]

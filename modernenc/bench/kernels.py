@@ -117,7 +117,7 @@ def optimizer_update(run: Run) -> Turn:
 
 def cross_entropy(run: Run, chunk_rows: int) -> Turn:
     """Prepare a turn of cross-entropy and its gradients over a micro-batch's predicted tokens, `chunk_rows` at a time."""
-    loss_module.CHUNK_ROWS = chunk_rows
+    loss_module.CHUNK_ROWS = loss_module.GPU_CHUNK_ROWS = chunk_rows
     hidden_size, vocab_size = run.backbone["hidden_size"], run.backbone["vocab_size"]
     targets = int(run.trainer.micro_batch_tokens * run.phases["decay"].mask_ratio)
     hidden = torch.randn(targets, hidden_size, device=device()).bfloat16().requires_grad_()

@@ -16,7 +16,7 @@ from modernenc.curriculum import CHOICES, MASKED_LM, items_per_micro_batch, obje
 from modernenc.data.batch import MicroBatch
 from modernenc.data.blocks import Corpus
 from modernenc.model.build import checkpoint_activations, masked_lm_with
-from modernenc.objectives.linear_cross_entropy import CHUNK_ROWS
+from modernenc.objectives.linear_cross_entropy import CHUNK_ROWS, GPU_CHUNK_ROWS
 from modernenc.planning.estimate import document_length, model_on_meta, parameters
 
 SAMPLE = 576
@@ -87,7 +87,8 @@ def _peak_activations(run: Run, mask_ratio: float, tokens: int, document: int) -
     vocabulary, half = run.backbone["vocab_size"], run.trainer.precision == "bf16-mixed"
     # A chunk of the logits, the decoder's gradient, and the matrix product that is added to it.
     width, decoder = 2 if half else 4, vocabulary * run.backbone["hidden_size"]
-    loss = min(CHUNK_ROWS, tokens * mask_ratio) * vocabulary * width + decoder * width
+    chunk = GPU_CHUNK_ROWS if run.estimate.device else CHUNK_ROWS
+    loss = min(chunk, tokens * mask_ratio) * vocabulary * width + decoder * width
     # A layer that recomputes its activations holds them, and the gradients of some, after the logits were freed.
     backward = max(loss, 1.2 * at_full_size(one_layer)) if every else loss
     return at_full_size(saved) + backward + 4 * decoder + (2 * decoder if half else 0)  # a bf16 copy of the decoder

@@ -34,13 +34,20 @@ def shares(q, k, ends, window):
     return scores.masked_fill(~seen, float("-inf")).softmax(-1)
 
 
+calls: list[int] = []
+"""The queries of each forward call of the stand-in."""
+
+
 @varlen._varlen_attn.register_kernel("cpu")
+@torch.autocast("cpu", enabled=False)
 def _(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, scale=None, window_size=None, *rest):
+    calls.append(len(query))
     out = torch.einsum("hqk,khd->qhd", shares(query, key, cu_seq_q, window_size), value.float())
     return torch.empty_like(query).copy_(out), torch.zeros(query.shape[1], len(query)), torch.zeros(2, dtype=torch.uint64)
 
 
 @varlen._varlen_attn_backward.register_kernel("cpu")
+@torch.autocast("cpu", enabled=False)
 def _(grad, query, key, value, out, lse, cu_seq_q, cu_seq_k, max_q, max_k, is_causal, state, scale=None, window_size=None):
     q, k, v, grad = (x.float() for x in (query, key, value, grad))
     p = shares(q, k, cu_seq_q, window_size)
@@ -58,6 +65,25 @@ def test_the_call_of_torchs_kernel_is_plain_attention(window):
     ours, expected = BACKENDS["varlen"](qkv, turn, layout, window), plain(qkv, turn, layout, window)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradient(ours, qkv), gradient(expected, qkv), rtol=1e-4, atol=1e-5)
+
+
+def test_recomputed_layers_keep_what_attention_returned_on_a_gpu():
+    """And compute the same bits."""
+    settings = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(CONF_DIR / "backbone" / "modernbert_tiny.yaml")))
+    settings |= {"vocab_size": 300, "num_hidden_layers": 4}
+    made = []
+    for every in (0, 1):
+        torch.manual_seed(0)
+        model = masked_lm_with(settings)
+        checkpoint_activations(model.backbone, every)
+        ids, ends = torch.randint(300, (328,)), torch.tensor([0, 128, 328]).int()
+        calls.clear()
+        with assume_gpu(), torch.autocast("cpu", torch.bfloat16):
+            model.backbone(ids, ends, 200).float().square().sum().backward()
+        assert calls == [328] * 4
+        made.append([parameter.grad for parameter in model.backbone.parameters()])
+    for one, other in zip(*made, strict=True):
+        assert torch.equal(one, other)
 
 
 def outcomes(model, device) -> list[torch.Tensor]:
