@@ -62,7 +62,7 @@ def attention(qkv: QKV, rotation: Rotation, varlen_info: VarlenInfo, half_window
 
 def kernels() -> list[Any]:
     """Return the operators of the backends for a GPU, as far as torch knows them."""
-    from torch.nn.attention.varlen import _varlen_attn
+    import torch.nn.attention.varlen  # defines the operator
 
     return [torch.ops.torch_attn._varlen_attn.default]
 

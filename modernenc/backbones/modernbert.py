@@ -24,6 +24,7 @@ from modernenc.backbones.description import Description
 from modernenc.backbones.initial import INIT_STD, truncated_normal_
 from modernenc.backbones.rotary import Rotation, positions_of, rotation
 from modernenc.kernels.dropout import Dropout
+from modernenc.kernels.geglu import geglu
 from modernenc.shapes import Count, Depth, DropoutRate, Even, Float, Int, Positive
 
 
@@ -234,8 +235,7 @@ class GeGLU(nn.Module):
         self.Wo = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
-        value, gate = self.Wi(hidden).chunk(2, dim=-1)
-        return self.Wo(F.gelu(value) * gate)
+        return self.Wo(geglu(self.Wi(hidden)))
 
 
 class PredictionHead(nn.Module):

@@ -8,7 +8,9 @@ from typing import Any, cast
 
 import pytest
 import torch
+import torch.nn.functional as F
 from omegaconf import OmegaConf
+from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn.attention import varlen
 
@@ -16,6 +18,7 @@ from modernenc.backbones.attention import BACKENDS
 from modernenc.config import CONF_DIR
 from modernenc.kernels import state_passing
 from modernenc.kernels.device import assume_gpu
+from modernenc.kernels.geglu import fused_geglu, fused_geglu_backward
 from modernenc.model.build import checkpoint_activations, compile_layers, masked_lm_with
 from support.attention import gradient, inputs, plain
 from support.commands import importing
@@ -59,6 +62,20 @@ def _(grad, query, key, value, out, lse, cu_seq_q, cu_seq_k, max_q, max_k, is_ca
     return tuple(torch.empty_like(x).copy_(made) for x, made in zip((query, key, value), (dq, dk, dv), strict=True))
 
 
+@fused_geglu.register_kernel("cpu")
+def _(x):
+    value, gate = x.chunk(2, dim=-1)
+    return F.gelu(value) * gate
+
+
+@fused_geglu_backward.register_kernel("cpu")
+def _(grad, x):
+    value, gate = x.float().chunk(2, dim=-1)
+    density = torch.exp(-value.square() / 2) / (2 * torch.pi) ** 0.5
+    distribution = (1 + torch.erf(value / 2**0.5)) / 2
+    return torch.cat((grad * gate * (distribution + value * density), grad * value * distribution), dim=-1).to(x.dtype)
+
+
 @pytest.mark.parametrize("window", [None, 16])
 def test_the_call_of_torchs_kernel_is_plain_attention(window):
     qkv, turn, layout = inputs(lengths=[1, 2, 15, 64, 200])
@@ -81,7 +98,7 @@ def test_recomputed_layers_keep_what_attention_returned_on_a_gpu():
         with assume_gpu(), torch.autocast("cpu", torch.bfloat16):
             model.backbone(ids, ends, 200).float().square().sum().backward()
         assert calls == [328] * 4
-        made.append([parameter.grad for parameter in model.backbone.parameters()])
+        made.append([parameter.grad for parameter in cast(nn.Module, model.backbone).parameters()])
     for one, other in zip(*made, strict=True):
         assert torch.equal(one, other)
 

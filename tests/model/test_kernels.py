@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from modernenc.backbones import ema
-from modernenc.kernels import documents, state_passing
+from modernenc.kernels import documents, geglu, state_passing
 from modernenc.kernels.device import assume_gpu
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -89,3 +89,23 @@ def test_losses_predictions_and_gradients_of_logits_are_those_of_cross_entropy(v
     assert best.tolist() == first.tolist() and best[3] == 0
     assert wanted.grad is not None
     torch.testing.assert_close(logits, wanted.grad.float(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [1, 64, 1152])
+def test_geglu_and_its_gradient_are_those_of_torch(width, monkeypatch):
+    """In rows that are no whole number of tiles, and where there are none."""
+    monkeypatch.setitem(sys.modules, geglu.KERNEL, kernel(geglu.KERNEL))
+    for tokens in (0, 1, 37):
+        torch.manual_seed(0)
+        x = (3 * torch.randn(tokens, 2 * width)).to(DEVICE).requires_grad_()
+        wide = x.detach().double().requires_grad_()
+        value, gate = wide.chunk(2, dim=-1)
+        expected = F.gelu(value) * gate
+        with assume_gpu():
+            out = geglu.geglu(x)
+        weight = torch.randn(tokens, width).to(DEVICE)
+        (out * weight).sum().backward()
+        (expected * weight).sum().backward()
+        torch.testing.assert_close(out, expected.float(), rtol=1e-5, atol=1e-5)
+        assert x.grad is not None and wide.grad is not None
+        torch.testing.assert_close(x.grad, wide.grad.float(), rtol=1e-5, atol=1e-5)
