@@ -92,21 +92,20 @@ def cells(bench: Bench, scratch: str) -> Iterator[Cell]:
     gpu, short, long = bench.gpu, *bench.gpu.lengths
     bench = replace(bench, step_tokens=gpu.step_tokens, micro_batch_tokens=gpu.micro_batch_tokens, repetitions=gpu.repetitions)
     make = partial(make_run, bench)
-    compiled = {"trainer.compile": True}
 
     def cell(name: str, limit_s: float, candidate: Candidate, calls: int = 1, bytes_moved: int = 0) -> Cell:
         return Cell(name, limit_s, partial(time_candidate, candidate, gpu.repetitions, calls, bytes_moved))
 
-    base, name = make(gpu.backbone, short, changes=compiled), f"{gpu.backbone} {short}"
+    base, name = make(gpu.backbone, short), f"{gpu.backbone} {short}"
     yield cell("products", 40, partial(matrix_products, gpu.matrix_size), calls=64)
     yield cell("copies", 40, partial(copies, gpu.matrix_size), calls=256, bytes_moved=8 * gpu.matrix_size**2)  # fp32, twice
     yield cell(f"step {name}", 120, partial(our_step, base))
     micro_batch = max(short, gpu.micro_batch_tokens // 2)  # transformers computes all logits
-    halved = make(gpu.backbone, short, changes={**compiled, "trainer.micro_batch_tokens": micro_batch})
+    halved = make(gpu.backbone, short, changes={"trainer.micro_batch_tokens": micro_batch})
     for batching in ("rows", "padded"):
         yield cell(f"{batching} {name}", 150, partial(peer_step, batching, halved))
     settings = run_settings(gpu.run_steps * base.phases["decay"].batch_rows * short, short, scratch)
-    whole = make(gpu.backbone, short, changes={**compiled, **settings})
+    whole = make(gpu.backbone, short, changes=settings)
     yield Cell(f"run {name}", 150, partial(time_run, whole, gpu.run_steps))
     for length in gpu.lengths:
         for backend in ("varlen", "FA3", "flex", "tiled"):
@@ -115,11 +114,11 @@ def cells(bench: Bench, scratch: str) -> Iterator[Cell]:
     ettin = hydra.compose("train", ["+recipe=ettin", "ettin=17m"]).backbone
     sizes = {f"backbone.{key}": ettin[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads")}
     sizes["backbone.num_hidden_layers"] = bench.num_hidden_layers or ettin["num_hidden_layers"]
-    yield cell(f"other ettin_17m {short}", 120, partial(our_step, make(gpu.backbone, short, changes={**compiled, **sizes})))
+    yield cell(f"other ettin_17m {short}", 120, partial(our_step, make(gpu.backbone, short, changes=sizes)))
     for backbone, length in {gpu.backbone: long, **gpu.others}.items():
-        yield cell(f"other {backbone} {length}", 120, partial(our_step, make(backbone, length, changes=compiled)))
+        yield cell(f"other {backbone} {length}", 120, partial(our_step, make(backbone, length)))
     for optimizer in ("adamw", "stable_adamw", "muon"):
         yield cell(f"optimizer {optimizer}", 40, partial(optimizer_update, make(gpu.backbone, short, optimizer)))
     for rows in CHUNKS:
         yield cell(f"chunk {rows}", 40, partial(cross_entropy, base, rows))
-    yield cell(f"eager {name}", 60, partial(our_step, make(gpu.backbone, short)))
+    yield cell(f"eager {name}", 60, partial(our_step, make(gpu.backbone, short, changes={"trainer.compile": False})))

@@ -1,7 +1,10 @@
 """Build the model of a run, and load weights into it."""
 
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,6 +19,9 @@ from modernenc.curriculum import StepSpec
 from modernenc.kernels.device import use_gpu_kernels
 from modernenc.objectives import Objectives
 from modernenc.objectives.masked_lm import MaskedLM
+
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+"""Environment variable that tells torch where to keep what it compiled."""
 
 
 def build_objectives(run: Run) -> Objectives:
@@ -62,6 +68,19 @@ def compile_layers(backbone: Backbone) -> None:
     _dynamo.config.recompile_limit = 32
     for part in backbone.describe().compilable:
         part.forward = torch.compile(part.forward, dynamic=True, fullgraph=True)
+
+
+def keep_compiled_code() -> str:
+    """Let torch keep what it compiles in the user's cache folder, unless `TORCHINDUCTOR_CACHE_DIR` is set; return the folder.
+
+    It is code, and torch's default is a folder in the one for temporary files, which all users share.
+    """
+    if not os.environ.get(CACHE_VARIABLE):
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modernenc" / "compiled"
+        with suppress(OSError):  # where the home cannot be written to, torch's default has to do
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            os.environ[CACHE_VARIABLE] = str(folder)
+    return os.environ.get(CACHE_VARIABLE, "torch's own cache")
 
 
 def set_attributes(backbone: Backbone, spec: StepSpec) -> None:

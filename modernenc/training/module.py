@@ -2,6 +2,7 @@
 
 import logging
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from modernenc.data.loader import Step, Steps
 from modernenc.data.state import DataState
 from modernenc.data.worker import StepLoader
 from modernenc.model import optim
-from modernenc.model.build import checkpoint_activations, compile_layers, set_attributes
+from modernenc.model.build import checkpoint_activations, compile_layers, keep_compiled_code, set_attributes
 from modernenc.model.init_source import check_source, read_source
 from modernenc.model.initialization import fill
 from modernenc.model.unigrams import init_decoder_bias_from_unigrams
@@ -60,14 +61,16 @@ class Pretraining(LoopState):
     def configure_model(self) -> None:
         """Compile the layers if the recipe says so; under FSDP2, split the parameters over the ranks, layer by layer."""
         if self.compiles:
+            kept = keep_compiled_code()
+            log.info("the layers are compiled in the first steps: about a minute, or seconds with what %s holds", kept)
             compile_layers(self.objectives.backbone)
         split_parameters(self.objectives, self.trainer.strategy)
 
     @property
     def compiles(self) -> bool:
-        """Whether the layers are compiled: only on a GPU in bf16, and only if the recipe says so."""
-        trainer = self.run.trainer
-        return trainer.compile and trainer.precision == "bf16-mixed" and self.trainer.strategy.root_device.type == "cuda"
+        """Whether the layers are compiled: only on a GPU in bf16, and only if the recipe says so, with Triton at hand."""
+        trainer, device = self.run.trainer, self.trainer.strategy.root_device
+        return trainer.compile and trainer.precision == "bf16-mixed" and device.type == "cuda" and bool(find_spec("triton"))
 
     def configure_optimizers(self) -> list[Optimizer]:
         """Return the optimizers that the recipe chose, with their states from the checkpoint."""
