@@ -36,11 +36,11 @@ class Muon(Optimizer):
         """Take one step; a closure is not called."""
         for group in self.param_groups:
             matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
-            ranks = _ranks_of(matrices)
-            for first in range(0, len(matrices), ranks):
-                turn = matrices[first : first + ranks]
-                updates = [self._look_ahead(matrix, group["momentum"]) for matrix in turn]
-                for matrix, update in zip(turn, orthogonalise_in_turn(updates, group["ns_steps"], group["eps"]), strict=True):
+            split = matrices and isinstance(matrices[0], DTensor)
+            for some in in_turns(matrices) if split else by_shape(matrices):
+                updates = [self._look_ahead(matrix, group["momentum"]) for matrix in some]
+                make = orthogonalise_in_turn if split else orthogonalise
+                for matrix, update in zip(some, make(updates, group["ns_steps"], group["eps"]), strict=True):
                     matrix.mul_(1 - group["lr"] * group["weight_decay"])
                     matrix.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(matrix.shape)))
 
@@ -54,31 +54,45 @@ class Muon(Optimizer):
         return gradient.lerp(state["momentum_buffer"], momentum)
 
 
-def _ranks_of(matrices: list[Tensor]) -> int:
-    """Return over how many ranks the matrices are split."""
-    return matrices[0].device_mesh.size() if matrices and isinstance(matrices[0], DTensor) else 1
+def by_shape(matrices: list[Tensor]) -> list[list[Tensor]]:
+    """Return the matrices in groups of equal shapes, transposed or not, each of which is one product for a GPU to launch."""
+    groups: dict[tuple[int, ...], list[Tensor]] = {}
+    for matrix in matrices:
+        groups.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
+    return list(groups.values())
 
 
-def orthogonalise_in_turn(updates: list[Tensor], steps: int, eps: float) -> list[Tensor]:
-    """Return the updates orthogonalised: each where it is, or the n-th of those that are split by the n-th rank."""
-    if not isinstance(updates[0], DTensor):
-        return [orthogonalise(update, steps, eps) for update in updates]
+def in_turns(matrices: list[Any]) -> list[list[Any]]:
+    """Return the matrices, which are split, in groups of as many as there are ranks."""
+    ranks = matrices[0].device_mesh.size()
+    return [matrices[first : first + ranks] for first in range(0, len(matrices), ranks)]
+
+
+def orthogonalise_in_turn(updates: list[Any], steps: int, eps: float) -> list[Any]:
+    """Return the updates, which are split over the ranks, orthogonalised: the n-th by the n-th rank."""
     mesh, placements = updates[0].device_mesh, updates[0].placements
     mine = mesh.get_local_rank()
-    whole = [update.full_tensor() for update in updates if isinstance(update, DTensor)]
-    whole = [orthogonalise(update, steps, eps) if owner == mine else update for owner, update in enumerate(whole)]
+    whole = [update.full_tensor() for update in updates]
+    if mine < len(whole):
+        (whole[mine],) = orthogonalise([whole[mine]], steps, eps)
     return [
         distribute_tensor(update.to(COMPUTE_TYPE), mesh, placements, src_data_rank=owner) for owner, update in enumerate(whole)
     ]
 
 
-def orthogonalise(matrix: Tensor, steps: int, eps: float) -> Tensor:
-    """Return a matrix with the same singular vectors and singular values near 1, by Newton-Schulz iterations."""
+def orthogonalise(matrices: list[Tensor], steps: int, eps: float) -> list[Tensor]:
+    """Return matrices with the same singular vectors and singular values near 1, by Newton-Schulz iterations.
+
+    The matrices have one shape, transposed or not, and are multiplied together.
+    """
     a, b, c = _QUINTIC
-    wide = matrix.shape[0] <= matrix.shape[1]
-    x = (matrix if wide else matrix.T).to(COMPUTE_TYPE, copy=True)
-    x.div_(x.norm().clamp(min=eps))
+    x = torch.stack([(matrix if _is_wide(matrix) else matrix.T).to(COMPUTE_TYPE) for matrix in matrices])
+    x.div_(x.norm(dim=(1, 2), keepdim=True).clamp(min=eps))
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x if wide else x.T
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return [one if _is_wide(matrix) else one.T for one, matrix in zip(x, matrices, strict=True)]
+
+
+def _is_wide(matrix: Tensor) -> bool:
+    return matrix.shape[0] <= matrix.shape[1]
