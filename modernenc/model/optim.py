@@ -24,8 +24,8 @@ Rate = Annotated[float, Interval(gt=0, le=100)]
 NotNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Interval(ge=0, lt=1)]
 Betas = Annotated[list[Fraction], Len(2, 2)]
-_COUNTERS = ("step", "setup")
-"""Entries of optimi's parameter groups that are state and not settings."""
+_COUNTER = "step"
+"""Entry of StableAdamW's parameter groups that is state and not a setting."""
 
 
 def build(objectives: Objectives, settings: dict[str, Any]) -> list[Optimizer]:
@@ -42,10 +42,9 @@ def stable_adamw(
 
     The decay of a step is `weight_decay` x lr / peak lr of the phase.
     """
-    from optimi import StableAdamW  # imports torch's compiler, which `plan` can do without
+    from modernenc.model.stable_adamw import StableAdamW  # imports torch.distributed.tensor, which `plan` can do without
 
-    groups = _make_groups(parameters, lr)
-    return [StableAdamW(groups, lr, (betas[0], betas[1]), weight_decay, eps, decouple_lr=True, max_lr=lr, triton=False)]
+    return [StableAdamW(_make_groups(parameters, lr), lr, (betas[0], betas[1]), weight_decay, eps, max_lr=lr)]
 
 
 def adamw(
@@ -118,7 +117,7 @@ def snapshot(optimizers: Iterable[Optimizer], names: dict[int, str]) -> list[dic
     return [
         {
             "state": {names[id(parameter)]: dict(state) for parameter, state in optimizer.state.items()},
-            "groups": [{key: group[key] for key in _COUNTERS if key in group} for group in optimizer.param_groups],
+            "groups": [{_COUNTER: group[_COUNTER]} if _COUNTER in group else {} for group in optimizer.param_groups],
         }
         for optimizer in optimizers
     ]
@@ -142,7 +141,7 @@ def restore(optimizers: Iterable[Optimizer], names: dict[int, str], saved: list[
             if names[id(parameter)] in snapshot["state"]
         }
         for group, counters in zip(content["param_groups"], snapshot["groups"], strict=True):
-            group.update(counters)
+            group.update({name: int(number) for name, number in counters.items() if name in group})
         optimizer.load_state_dict(content)
 
 

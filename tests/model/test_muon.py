@@ -8,7 +8,7 @@ import torch
 
 from modernenc.model.muon import Muon, orthogonalise
 from support.commands import ROOT, importing
-from support.split_muon import SHAPES
+from support.split_steps import SHAPES
 
 
 def test_steps_are_torchs_to_the_bit():
@@ -38,7 +38,7 @@ def test_steps_on_split_matrices_are_those_on_whole_ones_to_the_bit(ranks):
         f"--nproc-per-node={ranks}",
         "--standalone",
         "-m",
-        "support.split_muon",
+        "support.split_steps",
     ]
     result = subprocess.run(line, cwd=ROOT, env=importing(), capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stderr
