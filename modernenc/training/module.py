@@ -9,6 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from modernenc.backbones.attention import use_window_kernel
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum, StepSpec
 from modernenc.data.blocks import Corpus
@@ -41,6 +42,7 @@ class Pretraining(LoopState):
         super().__init__(run, curriculum, corpus)
         self.automatic_optimization = False
         checkpoint_activations(self.objectives.backbone, run.trainer.activation_checkpointing_every)
+        use_window_kernel(run.trainer.window_kernel)
         self._checkpoint = checkpoint
         """The checkpoint, until all parts of it are restored."""
         if checkpoint is not None:

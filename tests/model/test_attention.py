@@ -40,9 +40,9 @@ def test_nothing_costs_length_by_length_memory(window, monkeypatch):
 
 
 def test_the_backend_is_chosen_by_device_and_precision():
-    assert select_backend(torch.device("cpu"), torch.bfloat16) == "tiled"
-    assert select_backend(torch.device("cuda"), torch.float32) == "tiled"
-    assert select_backend(torch.device("cuda"), torch.bfloat16) in ("flash", "varlen")
+    assert select_backend(torch.device("cpu"), torch.bfloat16, 64) == "tiled"
+    assert select_backend(torch.device("cuda"), torch.float32, 64) == "tiled"
+    assert select_backend(torch.device("cuda"), torch.bfloat16, 64) in ("flash", "varlen")
 
 
 @pytest.mark.gpu
