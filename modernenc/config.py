@@ -182,6 +182,10 @@ class Trainer:
     """Compile the layers with torch.compile, on GPUs in bf16: about a minute at the first start, seconds later from torch's
     cache in the user's cache folder. Rounding differs from eager mode, so a run should not switch midway. The CPU path is never
     compiled."""
+    window_kernel: bool = False
+    """Compute ModernBERT's attention with a window by a Triton kernel of this package, on GPUs in bf16. In Triton's interpreter
+    it equals the other kernels; on a GPU it was not measured yet, which `python -m modernenc.bench gpu` does. Rounding differs,
+    so a run should not switch midway."""
 
 
 @frozen

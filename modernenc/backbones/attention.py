@@ -1,10 +1,11 @@
-"""Attention within packed documents: one signature, three backends with equal results.
+"""Attention within packed documents: one signature, four backends with equal results.
 
+- `window`: a Triton kernel for a window, on CUDA in half precision (`modernenc.kernels.window_attention_triton`).
 - `flash`: flash-attn's variable-length kernel, on CUDA in half precision where the package is installed.
-- `varlen`: `torch.nn.attention.varlen`, on CUDA in half precision.
+- `varlen`: `torch.nn.attention.varlen`, on CUDA in half precision. It is FlashAttention 2, or 3 after `use_flash_attention_3`.
 - `tiled`: plain matrix products, on any device and in any precision (`modernenc.kernels.tiled_attention`).
 
-Device, precision and whether flash-attn is installed decide which one is used; `select_backend` names it.
+Device, precision, what is installed and, for `window`, a setting decide which one is used; `select_backend` names it.
 """
 
 import importlib.util
@@ -20,7 +21,31 @@ from modernenc.kernels.device import lengths_of, to_device, use_gpu_kernels
 from modernenc.kernels.tiled_attention import TileLayout, tiled_attention
 
 _HALF = (torch.float16, torch.bfloat16)
-_HAS_FLASH = importlib.util.find_spec("flash_attn") is not None  # a constant, since torch's compiler cannot trace find_spec
+# Constants, and plain variables, since torch's compiler can trace neither find_spec nor a ContextVar.
+_HAS_FLASH, _HAS_FLASH_3, _HAS_TRITON = (
+    importlib.util.find_spec(package) is not None for package in ("flash_attn", "flash_attn_interface", "triton")
+)
+_window_kernel_on = False
+_flash_3_active = False
+
+
+def use_window_kernel(on: bool) -> None:
+    """Let attention with a window take the `window` backend wherever it can, or not."""
+    global _window_kernel_on
+    _window_kernel_on = on
+
+
+def use_flash_attention_3(device: torch.device) -> None:
+    """Let torch's kernel be FlashAttention 3 on a Hopper GPU if its package is installed; it takes a window.
+
+    FlashAttention 4, for Blackwell, is left alone: its backward pass in torch 2.11 refuses every call of `varlen`.
+    """
+    global _flash_3_active
+    if _HAS_FLASH_3 and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
+        from torch.nn.attention import activate_flash_attention_impl
+
+        activate_flash_attention_impl("FA3")
+        _flash_3_active = True
 
 
 class VarlenInfo:
@@ -32,6 +57,9 @@ class VarlenInfo:
         self.tokens = tokens
         self._on_cpu = cu_seqlens
         self._tiles: dict[tuple[int | None, torch.dtype], TileLayout] = {}
+        numbers = torch.arange(len(cu_seqlens) - 1, dtype=torch.int32, device=device)
+        # The document of each token: made here and not on demand, since then it would be in the graph of one layer alone.
+        self.documents = torch.repeat_interleave(numbers, self.cu_seqlens.diff(), output_size=tokens)
 
     def tiles(self, half_window: int | None, dtype: torch.dtype) -> TileLayout:
         """Return the tiles of the `tiled` backend, which all layers with the same window share."""
@@ -39,16 +67,26 @@ class VarlenInfo:
             if half_window is None:
                 tiles = TileLayout.of_documents(lengths_of(self._on_cpu), dtype, self.cu_seqlens.device)
             else:
-                tiles = TileLayout.of_windows(self.cu_seqlens, self.tokens, half_window, dtype)
+                tiles = TileLayout.of_windows(self.documents, half_window, dtype)
             self._tiles[half_window, dtype] = tiles
         return self._tiles[half_window, dtype]
 
 
-def select_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """Return the name of the backend that `attention` takes on this device and in this precision."""
+def select_backend(device: torch.device, dtype: torch.dtype, half_window: int | None) -> str:
+    """Return the name of the backend that `attention` takes on this device, in this precision and with this window."""
     if not use_gpu_kernels(device) or dtype not in _HALF:
         return "tiled"
-    return "flash" if _HAS_FLASH else "varlen"
+    if half_window is not None and _window_kernel_on and _HAS_TRITON:
+        return "window"
+    return "flash" if _HAS_FLASH and not _flash_3_active else "varlen"
+
+
+def describe_backends(device: torch.device, dtype: torch.dtype) -> str:
+    """Say for the log what layers take on this device and in this precision."""
+    backend = select_backend(device, dtype, None)
+    version = " (FlashAttention 3)" if backend == "varlen" and _flash_3_active else ""
+    local = ", window kernel for local layers" if select_backend(device, dtype, 1) == "window" else ""
+    return f"attention backend {backend}{version}{local}"
 
 
 QKV = Float[Tensor, "tokens 3 heads head_dim"]
@@ -57,14 +95,19 @@ Attended = Float[Tensor, "tokens heads head_dim"]
 
 def attention(qkv: QKV, rotation: Rotation, varlen_info: VarlenInfo, half_window: int | None) -> Attended:
     """Rotate queries and keys, then attend within each document, `half_window` tokens to each side, or everywhere if None."""
-    return BACKENDS[select_backend(qkv.device, qkv.dtype)](qkv, rotation, varlen_info, half_window)
+    return BACKENDS[select_backend(qkv.device, qkv.dtype, half_window)](qkv, rotation, varlen_info, half_window)
 
 
 def kernels() -> list[Any]:
     """Return the operators of the backends for a GPU, as far as torch knows them."""
     import torch.nn.attention.varlen  # defines the operator
 
-    return [torch.ops.torch_attn._varlen_attn.default]
+    operators = [torch.ops.torch_attn._varlen_attn.default]
+    if _window_kernel_on and _HAS_TRITON:
+        import modernenc.kernels.window_attention_triton  # noqa: F401  # as does this
+
+        operators.append(torch.ops.modernenc.window_attention.default)
+    return operators
 
 
 def flash(qkv: QKV, rotation: Rotation, varlen_info: VarlenInfo, half_window: int | None) -> Attended:
@@ -87,7 +130,16 @@ def tiled(qkv: QKV, rotation: Rotation, varlen_info: VarlenInfo, half_window: in
     return tiled_attention(qkv, rotation.cos, rotation.sin, varlen_info.tiles(half_window, qkv.dtype))
 
 
-BACKENDS = {"flash": flash, "varlen": varlen, "tiled": tiled}
+def window(qkv: QKV, rotation: Rotation, varlen_info: VarlenInfo, half_window: int | None) -> Attended:
+    """Compute attention with a window by the Triton kernel."""
+    assert half_window is not None, "the kernel is for a window"
+    from modernenc.kernels.window_attention_triton import window_attention
+
+    out, _ = window_attention(qkv, rotation.cos, rotation.sin, varlen_info.documents, half_window, half_window)
+    return out
+
+
+BACKENDS = {"window": window, "flash": flash, "varlen": varlen, "tiled": tiled}
 
 
 def _call_kernel(

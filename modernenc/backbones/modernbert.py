@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modernenc.backbones.attention import VarlenInfo, attention, select_backend
+from modernenc.backbones.attention import VarlenInfo, attention, describe_backends
 from modernenc.backbones.description import Description
 from modernenc.backbones.initial import INIT_STD, truncated_normal_
 from modernenc.backbones.rotary import Rotation, positions_of, rotation
@@ -139,7 +139,7 @@ class ModernBERT(nn.Module):
                 "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position",
                 "attention_out_dropout", "init_std",
             }),
-            backend=lambda device, dtype: f"attention backend {select_backend(device, dtype)}",
+            backend=describe_backends,
         )  # fmt: skip
 
     def _init_weights(self) -> None:

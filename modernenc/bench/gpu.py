@@ -1,10 +1,10 @@
 """Measure a GPU cell by cell, most valuable first: `python -m modernenc.bench gpu`, made for a GPU that is there for minutes.
 
 Each cell has a process and a time limit of its own. When it ends it adds a row to gpu.csv, with the reason if it failed. A cell
-that no longer fits into `gpu.seconds` is not started. In order: products and copies of the card alone; a compiled step beside
-transformers' compiled model, on full rows and padded; a whole run; attention with a window; transformers' model on full rows
-with logits at the predicted tokens only; steps of other backbones; optimizers; cross-entropy by chunk size; an eager step.
-Without a GPU nothing is compiled.
+that no longer fits into `gpu.seconds` is not started. In order: products and copies of the card alone; a compiled step, without
+and with the window kernel, beside transformers' compiled model, on full rows and padded; a whole run; attention with a window;
+transformers' model on full rows with logits at the predicted tokens only; steps of other backbones; optimizers; cross-entropy
+by chunk size; an eager step. Without a GPU nothing is compiled.
 """
 
 import csv
@@ -100,6 +100,8 @@ def cells(bench: Bench, scratch: str) -> Iterator[Cell]:
     yield cell("products", 40, partial(matrix_products, gpu.matrix_size), calls=64)
     yield cell("copies", 40, partial(copies, gpu.matrix_size), calls=256, bytes_moved=8 * gpu.matrix_size**2)  # fp32, twice
     yield cell(f"step {name}", 120, partial(our_step, base))
+    with_kernel = make(gpu.backbone, short, changes={"trainer.window_kernel": True})
+    yield cell(f"step {name} window kernel", 120, partial(our_step, with_kernel))
     micro_batch = max(short, gpu.micro_batch_tokens // 2)  # transformers computes all logits
     halved = make(gpu.backbone, short, changes={"trainer.micro_batch_tokens": micro_batch})
     for batching in ("rows", "padded"):
@@ -108,7 +110,7 @@ def cells(bench: Bench, scratch: str) -> Iterator[Cell]:
     whole = make(gpu.backbone, short, changes=settings)
     yield Cell(f"run {name}", 150, partial(time_run, whole, gpu.run_steps))
     for length in gpu.lengths:
-        for backend in ("varlen", "FA3", "flex", "tiled"):
+        for backend in ("varlen", "window", "FA3", "flex", "tiled"):
             yield Cell(f"window {backend} {length}", 40, partial(time_window, backend, base, length, gpu.repetitions))
     yield cell(f"sparse {name}", 150, partial(peer_step, "rows", halved, sparse=True))
     ettin = hydra.compose("train", ["+recipe=ettin", "ettin=17m"]).backbone

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from modernenc.backbones.attention import use_flash_attention_3, use_window_kernel
 from modernenc.bench.interleave import StepWork, Turn, device
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum
@@ -23,6 +24,8 @@ def our_step(run: Run) -> Turn:
     keep_freed_memory()
     steps = list(load_steps(run))
     objectives = build_objectives(run).to(device())
+    use_window_kernel(run.trainer.window_kernel)
+    use_flash_attention_3(device())
     if is_compiled(run):
         compile_layers(objectives.backbone)
     optimizers = optim.build(objectives, {**run.optim, "lr": LR})

@@ -112,12 +112,10 @@ class TileLayout:
         return cls(groups, start, 0, buckets.index, buckets.inverse)
 
     @classmethod
-    def of_windows(cls, cu_seqlens: Int[Tensor, " docs_plus_1"], tokens: int, half: int, dtype: torch.dtype) -> "TileLayout":
-        """Lay out query ranges of `half` a window, whose keys reach as far again to both sides."""
-        device, lengths = cu_seqlens.device, cu_seqlens.diff()
-        numbers = torch.arange(len(lengths), device=device)
-        documents = torch.repeat_interleave(numbers, lengths, output_size=tokens)
-        documents = F.pad(documents, (0, -tokens % half), value=-1)  # queries beyond the last token
+    def of_windows(cls, documents: Int[Tensor, " tokens"], half: int, dtype: torch.dtype) -> "TileLayout":
+        """Lay out query ranges of `half` a window, whose keys reach as far again to both sides, given each token's document."""
+        device = documents.device
+        documents = F.pad(documents, (0, -len(documents) % half), value=-1)  # queries beyond the last token
         keys = F.pad(documents, (half, half), value=-2).unfold(0, 3 * half, half)[:, None, :]
         distance = torch.arange(half, device=device)[:, None] + half - torch.arange(3 * half, device=device)
         seen = (documents.view(-1, half, 1) == keys) & (distance.abs() <= half)

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from rich import get_console
 
+from modernenc.backbones.attention import use_flash_attention_3
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
@@ -153,6 +154,7 @@ class StartupSync(L.Callback):
             own_keys=("run_dir", "logger", "data.root", "data.cache"),
         )["run_dir"]
         module.run = replace(module.run, run_dir=run_dir)
+        use_flash_attention_3(trainer.strategy.root_device)
         if trainer.is_global_zero:  # all ranks have read their checkpoint by now, so partial files can go
             checkpoints.remove_partial(Path(run_dir))
             _announce(self.run, self.curriculum, module, trainer, own)
@@ -181,7 +183,7 @@ def _announce(run: Run, curriculum: Curriculum, module: Pretraining, trainer: L.
         log.info("FSDP2: weights and optimizer states are split over ranks")
     elif run.checkpoint.distributed:
         log.info("checkpoint.distributed=true is for trainer.strategy=fsdp: checkpoints are written whole")
-    advise_precision(device, run.trainer.precision)
+    advise_precision(device, run.trainer.precision, backend)
     log.info("run folder %s%s", run.run_dir, f", from {checkpoint}" if checkpoint else "")
 
 

@@ -32,9 +32,14 @@ def choose_determinism(run: Run) -> None:
     torch.use_deterministic_algorithms(strict)
 
 
-def advise_precision(device: torch.device, precision: str) -> None:
-    """Log when the other precision would be faster on this processor; nothing is switched."""
+def advise_precision(device: torch.device, precision: str, backend: str) -> None:
+    """Log when the other precision would be faster on this device; nothing is switched. `backend` is the backbone's."""
     if device.type != "cpu":
+        if precision == "32-true" and "tiled" in backend:
+            log.warning(
+                "trainer.precision=32-true: attention has no fused kernel for fp32 and takes several times as long as "
+                "under trainer.precision=bf16-mixed"
+            )
         return
     cpuinfo = Path("/proc/cpuinfo")  # exists on Linux only
     flags = cpuinfo.read_text() if cpuinfo.exists() else ""

@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from modernenc.backbones.attention import use_window_kernel
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum, StepSpec
 from modernenc.data.blocks import Corpus
@@ -44,6 +45,7 @@ class Pretraining(LoopState):
     def __init__(self, run: Run, curriculum: Curriculum, corpus: Corpus, checkpoint: Checkpoint | None = None) -> None:
         super().__init__(run, curriculum, corpus)
         self.automatic_optimization = False
+        use_window_kernel(run.trainer.window_kernel)
         checkpoint_activations(self.objectives.backbone, run.trainer.activation_checkpointing_every)
         self._checkpoint = checkpoint
         """The checkpoint, until all parts of it are restored."""

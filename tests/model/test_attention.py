@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from modernenc.backbones import attention
 from modernenc.backbones.attention import BACKENDS, select_backend
 from modernenc.kernels import tiled_attention
 from support.attention import gradient, inputs, plain
@@ -40,9 +41,19 @@ def test_nothing_costs_length_by_length_memory(window, monkeypatch):
 
 
 def test_the_backend_is_chosen_by_device_and_precision():
-    assert select_backend(torch.device("cpu"), torch.bfloat16) == "tiled"
-    assert select_backend(torch.device("cuda"), torch.float32) == "tiled"
-    assert select_backend(torch.device("cuda"), torch.bfloat16) in ("flash", "varlen")
+    assert select_backend(torch.device("cpu"), torch.bfloat16, 64) == "tiled"
+    assert select_backend(torch.device("cuda"), torch.float32, 64) == "tiled"
+    assert select_backend(torch.device("cuda"), torch.bfloat16, 64) in ("flash", "varlen")
+
+
+def test_flash_attention_3_in_torch_comes_before_flash_attn_2(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(attention, "_HAS_FLASH", True)
+    assert attention.describe_backends(gpu, torch.bfloat16) == "attention backend flash"
+    attention.use_flash_attention_3(torch.device("cpu"))
+    assert attention.describe_backends(gpu, torch.bfloat16) == "attention backend flash"
+    monkeypatch.setattr(attention, "_flash_3_active", True)
+    assert attention.describe_backends(gpu, torch.bfloat16) == "attention backend varlen (FlashAttention 3)"
 
 
 @pytest.mark.gpu

@@ -1,9 +1,8 @@
 """Triton kernels do what torch does: compiled where there is a GPU, in Triton's interpreter where there is none."""
 
 import sys
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from itertools import pairwise
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,20 +11,10 @@ import torch.nn.functional as F
 from modernenc.backbones import ema
 from modernenc.kernels import documents, geglu, state_passing
 from modernenc.kernels.device import assume_gpu
+from support.kernels import kernel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = [1, 64 * 70 + 3, 63, 64, 65, 64 * 140]
-
-
-def kernel(name: str) -> ModuleType:
-    """Import a module under another name, so that the check of shapes leaves its functions as Triton must read them."""
-    found = find_spec(name)
-    assert found is not None and found.origin is not None
-    spec = spec_from_file_location("kernel", found.origin)
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

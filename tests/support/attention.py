@@ -23,8 +23,12 @@ def inputs(
     return qkv, turn, VarlenInfo(ends, max(lengths), total, qkv.device)
 
 
-def plain(qkv: torch.Tensor, turn: Rotation, layout: VarlenInfo, half_window: int | None) -> torch.Tensor:
-    """Compute softmax attention one document at a time, in the precision of the input."""
+def plain(qkv: torch.Tensor, turn: Rotation, layout: VarlenInfo, window: int | tuple[int, int] | None) -> torch.Tensor:
+    """Compute softmax attention one document at a time, in the precision of the input.
+
+    `window` says how many tokens before and after itself a token sees, in one number if they are as many; None means all.
+    """
+    left, right = window if isinstance(window, tuple) else (window, window)
     outs = []
     for start, end in zip(layout.cu_seqlens[:-1].tolist(), layout.cu_seqlens[1:].tolist(), strict=True):
         here = Rotation(turn.cos[start:end], turn.sin[start:end])
@@ -32,8 +36,9 @@ def plain(qkv: torch.Tensor, turn: Rotation, layout: VarlenInfo, half_window: in
         q, k, v = (x.transpose(0, 1) for x in (rotate(q, here), rotate(k, here), v))
         scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
         place = torch.arange(end - start, device=q.device)
-        if half_window is not None:
-            scores = scores.masked_fill((place[:, None] - place).abs() > half_window, float("-inf"))
+        if left is not None and right is not None:
+            distance = place - place[:, None]
+            scores = scores.masked_fill((distance < -left) | (distance > right), float("-inf"))
         outs.append((scores.softmax(-1) @ v).transpose(0, 1))
     return torch.cat(outs)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from modernenc.backbones.attention import describe_backends
 from modernenc.curriculum import Curriculum
 from modernenc.evaluation.validation import Validator
 from modernenc.exit_codes import STOP_SIGNALS
@@ -18,6 +19,7 @@ from modernenc.run_folder.checkpoints import read, remove, tokens_seen, write
 from modernenc.run_folder.lineage import read as read_lineage
 from modernenc.run_folder.tables import Table
 from modernenc.saved_config import apply_overrides
+from modernenc.training.hardware import advise_precision
 from support.commands import command
 from support.results import FINAL, metrics, same, same_state, weights
 from support.runs import DROPOUT, SMALL, resume, train
@@ -216,6 +218,14 @@ def test_muon_takes_the_matrices_and_adamw_the_rest(small_run):
     assert chosen | rest == {id(parameter) for parameter in objective.parameters()}
     assert not chosen & rest
     assert {group["ns_steps"] for group in muon.param_groups} == {3}
+
+
+def test_attention_in_fp32_on_a_gpu_is_advised_against(caplog):
+    gpu = torch.device("cuda")
+    for dtype, precision in ((torch.bfloat16, "bf16-mixed"), (torch.float32, "32-true")):
+        assert not caplog.text
+        advise_precision(gpu, precision, describe_backends(gpu, dtype))
+    assert "trainer.precision=bf16-mixed" in caplog.text
 
 
 @pytest.mark.parametrize("fails", [False, True])
