@@ -75,6 +75,8 @@ class Mega(nn.Module):
         self.hidden_size = hidden_size
         self.chunk_size = chunk_size
         self.max_position = max_position
+        self.is_compiled = False
+        """Whether batches must be laid out so that one graph of a layer serves all."""
         self.embedding_layer = Embeddings(vocab_size, hidden_size)
         self.layers = nn.ModuleList(
             Layer(
@@ -112,7 +114,7 @@ class Mega(nn.Module):
             raise ValueError(f"a document of {max_seqlen} tokens exceeds backbone.max_position={self.max_position}")
         stream = self.embedding_layer.word_embeddings(input_ids)
         documents = Documents(lengths_of(cu_seqlens), input_ids.device)
-        chunks = chunks_of(documents, self.chunk_size)
+        chunks = chunks_of(documents, self.chunk_size, self.is_compiled)
         for layer in self.layers[:-1]:
             stream = layer(stream, documents, chunks)
         # Only the last layer can leave tokens out: those before it feed the keys, values and EMA of all.
@@ -147,7 +149,7 @@ class Mega(nn.Module):
                 "mx_proj.weight": projections, "mx_proj.bias": projections, "damping_factor": directions,
                 "decay_factor": directions, "ema_expansion_matrix": directions, "kernel_projection_matrix": directions,
             },
-            compilable=[layer.nffn for layer in layers],  # attention has as many products as chunks have lengths
+            compilable=layers,  # chunks are then of few lengths, which do not depend on the documents
             resizable=frozenset({
                 "vocab_size", "hidden_size", "intermediate_size", "nffn_hidden_size", "num_hidden_layers",
                 "shared_representation_size", "ema_projection_size", "max_position", "dropout_prob", "hidden_dropout_prob",

@@ -5,8 +5,7 @@ work for a processor, and one product padded to the longest document would waste
 documents are padded to the next of a few lengths, and each bucket is one batch.
 """
 
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,28 +24,42 @@ MULTIPLE = 64
 
 
 class Buckets:
-    """Documents grouped by length and padded to the length of their group, but not beyond `longest` tokens where given."""
+    """Documents grouped by length and padded to the length of their group.
 
-    def __init__(self, lengths: Sequence[int], device: torch.device, longest: int = sys.maxsize) -> None:
-        counts = np.array(lengths)
+    They are padded to the next length in `padded_to`, by default to the `bucket_length` of each. With `min_rows`, every length
+    in it has a bucket of at least so many rows, and a mask, whatever the documents; rows to spare repeat the first token.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], device: torch.device, padded_to: Collection[int] | None = None, min_rows: int = 0
+    ) -> None:
+        spare = len(lengths)  # number of a document of one token, for rows to spare
+        counts = np.array([*lengths, 1])
         starts = counts.cumsum() - counts
-        members: dict[int, list[int]] = {}
-        for document, length in enumerate(lengths):
-            members.setdefault(min(_bucket_length(length), longest), []).append(document)
-        groups = sorted(members.items())
-        self.shapes = [(len(documents), length) for length, documents in groups]
+        starts[spare] = 0
+        sizes = sorted(padded_to or set(map(bucket_length, lengths)))
+        members: list[list[int]] = [[] for _ in sizes]
+        for document, bucket in enumerate(np.searchsorted(sizes, lengths)):
+            members[bucket].append(document)
+        filled_up = [these + [spare] * (min_rows - len(these)) for these in members]
+        groups = [(length, these) for length, these in zip(sizes, filled_up, strict=True) if these]
+        self.rows = {length: len(documents) for length, documents in groups}
+        """Number of documents in each bucket, by the length that they are padded to."""
         self.shortest = [int(counts[documents].min()) for _, documents in groups]
         """Length of the shortest document of each bucket; no document has padding before that position."""
         valid = [np.arange(length) < counts[documents, None] for length, documents in groups]
         self.valid: list[Bool[Tensor, "docs length"]] = [to_device(part, device) for part in valid]
         """Which slots of each bucket hold a token; the others are padding."""
+        self.masks = [None if part.all() and not min_rows else mask for part, mask in zip(valid, self.valid, strict=True)]
+        """The same, or None for a bucket without padding."""
         self.index: Int[Tensor, " padded"] | None = None
         """The token in each slot of all buckets; padding repeats its document's last token. None if tokens need not move."""
         self.inverse: Int[Tensor, " tokens"] | None = None
         """The slot of each token, or None."""
-        if self.shapes != [(len(lengths), self.shortest[0])]:
+        if min_rows or self.rows != {self.shortest[0]: len(lengths)}:
             index = [starts[these, None] + np.minimum(np.arange(length), counts[these, None] - 1) for length, these in groups]
-            tokens, filled = (np.concatenate([part.ravel() for part in parts]) for parts in (index, valid))
+            needed = [part & (np.array(these)[:, None] != spare) for part, (_, these) in zip(valid, groups, strict=True)]
+            tokens, filled = (np.concatenate([part.ravel() for part in parts]) for parts in (index, needed))
             slots = filled.nonzero()[0]
             inverse = np.empty_like(slots)
             inverse[tokens[slots]] = slots
@@ -55,8 +68,8 @@ class Buckets:
     def gather(self, x: Float[Tensor, "_ ..."]) -> list[Float[Tensor, "_ _ ..."]]:
         """Sort a tensor of all tokens into buckets, each `(documents, length, ...)`."""
         padded: Any = x if self.index is None else _Gather.apply(x, self.index, self.inverse)
-        parts = padded.split([docs * length for docs, length in self.shapes])
-        return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        parts = padded.split([rows * length for length, rows in self.rows.items()])
+        return [part.unflatten(0, (rows, length)) for part, (length, rows) in zip(parts, self.rows.items(), strict=True)]
 
     def scatter(self, parts: Iterable[Float[Tensor, "_ _ ..."]]) -> Float[Tensor, "_ ..."]:
         """Undo `gather`: bring the buckets back into the order of the tokens."""
@@ -96,7 +109,7 @@ class _Scatter(torch.autograd.Function):
         return full.index_copy(0, inverse, grads[0]), None, None
 
 
-def _bucket_length(length: int) -> int:
+def bucket_length(length: int) -> int:
     """Return the padded length: the next of 16, 24, 32, 48, 64, ..., 512, then the next multiple of 64.
 
     Powers of two alone would waste up to half of a product; above 512 padding costs the most, so it is kept below 64.

@@ -8,7 +8,6 @@ segments, which is sequential as written. Two ways compute it in parallel:
 - A Triton kernel on a GPU, `state_passing_triton`, which reads and writes each state once.
 """
 
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,9 +18,8 @@ from modernenc.kernels.device import use_gpu_kernels
 from modernenc.kernels.documents import Documents
 from modernenc.shapes import Float
 
-KERNEL = f"{__package__}.state_passing_triton"
-"""Module of the kernel. An exported model does not carry it, and does without."""
-HAS_KERNEL = bool(find_spec("triton") and find_spec(KERNEL))
+HAS_KERNEL = bool(find_spec("triton") and find_spec(f"{__package__}.state_passing_triton"))
+"""Whether the kernel is there. An exported model does not carry it, and does without."""
 
 
 def pass_states(
@@ -42,7 +40,7 @@ class StatePassing(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, outgoing: Tensor, decay: Tensor, documents: Documents) -> Tensor:
-        incoming = _run_both(outgoing, decay, documents, first_forward=True)
+        incoming = run(outgoing, decay, documents, first_forward=True)
         ctx.save_for_backward(incoming, decay)
         ctx.documents = documents
         return incoming
@@ -50,22 +48,25 @@ class StatePassing(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         incoming, decay = ctx.saved_tensors
-        grad = _run_both(grads[0], decay, ctx.documents, first_forward=False)
+        grad = run(grads[0], decay, ctx.documents, first_forward=False)
         return grad, (grad * incoming).sum(-1), None
 
 
-def _run_both(outgoing: Tensor, decay: Tensor, documents: Documents, first_forward: bool) -> Tensor:
+def run(outgoing: Tensor, decay: Tensor, documents: Documents, first_forward: bool) -> Tensor:
     """Run the first half of the states forward and the second backward, or the other way round unless `first_forward`."""
+    if use_gpu_kernels(outgoing.device) and outgoing.dtype == torch.float32 and HAS_KERNEL:
+        # Torch's compiler traces this form of import; it is here because Triton takes a while to import, and is not everywhere.
+        from . import state_passing_triton
+
+        return state_passing_triton.run(outgoing, decay, documents.may_reach(1), first_forward)
     out, half = torch.zeros_like(outgoing), outgoing.shape[1] // 2
     for states, forward in ((slice(half), first_forward), (slice(half, None), not first_forward)):
-        run(outgoing[:, states], decay[:, states], documents, out[:, states], forward)
+        _double(outgoing[:, states], decay[:, states], documents, out[:, states], forward)
     return out
 
 
-def run(outgoing: Tensor, decay: Tensor, documents: Documents, out: Tensor, forward: bool) -> None:
+def _double(outgoing: Tensor, decay: Tensor, documents: Documents, out: Tensor, forward: bool) -> None:
     """Fill `out[b] = outgoing[b-1] + decay * out[b-1]` within each document, or with b+1 for b-1 unless `forward`."""
-    if use_gpu_kernels(outgoing.device) and outgoing.dtype == torch.float32 and HAS_KERNEL:
-        return import_module(KERNEL).run(outgoing, decay, documents.may_reach(1), out, forward)
     total, step = outgoing.clone(), 1
     while step < documents.longest:
         source, target = (total[..., :-step], total[..., step:]) if forward else (total[..., step:], total[..., :-step])

@@ -68,6 +68,7 @@ def compile_layers(backbone: Backbone) -> None:
     _dynamo.config.recompile_limit = 32
     for part in backbone.describe().compilable:
         part.forward = torch.compile(part.forward, dynamic=True, fullgraph=True)
+    setattr(backbone, "is_compiled", True)  # noqa: B010  # most backbones do not need to know
 
 
 def keep_compiled_code() -> str:

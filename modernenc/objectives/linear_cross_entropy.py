@@ -7,6 +7,7 @@ each chunk of rows is turned into its loss and its gradients at once, and its lo
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -39,13 +40,16 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        weight_, bias_ = weight.to(hidden.dtype), bias.to(hidden.dtype)
+        weight_, bias_, vocab = weight.to(hidden.dtype), bias.to(hidden.dtype), len(weight)
+        more = -vocab % 8 if use_gpu_kernels(hidden.device) else 0
+        if more:  # a GPU has slow products for sizes that are no multiple of 8; these logits are never the highest
+            weight_, bias_ = F.pad(weight_, (0, 0, 0, more)), F.pad(bias_, (0, more), value=torch.finfo(hidden.dtype).min)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss, num_correct = hidden.new_zeros((), dtype=wide), targets.new_zeros(())
-        hidden_grad, bias_grad = torch.empty_like(hidden), torch.zeros_like(bias)
+        hidden_grad, bias_grad = torch.empty_like(hidden), bias.new_zeros(vocab + more)
         weight_grad: Tensor | None = None
         chunk = GPU_CHUNK_ROWS if use_gpu_kernels(hidden.device) else CHUNK_ROWS
-        logits = hidden.new_empty(min(chunk, len(hidden)), len(weight))  # one buffer for all chunks
+        logits = hidden.new_empty(min(chunk, len(hidden)), vocab + more)  # one buffer for all chunks
         for start in range(0, len(hidden), chunk):
             rows, wanted = hidden[start : start + chunk], targets[start : start + chunk]
             torch.addmm(bias_, rows, weight_.t(), out=logits[: len(rows)])
@@ -56,7 +60,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part = logits[: len(rows)].t() @ rows
                 weight_grad = part.to(weight.dtype) if weight_grad is None else weight_grad.add_(part)
         if any(ctx.needs_input_grad):
-            ctx.grads = hidden_grad, torch.zeros_like(weight) if weight_grad is None else weight_grad, bias_grad
+            weight_grad = torch.zeros_like(weight) if weight_grad is None else weight_grad[:vocab]
+            ctx.grads = hidden_grad, weight_grad, bias_grad[:vocab]
         ctx.mark_non_differentiable(num_correct)
         return loss, num_correct
 

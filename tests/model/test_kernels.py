@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from modernenc import kernels
 from modernenc.backbones import ema
 from modernenc.kernels import documents, geglu, state_passing
 from modernenc.kernels.device import assume_gpu
+from modernenc.kernels.toeplitz import toeplitz
 from support.kernels import kernel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -19,25 +21,24 @@ LENGTHS = [1, 64 * 70 + 3, 63, 64, 65, 64 * 140]
 
 @pytest.fixture(scope="module")
 def states_kernel():
-    return kernel(state_passing.KERNEL)
+    return kernel("modernenc.kernels.state_passing_triton")
 
 
-@pytest.mark.parametrize("forward", [True, False])
-def test_states_pass_within_documents_only(states_kernel, forward):
+@pytest.mark.parametrize("first_forward", [True, False])
+def test_states_pass_within_documents_only(states_kernel, first_forward):
     layout = documents.Documents(LENGTHS, DEVICE)
     torch.manual_seed(0)
+    segments, order = len(layout.number), range(len(layout.number))
     # Not a whole number of tiles of states.
-    outgoing, decay = torch.randn(3, 10, layout.segments, device=DEVICE), torch.rand(3, 10, device=DEVICE)
-    half = slice(0, 5) if forward else slice(5, 10)
-    same, got = layout.may_reach(1), torch.full_like(outgoing, torch.nan)
-    expected = torch.zeros(3, 5, layout.segments, dtype=torch.double, device=DEVICE)
-    order = range(layout.segments) if forward else range(layout.segments - 1, -1, -1)
-    for before, segment in pairwise(order):  # the definition, segment by segment
-        if same[min(before, segment)]:
-            decayed = decay[:, half].double() * expected[..., before]
-            expected[..., segment] = outgoing[:, half, before].double() + decayed
-    states_kernel.run(outgoing[:, half], decay[:, half], same, got[:, half], forward)
-    torch.testing.assert_close(got[:, half], expected.float(), rtol=1e-5, atol=1e-5)
+    outgoing, decay = torch.randn(3, 10, segments, device=DEVICE), torch.rand(3, 10, device=DEVICE)
+    same, expected = layout.may_reach(1), torch.zeros(3, 10, segments, dtype=torch.double, device=DEVICE)
+    for half, forward in ((slice(5), first_forward), (slice(5, 10), not first_forward)):
+        for before, segment in pairwise(order if forward else reversed(order)):  # the definition, segment by segment
+            if same[min(before, segment)]:
+                decayed = decay[:, half].double() * expected[:, half, before]
+                expected[:, half, segment] = outgoing[:, half, before].double() + decayed
+    got = states_kernel.run(outgoing, decay, same, first_forward)
+    torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_an_ema_and_its_gradients_are_the_same_with_the_kernel(states_kernel, monkeypatch):
@@ -45,9 +46,9 @@ def test_an_ema_and_its_gradients_are_the_same_with_the_kernel(states_kernel, mo
 
     def run_and_count(*arguments):
         calls.append(arguments)
-        states_kernel.run(*arguments)
+        return states_kernel.run(*arguments)
 
-    monkeypatch.setitem(sys.modules, state_passing.KERNEL, SimpleNamespace(run=run_and_count))
+    monkeypatch.setattr(kernels, "state_passing_triton", SimpleNamespace(run=run_and_count), raising=False)
     results = []
     for has_kernel in (True, False):
         monkeypatch.setattr(state_passing, "HAS_KERNEL", has_kernel)
@@ -57,10 +58,19 @@ def test_an_ema_and_its_gradients_are_the_same_with_the_kernel(states_kernel, mo
         with assume_gpu():
             out = module(x, documents.Documents(LENGTHS, DEVICE))
             out.square().sum().backward()
-        assert len(calls) == 4  # both directions, forward and backward, with the kernel alone
+        assert len(calls) == 2  # forward and backward, with the kernel alone
         results.append([out.detach(), *(leaf.grad for leaf in (x, *module.parameters()))])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_toeplitz_matrices_have_equal_numbers_along_diagonals(n):
+    diagonals = torch.randn(3, 2 * n - 1, dtype=torch.double, device=DEVICE).requires_grad_()
+    made = toeplitz(diagonals)
+    assert made.shape == (3, n, n)
+    assert all(torch.equal(made[:, i, j], diagonals[:, n - 1 + j - i]) for i in range(n) for j in range(n))
+    assert torch.autograd.gradcheck(toeplitz, diagonals)
 
 
 @pytest.mark.parametrize("vocab", [5, 4096, 10_007])

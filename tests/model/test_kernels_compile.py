@@ -50,9 +50,8 @@ def kernels(arch: int) -> dict[str, tuple[Any, dict[str, str | int]]]:
     }
     passed: dict[str, str | int] = {
         **{"outgoing": "fp32", "outgoing_hidden": 2 * states * segments, "outgoing_state": segments, "outgoing_segment": 1},
-        **{"decay": "fp32", "decay_hidden": 2 * states, "decay_state": 1, "same": "i8"},
-        **{"out": "fp32", "out_hidden": 2 * states * segments, "out_state": segments, "out_segment": 1},
-        **{"states": states, "rows": 768 * states, "segments": segments},
+        **{"decay": "fp32", "decay_hidden": 2 * states, "decay_state": 1, "same": "i8", "incoming": "fp32"},
+        **{"half": states, "rows": 768 * states, "segments": segments},
         **{"ROWS": state_passing_triton.TILE_STATES, "SEGMENTS": state_passing_triton.TILE_SEGMENTS},
     }
     losses: dict[str, str | int] = {
@@ -67,8 +66,8 @@ def kernels(arch: int) -> dict[str, tuple[Any, dict[str, str | int]]]:
     return {
         "window forward": (window._forward, {**attended, **window.FORWARD}),
         "window backward": (window._backward, {**attended, **backward}),
-        "states forward": (state_passing_triton._pass_states, {**passed, "FORWARD": True}),
-        "states backward": (state_passing_triton._pass_states, {**passed, "FORWARD": False}),
+        "states forward": (state_passing_triton._pass_states, {**passed, "FIRST_FORWARD": True}),
+        "states backward": (state_passing_triton._pass_states, {**passed, "FIRST_FORWARD": False}),
         "cross-entropy": (cross_entropy_triton._to_gradients, losses),
         "geglu forward": (geglu_triton._forward, gated),
         "geglu backward": (geglu_triton._backward, gated),

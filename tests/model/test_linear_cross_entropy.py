@@ -1,10 +1,13 @@
 """Cross-entropy by chunks is that of all logits at once."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from modernenc.kernels import cross_entropy
+from modernenc.kernels.device import assume_gpu
 from modernenc.objectives import linear_cross_entropy as file
 from modernenc.objectives.linear_cross_entropy import linear_cross_entropy
 
@@ -25,11 +28,17 @@ def at_once(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, targ
 
 @pytest.mark.parametrize("rows_of_a_chunk", [7, 1024])
 @pytest.mark.parametrize(("rows", "targets"), [(20, 20), (64, 50), (64, 7), (64, 0), (0, 0)])
-def test_loss_correct_predictions_and_gradients_are_those_of_all_logits(rows, targets, rows_of_a_chunk, monkeypatch):
-    monkeypatch.setattr(file, "CHUNK_ROWS", rows_of_a_chunk)
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["as on a CPU", "as on a GPU"])
+def test_loss_correct_predictions_and_gradients_are_those_of_all_logits(rows, targets, rows_of_a_chunk, on_gpu, monkeypatch):
+    """Where there are 50 ids, and a GPU multiplies by 56."""
+    for name in ("CHUNK_ROWS", "GPU_CHUNK_ROWS"):
+        monkeypatch.setattr(file, name, rows_of_a_chunk)
+    monkeypatch.setattr(cross_entropy, "HAS_KERNEL", False)
     monkeypatch.setattr(cross_entropy, "CACHE_LOGITS", 200)  # four rows
     tensors, wanted = inputs(rows, targets, torch.float64)
-    found, expected = linear_cross_entropy(*tensors, wanted), at_once(*tensors, wanted)
+    with assume_gpu() if on_gpu else nullcontext():
+        found = linear_cross_entropy(*tensors, wanted)
+    expected = at_once(*tensors, wanted)
     torch.testing.assert_close(found[0], expected[0], rtol=1e-12, atol=1e-12)
     assert found[1] == expected[1]
     grads = [torch.autograd.grad(3.0 * loss, tensors) for loss in (found[0], expected[0])]

@@ -4,6 +4,7 @@ transformers 5 has no MEGA: what 4.57's gives for the same weights is kept in `m
 `PYTHONPATH=tests python tests/model/test_mega.py` wrote under it.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modernenc.backbones import ema
 from modernenc.backbones.mega import Mega
 from modernenc.hugging_face import converter_of
+from modernenc.kernels import state_passing
+from modernenc.kernels.device import assume_gpu
 from modernenc.objectives.masked_lm import MaskedLM
 from support.ema import recurrence
 from support.tensors import apart, ids, of_transformers_4
@@ -138,6 +142,50 @@ def test_a_norm_that_transformers_forgot_to_apply_works():
 def test_a_chunk_that_is_longer_than_any_document_is_refused():
     with pytest.raises(ValueError, match=r"backbone\.chunk_size=1000: expected at most backbone\.max_position=512"):
         ours(chunk_size=1000)
+
+
+class Strides(TorchDispatchMode):
+    """Record the largest stride of each matrix that a product reads or writes, unless it is a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._schema.name in ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"):
+            self.found |= {max(matrix.stride()[-2:]) for matrix in (*args[-2:], out) if min(matrix.shape[-2:]) > 1}
+        return out
+
+
+def test_rows_of_all_products_on_a_gpu_are_aligned(monkeypatch):
+    monkeypatch.setattr(state_passing, "HAS_KERNEL", False)  # it runs on a GPU
+    lengths = torch.randint(1, 9 * CHUNK, (20,), generator=torch.Generator().manual_seed(0)).tolist()
+    ends, backbone = torch.tensor([0, *lengths]).cumsum(0).int(), ours().backbone.train()
+    with assume_gpu(), Strides() as strides:
+        for compiled in (False, True):
+            backbone.is_compiled = compiled
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden = backbone(torch.cat(ids(lengths)), ends, max(lengths), torch.arange(0, sum(lengths), 3))
+            hidden.sum().backward()
+    assert len(strides.found) > 5
+    assert not [stride for stride in strides.found if stride % 8]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("lengths", [[1], [CHUNK] * 3, [*UNSHARDED, *OTHER]], ids=["a token", "whole chunks", "any"])
+def test_buckets_for_a_gpu_and_for_a_compiler_change_nothing(variant, lengths):
+    results = []
+    for on_gpu, compiled in ((False, False), (True, False), (True, True)):
+        model = ours(**VARIANTS[variant])
+        model.backbone.is_compiled = compiled
+        with assume_gpu() if on_gpu else nullcontext():  # in double precision, which the kernel does not take
+            hidden = model.double().backbone(torch.cat(ids(lengths)), torch.tensor([0, *lengths]).cumsum(0), max(lengths))
+            hidden.square().sum().backward()
+        results.append([hidden.detach(), *(weight.grad for weight in model.backbone.parameters())])
+    for expected, *others in zip(*results, strict=True):
+        for other in others:
+            torch.testing.assert_close(other, expected, rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()
