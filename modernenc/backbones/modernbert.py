@@ -33,7 +33,8 @@ class ModernBERT(nn.Module):
 
     `local_attention` is the width of the window, half to each side. `attention_out_dropout` follows each attention's output
     projection. `init_std` is the standard deviation of new matrices other than output projections, before numbers beyond two
-    of them are redrawn. Raises ValueError for sizes that do not fit each other.
+    of them are redrawn. Without `residual_in_fp32` the residual stream has the precision of autocast, which moves fewer bytes.
+    Raises ValueError for sizes that do not fit each other.
     """
 
     PHASE_ATTRIBUTES: ClassVar[tuple[str, ...]] = ("global_rope_theta", "local_rope_theta")
@@ -54,6 +55,7 @@ class ModernBERT(nn.Module):
         attention_out_dropout: DropoutRate = 0.0,
         norm_eps: Positive = 1e-5,
         init_std: Positive = INIT_STD,
+        residual_in_fp32: bool = True,
     ) -> None:
         super().__init__()
         if hidden_size % (2 * num_attention_heads):  # a head's dimensions are rotated in pairs
@@ -71,6 +73,7 @@ class ModernBERT(nn.Module):
         self.local_attention = local_attention
         self.norm_eps = norm_eps
         self.init_std = init_std
+        self.residual_in_fp32 = residual_in_fp32
         self.embeddings = Embeddings(vocab_size, hidden_size, norm_eps)
         self.layers = nn.ModuleList(
             Layer(
@@ -106,6 +109,8 @@ class ModernBERT(nn.Module):
         global_rotation = rotation(self.global_rope_theta, head_dim, places, max_seqlen)
         local_rotation = rotation(self.local_rope_theta, head_dim, places, max_seqlen)
         hidden = self.embeddings(input_ids)
+        if not self.residual_in_fp32 and torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         for layer in self._layers():
             turn = global_rotation if layer.attn.half_window is None else local_rotation
             # Only the last layer can leave tokens out: those before it feed the keys and values of all.
@@ -137,7 +142,7 @@ class ModernBERT(nn.Module):
             compilable=list(self.layers),  # the attention kernels take documents of any lengths in one call
             resizable=frozenset({
                 "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position",
-                "attention_out_dropout", "init_std",
+                "attention_out_dropout", "init_std", "residual_in_fp32",
             }),
             backend=describe_backends,
         )  # fmt: skip

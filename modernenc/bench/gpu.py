@@ -1,20 +1,23 @@
 """Measure a GPU cell by cell, most valuable first: `python -m modernenc.bench gpu`, made for a GPU that is there for minutes.
 
 Each cell has a process and a time limit of its own. When it ends it adds a row to gpu.csv, with the reason if it failed. A cell
-that no longer fits into `gpu.seconds` is not started. In order: products and copies of the card alone; a compiled step, without
-and with the window kernel, beside transformers' compiled model, on full rows and padded; a whole run; attention with a window;
-transformers' model on full rows with logits at the predicted tokens only; steps of other backbones; optimizers; cross-entropy
-by chunk size; an eager step. Without a GPU nothing is compiled.
+that no longer fits into `gpu.seconds` is not started. In order: products and copies of the card alone; a compiled step, also
+with the window kernel and a residual stream in bf16, beside transformers' compiled model, on full rows and padded; a whole run;
+attention with a window; transformers' model on full rows with logits at the predicted tokens only; steps of other backbones;
+optimizers; cross-entropy by chunk size; eager steps; the tests that need a GPU. Each step is profiled once after it was timed,
+and its largest kernels are in a file of their own. Without a GPU nothing is compiled or profiled.
 """
 
 import csv
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import hydra
 import torch
@@ -22,14 +25,15 @@ import torch
 from modernenc.bench.interleave import Candidate, Failure, Metrics, OwnProcess, peak_bytes, time_candidate
 from modernenc.bench.kernels import copies, cross_entropy, matrix_products, optimizer_update, time_window
 from modernenc.bench.loop import run_settings, time_run
-from modernenc.bench.ours import our_step
 from modernenc.bench.peers import peer_step
+from modernenc.bench.profile import NOT_RUN, time_step
 from modernenc.bench.settings import Bench, make_run
 
 CHUNKS = (1_024, 4_096, 8_192, 16_384)
 COLUMNS = (
     "cell", "ms", "ms_from", "ms_to", "tokens_per_s", "tflops", "of_products", "gb_per_s", "forward_ms", "first_s", "peak_gb",
-    "save_s", "between_ms", "took_s", "device", "torch", "failure",
+    "save_s", "between_ms", "kernels", "busy", "graphs", "recompiled", "plan_gb", "passed", "took_s", "device", "torch",
+    "failure",
 )  # fmt: skip
 
 
@@ -46,7 +50,7 @@ def measure(bench: Bench, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     ends, products = time.monotonic() + bench.gpu.seconds, None
     with tempfile.TemporaryDirectory() as scratch:  # of this process, since a cell's may be killed
-        for cell in choose(list(cells(bench, scratch)), bench.gpu.cells):
+        for cell in choose(list(cells(bench, folder, scratch)), bench.gpu.cells):
             started = time.monotonic()
             left = ends - started
             row: Metrics = {"failure": f"not started: {max(0, left):.0f} of {cell.limit_s:g} s are left"}
@@ -87,7 +91,19 @@ def _append(path: Path, row: Metrics) -> None:
     print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
 
 
-def cells(bench: Bench, scratch: str) -> Iterator[Cell]:
+def run_tests() -> Metrics:
+    """Run the tests that need a GPU, where there are one and the repository's tests; return how many passed."""
+    tests = Path(__file__).parents[2] / "tests"
+    if not torch.cuda.is_available() or not tests.is_dir():
+        return {"passed": NOT_RUN}
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--tb=line", str(tests)]
+    output = subprocess.run(command, cwd=tests.parent, capture_output=True, text=True, check=False).stdout
+    (summary, *_) = output.strip().splitlines()[-1:] or [""]
+    failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return {"passed": summary, **({"failure": "; ".join(failed)} if failed else {})}
+
+
+def cells(bench: Bench, folder: Path, scratch: str) -> Iterator[Cell]:
     """Yield every cell in order; the limits leave time for compilation."""
     gpu, short, long = bench.gpu, *bench.gpu.lengths
     bench = replace(bench, step_tokens=gpu.step_tokens, micro_batch_tokens=gpu.micro_batch_tokens, repetitions=gpu.repetitions)
@@ -96,12 +112,17 @@ def cells(bench: Bench, scratch: str) -> Iterator[Cell]:
     def cell(name: str, limit_s: float, candidate: Candidate, calls: int = 1, bytes_moved: int = 0) -> Cell:
         return Cell(name, limit_s, partial(time_candidate, candidate, gpu.repetitions, calls, bytes_moved))
 
+    def step(name: str, backbone: str, length: int, changes: dict[str, Any] | None = None, limit_s: float = 120) -> Cell:
+        report = folder / f"kernels {name}.txt".replace(" ", "_")
+        return Cell(name, limit_s, partial(time_step, make(backbone, length, changes=changes), gpu.repetitions, report))
+
     base, name = make(gpu.backbone, short), f"{gpu.backbone} {short}"
     yield cell("products", 40, partial(matrix_products, gpu.matrix_size), calls=64)
     yield cell("copies", 40, partial(copies, gpu.matrix_size), calls=256, bytes_moved=8 * gpu.matrix_size**2)  # fp32, twice
-    yield cell(f"step {name}", 120, partial(our_step, base))
-    with_kernel = make(gpu.backbone, short, changes={"trainer.window_kernel": True})
-    yield cell(f"step {name} window kernel", 120, partial(our_step, with_kernel))
+    yield step(f"step {name}", gpu.backbone, short)
+    window, residual = {"trainer.window_kernel": True}, {"backbone.residual_in_fp32": False}
+    yield step(f"step {name} window kernel", gpu.backbone, short, window)
+    yield step(f"step {name} window kernel, bf16 residual", gpu.backbone, short, {**window, **residual})
     micro_batch = max(short, gpu.micro_batch_tokens // 2)  # transformers computes all logits
     halved = make(gpu.backbone, short, changes={"trainer.micro_batch_tokens": micro_batch})
     for batching in ("rows", "padded"):
@@ -116,11 +137,16 @@ def cells(bench: Bench, scratch: str) -> Iterator[Cell]:
     ettin = hydra.compose("train", ["+recipe=ettin", "ettin=17m"]).backbone
     sizes = {f"backbone.{key}": ettin[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads")}
     sizes["backbone.num_hidden_layers"] = bench.num_hidden_layers or ettin["num_hidden_layers"]
-    yield cell(f"other ettin_17m {short}", 120, partial(our_step, make(gpu.backbone, short, changes=sizes)))
+    yield step(f"other ettin_17m {short}", gpu.backbone, short, sizes)
     for backbone, length in {gpu.backbone: long, **gpu.others}.items():
-        yield cell(f"other {backbone} {length}", 120, partial(our_step, make(backbone, length)))
+        yield step(f"other {backbone} {length}", backbone, length)
     for optimizer in ("adamw", "stable_adamw", "muon"):
         yield cell(f"optimizer {optimizer}", 40, partial(optimizer_update, make(gpu.backbone, short, optimizer)))
     for rows in CHUNKS:
         yield cell(f"chunk {rows}", 40, partial(cross_entropy, base, rows))
-    yield cell(f"eager {name}", 60, partial(our_step, make(gpu.backbone, short, changes={"trainer.compile": False})))
+    for backbone, length in {gpu.backbone: short, **gpu.others}.items():
+        yield step(f"eager {backbone} {length}", backbone, length, {"trainer.compile": False}, limit_s=60)
+    yield cell(
+        f"eager rows {name}", 60, partial(peer_step, "rows", replace(halved, trainer=replace(halved.trainer, compile=False)))
+    )
+    yield Cell("tests", 240, run_tests)

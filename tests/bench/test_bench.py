@@ -167,6 +167,8 @@ CELLS = (
     "other ettin",
     "optimizer muon",
     "chunk 1024",
+    "eager mega",
+    "tests",
 )
 
 
@@ -182,10 +184,14 @@ def test_the_gpu_part_has_figures_without_a_gpu_too_or_says_why_not(bench, tmp_p
     assert all(any(name.startswith(cell) for name in rows) for cell in CELLS)
     failed = [name for name, row in rows.items() if row["failure"]]
     assert failed == ["window FA3 64"] or torch.cuda.is_available()
+    tests = rows.pop("tests")
+    assert (tests["passed"] == "not run") != torch.cuda.is_available()
     assert all(float(row["ms"]) > 0 and row["torch"] == torch.__version__ for row in rows.values() if not row["failure"])
     step, run = rows["step modernbert_tiny 64"], rows["run modernbert_tiny 64"]
     assert all(float(row["tokens_per_s"]) > 0 for row in (step, run, rows["sparse modernbert_tiny 64"]))
     assert float(step["of_products"]) == pytest.approx(float(step["tflops"]) / float(rows["products"]["tflops"]), rel=1e-2)
+    assert float(step["plan_gb"]) > 0 and (step["graphs"] == step["recompiled"] == "0") != torch.cuda.is_available()
+    assert (step["kernels"] == step["busy"] == "not run") != torch.cuda.is_available()
     assert float(run["between_ms"]) < float(run["ms"]) and run["save_s"]
 
 
