@@ -158,7 +158,7 @@ class Trainer:
     """Hardware and precision. Nothing here changes which tokens a step sees."""
 
     accelerator: Annotated[str, Literal["auto", "cpu", "gpu"]] = MISSING
-    """Lightning's accelerator: auto, cpu or gpu."""
+    """`auto` (a CUDA device if there is one, else the processor), `cpu` or `gpu`."""
     devices: Annotated[int, Ge(1)] = MISSING
     """Devices per node."""
     num_nodes: Annotated[int, Ge(1)] = 1

@@ -32,7 +32,7 @@ from modernenc.saved_config import plain
 from modernenc.training import ranks
 from modernenc.training.checkpointing import Checkpointing
 from modernenc.training.contention import ContentionMonitor
-from modernenc.training.hardware import advise_precision, choose_determinism
+from modernenc.training.hardware import advise_precision, choose_accelerator, choose_determinism
 from modernenc.training.module import Pretraining
 from modernenc.training.preemption import Preemption
 from modernenc.training.progress import TokenProgress
@@ -68,7 +68,7 @@ def fit(
         metrics = MetricsWriter(run)
         validation = ValidationWriter(run, Validator(run, corpus), metrics)
         trainer = L.Trainer(
-            accelerator=run.trainer.accelerator,
+            accelerator=choose_accelerator(run),
             devices=run.trainer.devices,
             num_nodes=run.trainer.num_nodes,
             strategy=choose_strategy(run),
@@ -244,5 +244,6 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
     # DDP, of a step that trains all parameters.
     warnings.filterwarnings("ignore", ".*find_unused_parameters=True was specified in DDP constructor")
+    warnings.filterwarnings("ignore", "GPU available but not used")  # a recipe may say cpu, and a Mac's is never used
     warnings.filterwarnings("ignore", ".*`srun` command is available")  # not every run on a node of a cluster is a job
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.* is deprecated")  # Lightning's use of torch

@@ -24,6 +24,11 @@ def check_hardware(run: Run) -> None:
         )
 
 
+def choose_accelerator(run: Run) -> str:
+    """Return Lightning's accelerator: a GPU by CUDA or the processor, since Lightning's own `auto` would take a Mac's GPU."""
+    return "cuda" if run.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+
+
 def choose_determinism(run: Run) -> None:
     """Under `trainer.determinism=strict`, let torch refuse kernels whose result may change from one call to the next."""
     strict = run.trainer.determinism == "strict"

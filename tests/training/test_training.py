@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.accelerators import MPSAccelerator
 
 from modernenc.backbones.attention import describe_backends
 from modernenc.curriculum import Curriculum
@@ -116,6 +117,17 @@ def test_activations_made_again_are_not_kept(small_run, recipe):
 
     assert kept(1) < kept(2) < kept(0)
     assert kept(1) < kept(0) / 5
+
+
+def test_checkpoints_are_saved_by_the_clock_too(small_run):
+    folder = train(small_run("checkpoint.every_tokens=0", "checkpoint.every_minutes=1e-6", "checkpoint.keep_last=100"))
+    saved = {path.stem for path in (folder / "checkpoints").glob("step-*.ckpt")}
+    assert {"step-00000001", "step-00000002"} <= saved
+
+
+def test_a_mac_trains_on_its_processor(small_run, monkeypatch):
+    monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
+    assert "device cpu" in (train(small_run("trainer.accelerator=auto")) / "log.txt").read_text() or torch.cuda.is_available()
 
 
 def test_a_loader_worker_changes_nothing(small_run, tmp_path):
