@@ -26,7 +26,7 @@ def logits_to_gradients(
     that of the loss. Among equal logits the first is the prediction, as in argmax.
     """
     loss, num_correct = bias_grad.new_zeros(()), targets.new_zeros(())
-    logits[len(targets) :] = 0
+    logits[len(targets) :].zero_()
     if use_gpu_kernels(logits.device) and bias_grad.dtype == torch.float32 and HAS_KERNEL:
         kernel = import_module("modernenc.kernels.cross_entropy_triton")
         losses, best = kernel.to_gradients(logits[: len(targets)], targets)

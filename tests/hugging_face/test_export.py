@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_a_config_is_whole_in_the_words_of_transformers_4_and_of_5(tmp_path, oth
     from transformers import AutoModelForMaskedLM
 
     torch.manual_seed(0)
-    thetas = {"global_rope_theta": 4_000.0, "local_rope_theta": 300.0}
+    thetas: dict[str, Any] = {"global_rope_theta": 4_000.0, "local_rope_theta": 300.0}
     ours = MaskedLM(ModernBERT(300, 32, 48, 5, 2, 256, **thetas, global_attn_every_n_layers=2, local_attention=16)).eval()
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
