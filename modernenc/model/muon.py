@@ -38,20 +38,22 @@ class Muon(Optimizer):
             matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
             split = matrices and isinstance(matrices[0], DTensor)
             for some in in_turns(matrices) if split else by_shape(matrices):
-                updates = [self._look_ahead(matrix, group["momentum"]) for matrix in some]
                 make = orthogonalise_in_turn if split else orthogonalise
-                for matrix, update in zip(some, make(updates, group["ns_steps"], group["eps"]), strict=True):
-                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                updates = make(self._look_ahead(some, group["momentum"]), group["ns_steps"], group["eps"])
+                torch._foreach_mul_(some, 1 - group["lr"] * group["weight_decay"])
+                for matrix, update in zip(some, updates, strict=True):
                     matrix.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(matrix.shape)))
 
-    def _look_ahead(self, matrix: Tensor, momentum: float) -> Tensor:
-        """Update the momentum of a matrix, and return what it will be after another such gradient."""
-        gradient, state = matrix.grad, self.state[matrix]
-        assert gradient is not None
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(gradient)
-        state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-        return gradient.lerp(state["momentum_buffer"], momentum)
+    def _look_ahead(self, matrices: list[Tensor], momentum: float) -> list[Tensor]:
+        """Update the momentum of the matrices, and turn their gradients into what it will be after another such gradient."""
+        for matrix in matrices:
+            if not self.state[matrix]:
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
+        buffers = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        torch._foreach_lerp_(gradients, buffers, momentum)
+        return gradients
 
 
 def by_shape(matrices: list[Tensor]) -> list[list[Tensor]]:

@@ -8,6 +8,7 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from modernenc.backbones import Backbone
+from modernenc.backbones.modernbert import ModernBERT
 from modernenc.config import CONF_DIR
 from modernenc.objectives.masked_lm import MaskedLM
 from support.tensors import relative
@@ -128,3 +129,17 @@ def test_what_a_phase_sets_changes_the_model(objective):
         before = run(objective, documents([200]))
         setattr(objective.backbone, name, 2 * getattr(objective.backbone, name))
         assert relative(run(objective, documents([200])), before) > 1e-4
+
+
+def test_a_residual_stream_in_bf16_changes_hidden_states_by_its_rounding_only():
+    packed, states = documents([300, 200]), []
+    for in_fp32 in (True, False):
+        torch.manual_seed(0)
+        model = MaskedLM(ModernBERT(300, 64, 96, 6, 4, 512, 1e4, 1e4, residual_in_fp32=in_fp32))
+        streams: list[torch.dtype] = []
+        for layer in model.backbone.describe().layers:
+            layer.register_forward_hook(lambda layer, inputs, out, streams=streams: streams.append(out.dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            states.append(run(model, packed).float())
+        assert set(streams) == {torch.float32 if in_fp32 else torch.bfloat16}
+    assert 0 < relative(states[0], states[1]) < 0.02
