@@ -136,10 +136,10 @@ def test_a_residual_stream_in_bf16_changes_hidden_states_by_its_rounding_only():
     for in_fp32 in (True, False):
         torch.manual_seed(0)
         model = MaskedLM(ModernBERT(300, 64, 96, 6, 4, 512, 1e4, 1e4, residual_in_fp32=in_fp32))
-        streams: list[torch.dtype] = []
+        streams: list[torch.Tensor] = []
         for layer in model.backbone.describe().layers:
-            layer.register_forward_hook(lambda layer, inputs, out, streams=streams: streams.append(out.dtype))
+            layer.register_forward_hook(lambda layer, inputs, out, streams=streams: streams.append(out))
         with torch.autocast("cpu", torch.bfloat16):
             states.append(run(model, packed).float())
-        assert set(streams) == {torch.float32 if in_fp32 else torch.bfloat16}
+        assert {stream.dtype for stream in streams} == {torch.float32 if in_fp32 else torch.bfloat16}
     assert 0 < relative(states[0], states[1]) < 0.02
