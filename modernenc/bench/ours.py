@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from modernenc.backbones.attention import use_flash_attention_3, use_window_kernel
 from modernenc.bench.interleave import StepWork, Turn, device
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum
@@ -13,7 +12,7 @@ from modernenc.data.loader import Step, Steps
 from modernenc.data.state import DataState
 from modernenc.model import optim
 from modernenc.model.allocator import keep_freed_memory
-from modernenc.model.build import build_objectives, compile_layers
+from modernenc.model.build import build_objectives, speed_up
 from modernenc.objectives.masked_lm import MaskedLM
 
 LR = 1e-4
@@ -24,10 +23,7 @@ def our_step(run: Run) -> Turn:
     keep_freed_memory()
     steps = list(load_steps(run))
     objectives = build_objectives(run).to(device())
-    use_window_kernel(run.trainer.window_kernel)
-    use_flash_attention_3(device())
-    if is_compiled(run):
-        compile_layers(objectives.backbone)
+    speed_up(objectives.backbone, run.trainer, device())
     optimizers = optim.build(objectives, {**run.optim, "lr": LR})
 
     def turn(number: int) -> StepWork:
@@ -72,8 +68,3 @@ def step_work(model: MaskedLM, lengths: Sequence[int], targets: int) -> StepWork
     head = sum(parameter.numel() for parameter in model.head.parameters() if parameter.ndim == 2)
     predictions = 6.0 * targets * (head + model.decoder.weight.numel())
     return StepWork(sum(lengths), predictions + sum(3 * length * forward_flops(length) for length in lengths))
-
-
-def is_compiled(run: Run) -> bool:
-    """Return whether steps of the run are compiled here, by the same rule as in training: on a GPU only."""
-    return run.trainer.compile and device().type == "cuda"

@@ -13,11 +13,11 @@ from transformers import AutoModelForMaskedLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from modernenc.bench.interleave import StepWork, Turn, device
-from modernenc.bench.ours import LR, is_compiled, load_steps, step_work
+from modernenc.bench.ours import LR, load_steps, step_work
 from modernenc.config import Run
 from modernenc.data.loader import Step
 from modernenc.hugging_face import converter_of
-from modernenc.model.build import build_objectives
+from modernenc.model.build import build_objectives, compiles
 from modernenc.objectives.masked_lm import MaskedLM
 
 PADDING = {"input_ids": 0, "labels": -100, "attention_mask": 0}
@@ -56,7 +56,7 @@ def peer_step(batching: str, run: Run, sparse: bool = False) -> Turn:
     ours = build_objectives(run).masked_lm
     model = transformers_model(ours).to(device()).train()
     model.sparse_prediction = sparse
-    if is_compiled(run):
+    if compiles(run.trainer, device()):
         model.compile(dynamic=None if sparse else batching == "padded")
     optimizer = torch.optim.AdamW(model.parameters(), LR, fused=True)
 
@@ -114,7 +114,7 @@ def fill_rows(step: Step, run: Run) -> Iterator[dict[str, Tensor]]:
     """
     ids, labels = (torch.cat(column) for column in zip(*_documents(step), strict=True))
     length, at_once = run.phases["decay"].seq_len, _rows_at_once(run)
-    more = -len(ids) % (length * (min(at_once, -(-len(ids) // length)) if is_compiled(run) else 1))
+    more = -len(ids) % (length * (min(at_once, -(-len(ids) // length)) if compiles(run.trainer, device()) else 1))
     columns = (torch.cat((column, column[:more])).view(-1, length).split(at_once) for column in (ids, labels))
     for ids, labels in zip(*columns, strict=True):
         yield {"input_ids": ids, "labels": labels}

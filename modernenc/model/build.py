@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from modernenc.backbones import Backbone
-from modernenc.backbones.attention import kernels
-from modernenc.config import Run
+from modernenc.backbones.attention import kernels, use_flash_attention_3, use_window_kernel
+from modernenc.config import Run, Trainer
 from modernenc.curriculum import StepSpec
 from modernenc.kernels.device import use_gpu_kernels
 from modernenc.objectives import Objectives
@@ -69,6 +70,20 @@ def compile_layers(backbone: Backbone) -> None:
     for part in backbone.describe().compilable:
         part.forward = torch.compile(part.forward, dynamic=True, fullgraph=True)
     setattr(backbone, "is_compiled", True)  # noqa: B010  # most backbones do not need to know
+
+
+def compiles(trainer: Trainer, device: torch.device) -> bool:
+    """Return whether layers are compiled: on a GPU in bf16, unless the recipe says no, and with Triton at hand."""
+    return trainer.compile and trainer.precision == "bf16-mixed" and device.type == "cuda" and bool(find_spec("triton"))
+
+
+def speed_up(backbone: Backbone, trainer: Trainer, device: torch.device) -> None:
+    """Let the layers of a backbone compute on a device as the settings say, where that is outside the training loop."""
+    use_window_kernel(trainer.window_kernel)
+    use_flash_attention_3(device)
+    checkpoint_activations(backbone, trainer.activation_checkpointing_every)
+    if compiles(trainer, device):
+        compile_layers(backbone)
 
 
 def keep_compiled_code() -> str:

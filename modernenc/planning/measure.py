@@ -14,7 +14,7 @@ from modernenc.data.state import DataState
 from modernenc.data.worker import StepLoader
 from modernenc.model import optim
 from modernenc.model.allocator import keep_freed_memory
-from modernenc.model.build import build_objectives
+from modernenc.model.build import build_objectives, speed_up
 
 WARMUP, STEPS = 2, 10
 """Steps of each phase before the measured ones, and measured steps."""
@@ -40,17 +40,25 @@ def bare_loop_step_seconds(run: Run, steps: int, warmup: int) -> float:
     loader = StepLoader(batches, run.data.workers, pin_memory=False)
     device = torch.device("cuda" if torch.cuda.is_available() and run.trainer.accelerator != "cpu" else "cpu")
     objectives = build_objectives(run).to(device)
+    speed_up(objectives.backbone, run.trainer, device)
     optimizers = optim.build(objectives, run.optim)
     started = 0.0
     for number, step in enumerate(islice(loader, steps)):
         if number == warmup:
-            started = time.perf_counter()
+            started = _now(device)
         for micro_batch in step.micro_batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=run.trainer.precision == "bf16-mixed"):
                 loss, _ = objectives(micro_batch.to(device))
             (loss / step.targets).backward()
         optim.step(optimizers)
-    return (time.perf_counter() - started) / (steps - warmup)
+    return (_now(device) - started) / (steps - warmup)
+
+
+def _now(device: torch.device) -> float:
+    """Return the time in seconds when a GPU has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def tokens_per_second(run: Run) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from modernenc.data.loader import Step, Steps
 from modernenc.data.state import DataState
 from modernenc.data.worker import StepLoader
 from modernenc.model import optim
-from modernenc.model.build import checkpoint_activations, compile_layers, keep_compiled_code, set_attributes
+from modernenc.model.build import checkpoint_activations, compile_layers, compiles, keep_compiled_code, set_attributes
 from modernenc.model.init_source import check_source, read_source
 from modernenc.model.initialization import fill
 from modernenc.model.unigrams import init_decoder_bias_from_unigrams
@@ -70,9 +69,8 @@ class Pretraining(LoopState):
 
     @property
     def compiles(self) -> bool:
-        """Whether the layers are compiled: only on a GPU in bf16, and only if the recipe says so, with Triton at hand."""
-        trainer, device = self.run.trainer, self.trainer.strategy.root_device
-        return trainer.compile and trainer.precision == "bf16-mixed" and device.type == "cuda" and bool(find_spec("triton"))
+        """Whether the layers are compiled."""
+        return compiles(self.run.trainer, self.trainer.strategy.root_device)
 
     def configure_optimizers(self) -> list[Optimizer]:
         """Return the optimizers that the recipe chose, with their states from the checkpoint."""
