@@ -128,10 +128,10 @@ def test_ddp_and_fsdp_train_as_one_rank_and_take_up_each_others_checkpoints(sett
     reference = tmp_path / "reference.ckpt"
     for path in (FINAL, FINAL.with_suffix(".json")):
         (folders["auto"] / path).rename(reference.with_suffix(path.suffix))
-    for origin, strategy in (("auto", "fsdp"), ("fsdp", "ddp"), ("ddp", "auto")):
+    for origin, strategy in (("auto", "fsdp"), ("fsdp", "ddp")):
         checkpoint = folders[origin] / "checkpoints" / "end-of-stable.ckpt"
         place = [f"trainer.strategy={strategy}", "checkpoint.distributed=false"]
-        run(1 if strategy == "auto" else 2, "modernenc.resume", str(checkpoint), *place)
+        run(2, "modernenc.resume", str(checkpoint), *place)
         assert distance(folders[origin] / FINAL, reference) < 1e-5, (origin, strategy)
 
 
@@ -174,22 +174,13 @@ def test_two_ranks_that_start_at_different_times_share_a_folder_and_resume_to_th
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "kind"), [(3, ["optim=muon", "trainer.precision=bf16-mixed"]), (4, EXACT)])
-def test_three_and_four_ranks_under_ddp_resume_to_the_same_bits(settings, tmp_path, ranks, kind):
+def test_three_ranks_under_ddp_resume_to_the_same_bits(settings, tmp_path):
     """The order in which ranks add up a gradient must not depend on where the process began."""
     whole = tmp_path / "whole"
-    run(
-        ranks,
-        "modernenc.train",
-        *settings,
-        *WIDER,
-        *kind,
-        "phases.decay.tokens=6000",
-        "checkpoint.keep_last=100",
-        f"run_dir={whole}",
-    )
+    kind = ["optim=muon", "trainer.precision=bf16-mixed", "phases.decay.tokens=6000", "checkpoint.keep_last=100"]
+    run(3, "modernenc.train", *settings, *WIDER, *kind, f"run_dir={whole}")
     resumed = Path(shutil.copytree(whole, tmp_path / "resumed"))
-    run(ranks, "modernenc.resume", str(resumed / "checkpoints" / "end-of-stable.ckpt"))
+    run(3, "modernenc.resume", str(resumed / "checkpoints" / "end-of-stable.ckpt"))
     assert same_state(resumed / FINAL, whole / FINAL)
 
 
