@@ -144,6 +144,8 @@ def cells(bench: Bench, folder: Path, scratch: str) -> Iterator[Cell]:
         yield cell(f"optimizer {optimizer}", 40, partial(optimizer_update, make(gpu.backbone, short, optimizer)))
     for rows in CHUNKS:
         yield cell(f"chunk {rows}", 40, partial(cross_entropy, base, rows))
+    for peer in ("liger", "cce"):
+        yield cell(f"cross-entropy {peer}", 40, partial(cross_entropy, base, peer=peer))
     for backbone, length in {gpu.backbone: short, **gpu.others}.items():
         yield step(f"eager {backbone} {length}", backbone, length, {"trainer.compile": False}, limit_s=60)
     yield cell(

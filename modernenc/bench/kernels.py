@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -115,9 +116,13 @@ def optimizer_update(run: Run) -> Turn:
     return turn
 
 
-def cross_entropy(run: Run, chunk_rows: int) -> Turn:
-    """Prepare a turn of cross-entropy and its gradients over a micro-batch's predicted tokens, `chunk_rows` at a time."""
-    loss_module.CHUNK_ROWS = loss_module.GPU_CHUNK_ROWS = chunk_rows
+def cross_entropy(run: Run, chunk_rows: int = 0, peer: str = "") -> Turn:
+    """Prepare a turn of cross-entropy and its gradients over a micro-batch's predicted tokens.
+
+    It is ours, `chunk_rows` at a time, or that of a `peer`: liger (liger-kernel) or cce (cut-cross-entropy, which has no bias).
+    """
+    if chunk_rows:
+        loss_module.CHUNK_ROWS = loss_module.GPU_CHUNK_ROWS = chunk_rows
     hidden_size, vocab_size = run.backbone["hidden_size"], run.backbone["vocab_size"]
     targets = int(run.trainer.micro_batch_tokens * run.phases["decay"].mask_ratio)
     hidden = torch.randn(targets, hidden_size, device=device()).bfloat16().requires_grad_()
@@ -125,10 +130,17 @@ def cross_entropy(run: Run, chunk_rows: int) -> Turn:
     bias = torch.zeros(vocab_size, device=device()).requires_grad_()
     wanted = torch.randint(vocab_size, (targets,), device=device())
 
-    def turn(number: int) -> StepWork:
+    def loss() -> Tensor:
+        if peer == "liger":
+            liger = import_module("liger_kernel.transformers.functional").liger_fused_linear_cross_entropy
+            return liger(hidden, weight.bfloat16(), wanted, bias.bfloat16(), reduction="sum")
+        if peer == "cce":
+            return import_module("cut_cross_entropy").linear_cross_entropy(hidden, weight.bfloat16(), wanted, reduction="sum")
         with torch.autocast(device().type, torch.bfloat16):
-            loss, _ = loss_module.linear_cross_entropy(hidden, weight, bias, wanted)
-        loss.backward()
+            return loss_module.linear_cross_entropy(hidden, weight, bias, wanted)[0]
+
+    def turn(number: int) -> StepWork:
+        loss().backward()
         hidden.grad = weight.grad = bias.grad = None
         return StepWork(targets, 6.0 * targets * hidden_size * vocab_size)
 
