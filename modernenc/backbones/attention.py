@@ -18,6 +18,7 @@ from torch import Tensor
 
 from modernenc.backbones.rotary import Rotation, rotate
 from modernenc.kernels.device import lengths_of, to_device, use_gpu_kernels
+from modernenc.kernels.rotation import rotate_fused
 from modernenc.kernels.tiled_attention import TileLayout, tiled_attention
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -145,8 +146,11 @@ BACKENDS = {"window": window, "flash": flash, "varlen": varlen, "tiled": tiled}
 def _call_kernel(
     kernel: Callable[..., Any], qkv: QKV, rotation: Rotation, varlen_info: VarlenInfo, half_window: int | None, **settings: bool
 ) -> Attended:
-    q, k, v = qkv.unbind(1)
+    if use_gpu_kernels(qkv.device) and _HAS_TRITON:
+        q, k, v = rotate_fused(qkv, rotation.cos, rotation.sin)
+    else:
+        q, k, v = qkv.unbind(1)
+        q, k = rotate(q, rotation), rotate(k, rotation)
     ends, longest = varlen_info.cu_seqlens, varlen_info.max_seqlen
     sides = (-1, -1) if half_window is None else (half_window, half_window)
-    q, k = rotate(q, rotation), rotate(k, rotation)
     return kernel(q, k, v, ends, ends, longest, longest, window_size=sides, **settings)

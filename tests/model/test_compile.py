@@ -16,10 +16,12 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import varlen
 
 from modernenc.backbones.attention import BACKENDS
+from modernenc.backbones.rotary import Rotation, rotate
 from modernenc.config import CONF_DIR
 from modernenc.kernels import state_passing_triton
 from modernenc.kernels.device import assume_gpu
 from modernenc.kernels.geglu import fused_geglu, fused_geglu_backward
+from modernenc.kernels.rotation import rotate_fused, rotate_fused_backward
 from modernenc.model.build import checkpoint_activations, compile_layers, masked_lm_with
 from support.attention import gradient, inputs, plain
 from support.commands import importing
@@ -61,6 +63,17 @@ def _(grad, query, key, value, out, lse, cu_seq_q, cu_seq_k, max_q, max_k, is_ca
         ("hqk,khd->qhd", (ds, k)), ("hqk,qhd->khd", (ds, q)), ("hqk,qhd->khd", (p, grad)))
     )  # fmt: skip
     return tuple(torch.empty_like(x).copy_(made) for x, made in zip((query, key, value), (dq, dk, dv), strict=True))
+
+
+@rotate_fused.register_kernel("cpu")
+def _(qkv, cos, sin):
+    q, k, v = qkv.unbind(1)
+    return rotate(q, Rotation(cos, sin)), rotate(k, Rotation(cos, sin)), v.clone()
+
+
+@rotate_fused_backward.register_kernel("cpu")
+def _(q, k, v, cos, sin):
+    return torch.stack((rotate(q, Rotation(cos, -sin)), rotate(k, Rotation(cos, -sin)), v), dim=1)
 
 
 @fused_geglu.register_kernel("cpu")

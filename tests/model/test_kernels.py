@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from modernenc import kernels
-from modernenc.backbones import ema
-from modernenc.kernels import documents, geglu, state_passing
+from modernenc.backbones import ema, rotary
+from modernenc.kernels import documents, geglu, rotation, state_passing
 from modernenc.kernels.device import assume_gpu
 from modernenc.kernels.toeplitz import toeplitz
 from support.kernels import kernel
@@ -108,3 +108,21 @@ def test_geglu_and_its_gradient_are_those_of_torch(width, monkeypatch):
         torch.testing.assert_close(out, expected.float(), rtol=1e-5, atol=1e-5)
         assert x.grad is not None and wide.grad is not None
         torch.testing.assert_close(x.grad, wide.grad.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("head_dim", [2, 64, 80])
+def test_queries_and_keys_are_rotated_and_values_are_not(head_dim, monkeypatch):
+    """And so are gradients, by the opposite angle; also where there are no tokens, or no whole number of tiles."""
+    monkeypatch.setitem(sys.modules, rotation.KERNEL, kernel(rotation.KERNEL))
+    for tokens in (0, 1, 70):
+        torch.manual_seed(0)
+        qkv = torch.randn(tokens, 3, 2, head_dim).to(DEVICE).requires_grad_()
+        turn = rotary.rotation(1e4, head_dim, torch.arange(tokens, device=DEVICE) % 50, 50)
+        found = rotation.rotate_fused(qkv, turn.cos, turn.sin)
+        expected = [rotary.rotate(qkv[:, 0], turn), rotary.rotate(qkv[:, 1], turn), qkv[:, 2]]
+        weights = [torch.randn_like(part) for part in found]
+        gradients = [
+            torch.autograd.grad((torch.stack(list(parts)) * torch.stack(weights)).sum(), qkv)[0] for parts in (found, expected)
+        ]
+        for one, other in zip([*found, gradients[0]], [*expected, gradients[1]], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

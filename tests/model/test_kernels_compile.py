@@ -39,7 +39,7 @@ def kernels(arch: int) -> dict[str, tuple[Any, dict[str, str | int]]]:
 
     An argument is the type of a tensor, or a number; options of compilation are among them.
     """
-    from modernenc.kernels import cross_entropy_triton, geglu_triton, state_passing_triton
+    from modernenc.kernels import cross_entropy_triton, geglu_triton, rotation_triton, state_passing_triton
     from modernenc.kernels import window_attention_triton as window
 
     tokens, heads, head_dim, vocab, states, segments = 65_536, 12, 64, 50_368, 16, 1_024
@@ -62,6 +62,12 @@ def kernels(arch: int) -> dict[str, tuple[Any, dict[str, str | int]]]:
         **{"x": "bf16", "out": "bf16", "grad": "bf16", "x_grad": "bf16", "width": 1_152, "results": tokens * 1_152},
         "TILE": geglu_triton.TILE,
     }
+    rotated: dict[str, str | int] = {
+        **dict.fromkeys(("q", "k", "v", "q_result", "k_result", "v_result"), "bf16"),
+        **{"cos": "fp32", "sin": "fp32", "tokens": tokens, "token_stride": 3 * heads * head_dim, "head_stride": head_dim},
+        **{"result_token_stride": heads * head_dim, "result_head_stride": head_dim},
+        **{"HALF": head_dim // 2, "COLUMNS": head_dim // 2, "ROWS": rotation_triton.ROWS},
+    }
     backward = window.BACKWARD if arch >= 90 else window.BACKWARD_FROM_REGISTERS
     return {
         "window forward": (window._forward, {**attended, **window.FORWARD}),
@@ -69,6 +75,8 @@ def kernels(arch: int) -> dict[str, tuple[Any, dict[str, str | int]]]:
         "states forward": (state_passing_triton._pass_states, {**passed, "FIRST_FORWARD": True}),
         "states backward": (state_passing_triton._pass_states, {**passed, "FIRST_FORWARD": False}),
         "cross-entropy": (cross_entropy_triton._to_gradients, losses),
+        "rotation forward": (rotation_triton._rotate, {**rotated, "SIGN": 1}),
+        "rotation backward": (rotation_triton._rotate, {**rotated, "SIGN": -1}),
         "geglu forward": (geglu_triton._forward, gated),
         "geglu backward": (geglu_triton._backward, gated),
     }
@@ -112,7 +120,7 @@ def test_all_kernels_compile_without_spilling_registers():
     found = subprocess.run(command, env=importing(TRITON_INTERPRET="0"), capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     reports = [Report(*row) for row in json.loads(found.stdout)]
-    assert len(reports) == 7 * len(SHARED_KB)
+    assert len(reports) == 9 * len(SHARED_KB)
     for report in reports:
         assert report.spilled == 0 and report.shared <= SHARED_KB[report.arch] * 1024, report
 
