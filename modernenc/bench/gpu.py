@@ -1,11 +1,12 @@
 """Measure a GPU cell by cell, most valuable first: `python -m modernenc.bench gpu`, made for a GPU that is there for minutes.
 
-Each cell has a process and a time limit of its own. When it ends it adds a row to gpu.csv, with the reason if it failed. A cell
-that no longer fits into `gpu.seconds` is not started. In order: products and copies of the card alone; a compiled step, also
-with the window kernel and a residual stream in bf16, beside transformers' compiled model, on full rows and padded; a whole run;
-attention with a window; transformers' model on full rows with logits at the predicted tokens only; steps of other backbones;
-optimizers; cross-entropy by chunk size; eager steps; the tests that need a GPU. Each step is profiled once after it was timed,
-and its largest kernels are in a file of their own. Without a GPU nothing is compiled or profiled.
+Each cell has a process and a time limit of its own. When it ends it adds a row to gpu.csv, with the reason if it failed; those
+of one call are in gpu.json and, in short, in gpu.txt. A cell that no longer fits into `gpu.seconds` is not started. In order:
+products and copies of the card alone; a compiled step, also with the window kernel and a residual stream in bf16, beside
+transformers' compiled model, on full rows and padded; a whole run; attention with a window; transformers' model on full rows
+with logits at the predicted tokens only; steps of other backbones; optimizers; cross-entropy by chunk size; eager steps; the
+tests that need a GPU. Each step is profiled once after it was timed, and its largest kernels are in a file of their own.
+Without a GPU nothing is compiled or profiled.
 """
 
 import csv
@@ -25,6 +26,7 @@ import torch
 from modernenc.bench.interleave import Candidate, Failure, Metrics, OwnProcess, peak_bytes, time_candidate
 from modernenc.bench.kernels import copies, cross_entropy, matrix_products, optimizer_update, time_window
 from modernenc.bench.loop import run_settings, time_run
+from modernenc.bench.output import Output
 from modernenc.bench.peers import peer_step
 from modernenc.bench.profile import NOT_RUN, time_step
 from modernenc.bench.settings import Bench, make_run
@@ -35,6 +37,8 @@ COLUMNS = (
     "save_s", "between_ms", "kernels", "busy", "graphs", "recompiled", "plan_gb", "passed", "took_s", "device", "torch",
     "failure",
 )  # fmt: skip
+SHOWN = {"ms": "ms", "tokens_per_s": "tokens/s", "of_products": "of peak", "peak_gb": "GB", "busy": "busy"}
+"""Columns of the table that is printed, by their names in gpu.csv."""
 
 
 class Cell(NamedTuple):
@@ -45,9 +49,10 @@ class Cell(NamedTuple):
     measure: Callable[[], Metrics]
 
 
-def measure(bench: Bench, folder: Path) -> None:
-    """Measure cell by cell while there is time, and append the rows to gpu.csv."""
+def measure(bench: Bench, folder: Path) -> Output:
+    """Measure cell by cell while there is time, append the rows to gpu.csv, and return those of this call as a table."""
     folder.mkdir(parents=True, exist_ok=True)
+    output = Output(folder, "gpu", "a GPU, cell by cell", *SHOWN.values())
     ends, products = time.monotonic() + bench.gpu.seconds, None
     with tempfile.TemporaryDirectory() as scratch:  # of this process, since a cell's may be killed
         for cell in choose(list(cells(bench, folder, scratch)), bench.gpu.cells):
@@ -59,7 +64,11 @@ def measure(bench: Bench, folder: Path) -> None:
             products = row.get("tflops") if cell.name == "products" else products
             if products and "tflops" in row:
                 row["of_products"] = row["tflops"] / products
-            _append(folder / "gpu.csv", {"cell": cell.name, **row, "took_s": time.monotonic() - started})
+            row = {"cell": cell.name, **row, "took_s": time.monotonic() - started}
+            _append(folder / "gpu.csv", row)
+            output.table.add_row(cell.name, *(_short(row, name) for name in SHOWN))
+            output.add(**row)
+    return output
 
 
 def run_in_process(cell: Cell) -> Metrics:
@@ -89,6 +98,14 @@ def _append(path: Path, row: Metrics) -> None:
             writer.writeheader()
         writer.writerow(row)
     print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
+
+
+def _short(row: Metrics, name: str) -> str:
+    """Return a figure of a row with three digits, or why there is none."""
+    value = row.get(name, "failed" if name == "ms" and "failure" in row else "")
+    if not isinstance(value, float):
+        return value
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def run_tests() -> Metrics:
@@ -121,8 +138,8 @@ def cells(bench: Bench, folder: Path, scratch: str) -> Iterator[Cell]:
     yield cell("copies", 40, partial(copies, gpu.matrix_size), calls=256, bytes_moved=8 * gpu.matrix_size**2)  # fp32, twice
     yield step(f"step {name}", gpu.backbone, short)
     window, residual = {"trainer.window_kernel": True}, {"backbone.residual_in_fp32": False}
-    yield step(f"step {name} window kernel", gpu.backbone, short, window)
-    yield step(f"step {name} window kernel, bf16 residual", gpu.backbone, short, {**window, **residual})
+    yield step(f"step {name} +window", gpu.backbone, short, window)
+    yield step(f"step {name} +window +bf16", gpu.backbone, short, {**window, **residual})
     micro_batch = max(short, gpu.micro_batch_tokens // 2)  # transformers computes all logits
     halved = make(gpu.backbone, short, changes={"trainer.micro_batch_tokens": micro_batch})
     for batching in ("rows", "padded"):

@@ -204,6 +204,8 @@ def test_the_gpu_part_begins_what_fits_into_its_time_and_keeps_the_rows_of_befor
     assert [row["cell"] for row in rows] == 2 * ["products", "copies", "run modernbert_tiny 64"]
     assert ["not started" in row["failure"] for row in rows] == [True, True, True, False, False, True]
     assert result.stdout.count("cell=") == 3 and float(rows[4]["gb_per_s"]) > 0
+    assert [case["cell"] for case in json.loads((tmp_path / "gpu.json").read_text())] == [row["cell"] for row in rows[3:]]
+    assert "products" in (tmp_path / "gpu.txt").read_text() and "run modernbert_tiny 64" in result.stdout.splitlines()[-2]
 
 
 @pytest.mark.parametrize(
