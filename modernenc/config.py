@@ -177,11 +177,11 @@ class Trainer:
     """Row capacity of one forward pass per device; a micro-batch holds at least one row."""
     activation_checkpointing_every: Annotated[int, Ge(0)] = 0
     """Recompute every n-th layer in the backward pass instead of keeping its activations. 1 means every layer, which takes
-    about a third more time and saves most memory; 0 means none. Results are bit-identical."""
+    about a third more time on a CPU, and saves most memory; 0 means none. Results are bit-identical."""
     compile: bool = True
     """Compile the layers with torch.compile, on GPUs in bf16: about a minute at the first start, seconds later from torch's
     cache in the user's cache folder. Rounding differs from eager mode, so a run should not switch midway. The CPU path is never
-    compiled."""
+    compiled, nor is a run with determinism=strict."""
     window_kernel: bool = False
     """Compute ModernBERT's attention with a window by a Triton kernel of this package, on GPUs in bf16. In Triton's interpreter
     it equals the other kernels; on a GPU it was not measured yet, which `python -m modernenc.bench gpu` does. Rounding differs,

@@ -9,6 +9,7 @@ Device, precision, what is installed and, for `window`, a setting decide which o
 """
 
 import importlib.util
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,8 @@ from modernenc.backbones.rotary import Rotation, rotate
 from modernenc.kernels.device import lengths_of, to_device, use_gpu_kernels
 from modernenc.kernels.rotation import rotate_fused
 from modernenc.kernels.tiled_attention import TileLayout, tiled_attention
+
+log = logging.getLogger("modernenc")
 
 _HALF = (torch.float16, torch.bfloat16)
 # Constants, and plain variables, since torch's compiler can trace neither find_spec nor a ContextVar.
@@ -45,8 +48,12 @@ def use_flash_attention_3(device: torch.device) -> None:
     if _HAS_FLASH_3 and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
         from torch.nn.attention import activate_flash_attention_impl
 
-        activate_flash_attention_impl("FA3")
-        _flash_3_active = True
+        try:
+            activate_flash_attention_impl("FA3")
+        except (ImportError, RuntimeError) as error:
+            log.warning("FlashAttention 3 is installed, and cannot be used: %s", error)
+        else:
+            _flash_3_active = True
 
 
 class VarlenInfo:

@@ -31,6 +31,8 @@ from modernenc.bench.peers import peer_step
 from modernenc.bench.profile import NOT_RUN, time_step
 from modernenc.bench.settings import Bench, make_run
 
+TESTS_S = 220
+"""Seconds for the tests; then they are ended."""
 CHUNKS = (1_024, 4_096, 8_192, 16_384)
 COLUMNS = (
     "cell", "ms", "ms_from", "ms_to", "tokens_per_s", "tflops", "of_products", "gb_per_s", "forward_ms", "first_s", "peak_gb",
@@ -114,7 +116,7 @@ def run_tests() -> Metrics:
     if not torch.cuda.is_available() or not tests.is_dir():
         return {"passed": NOT_RUN}
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--tb=line", str(tests)]
-    output = subprocess.run(command, cwd=tests.parent, capture_output=True, text=True, check=False).stdout
+    output = subprocess.run(command, cwd=tests.parent, capture_output=True, text=True, check=False, timeout=TESTS_S).stdout
     (summary, *_) = output.strip().splitlines()[-1:] or [""]
     failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return {"passed": summary, **({"failure": "; ".join(failed)} if failed else {})}
@@ -168,4 +170,4 @@ def cells(bench: Bench, folder: Path, scratch: str) -> Iterator[Cell]:
     yield cell(
         f"eager rows {name}", 60, partial(peer_step, "rows", replace(halved, trainer=replace(halved.trainer, compile=False)))
     )
-    yield Cell("tests", 240, run_tests)
+    yield Cell("tests", TESTS_S + 20, run_tests)

@@ -109,7 +109,7 @@ def optimizer_update(run: Run) -> Turn:
 
     def turn(number: int) -> StepWork:
         for parameter, grad in grads:
-            parameter.grad = grad
+            parameter.grad = grad.clone()  # Muon overwrites it
         optim.step(optimizers)
         return StepWork(0, 0.0)
 

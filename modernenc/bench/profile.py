@@ -1,5 +1,6 @@
 """Time a training step on a GPU, and count its kernels, its graphs, and the share of time in which the card has work."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def time_step(run: Run, repetitions: int, report: Path) -> Metrics:
         return turn
 
     metrics = time_candidate(candidate, repetitions)
-    expected = memory(run, next(iter(run.phases.values())), None).total / 1e9
+    on_gpu = replace(run, estimate=replace(run.estimate, device="h100"))
+    expected = memory(on_gpu, next(iter(run.phases.values())), None).total / 1e9
     metrics |= {"graphs": graphs[-1], "recompiled": graphs[-1] - graphs[0], "plan_gb": expected}
     if not torch.cuda.is_available():
         return {**metrics, "kernels": NOT_RUN, "busy": NOT_RUN}
@@ -48,7 +50,9 @@ def time_step(run: Run, repetitions: int, report: Path) -> Metrics:
 def _profile(step: partial[StepWork], report: Path) -> Metrics:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         _, seconds = time_turn(lambda _: step(), 0)
-    kernels = [event for event in profiled.events() or () if event.device_type == DeviceType.CUDA]
+    kernels = [
+        event for event in profiled.events() or () if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    ]
     report.parent.mkdir(parents=True, exist_ok=True)
     report.write_text(profiled.key_averages().table(sort_by="self_device_time_total", row_limit=LARGEST))
     return {"kernels": len(kernels), "busy": sum(event.device_time for event in kernels) / 1e6 / seconds}

@@ -37,7 +37,7 @@ def fused_geglu(x: Tensor) -> Tensor:
 @torch.library.custom_op("modernenc::geglu_backward", mutates_args=())
 def fused_geglu_backward(grad: Tensor, x: Tensor) -> Tensor:
     """Return the gradient of x by the kernel."""
-    return import_module(KERNEL).backward(grad.contiguous(), x)
+    return import_module(KERNEL).backward(grad.contiguous(), x.contiguous())
 
 
 @fused_geglu.register_fake

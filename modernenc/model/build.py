@@ -40,7 +40,8 @@ def masked_lm_with(backbone: dict[str, Any]) -> MaskedLM:
 def checkpoint_activations(backbone: Backbone, every: int) -> None:
     """Let each `every`-th layer recompute its activations in the backward pass; 0 means none.
 
-    On a GPU what attention returned is kept: it is small beside the rest, and takes the longest to compute.
+    On a GPU what attention returned is kept, unless the package flash-attn computes it: it is small beside the rest, and takes
+    the longest to compute.
     """
     if not every:
         return
@@ -59,7 +60,7 @@ def compile_layers(backbone: Backbone) -> None:
     """Compile the layers of a backbone with torch.compile.
 
     Sizes are dynamic from the first call, and two sizes that were equal once are not assumed to stay equal, so that one graph
-    serves any documents and results do not depend on what ran before.
+    serves any documents.
     """
     from torch import _dynamo
     from torch.fx.experimental import _config as sizes
@@ -73,8 +74,13 @@ def compile_layers(backbone: Backbone) -> None:
 
 
 def compiles(trainer: Trainer, device: torch.device) -> bool:
-    """Return whether layers are compiled: on a GPU in bf16, unless the recipe says no, and with Triton at hand."""
-    return trainer.compile and trainer.precision == "bf16-mixed" and device.type == "cuda" and bool(find_spec("triton"))
+    """Return whether layers are compiled: on a GPU in bf16, unless the recipe says no, and with Triton at hand.
+
+    Under strict determinism they are not: how a compiled sum over tokens is split depends on the first batch that the compiler
+    saw, which is another one after a resume.
+    """
+    wanted = trainer.compile and trainer.precision == "bf16-mixed" and trainer.determinism == "fast"
+    return wanted and device.type == "cuda" and bool(find_spec("triton"))
 
 
 def speed_up(backbone: Backbone, trainer: Trainer, device: torch.device) -> None:
@@ -83,6 +89,7 @@ def speed_up(backbone: Backbone, trainer: Trainer, device: torch.device) -> None
     use_flash_attention_3(device)
     checkpoint_activations(backbone, trainer.activation_checkpointing_every)
     if compiles(trainer, device):
+        keep_compiled_code()
         compile_layers(backbone)
 
 
@@ -92,10 +99,11 @@ def keep_compiled_code() -> str:
     It is code, and torch's default is a folder in the one for temporary files, which all users share.
     """
     if not os.environ.get(CACHE_VARIABLE):
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modernenc" / "compiled"
-        with suppress(OSError):  # where the home cannot be written to, torch's default has to do
+        with suppress(OSError, RuntimeError):  # where there is no home that can be written to, torch's default has to do
+            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modernenc" / "compiled"
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            os.environ[CACHE_VARIABLE] = str(folder)
+            if os.access(folder, os.W_OK):
+                os.environ[CACHE_VARIABLE] = str(folder)
     return os.environ.get(CACHE_VARIABLE, "torch's own cache")
 
 

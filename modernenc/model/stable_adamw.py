@@ -36,7 +36,7 @@ class StableAdamW(Optimizer):
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             group["step"] += bool(parameters)
-            # Few launches for a GPU, and what stays in its cache for a CPU.
+            # Fewer launches for a GPU, and what stays in its cache for a CPU.
             together = len(parameters) if use_gpu_kernels(group["params"][0].device) else 1
             for first in range(0, len(parameters), max(1, together)):
                 self._update(parameters[first : first + together], group)

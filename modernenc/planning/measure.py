@@ -49,7 +49,7 @@ def bare_loop_step_seconds(run: Run, steps: int, warmup: int) -> float:
         for micro_batch in step.micro_batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=run.trainer.precision == "bf16-mixed"):
                 loss, _ = objectives(micro_batch.to(device))
-            (loss / step.targets).backward()
+                (loss / step.targets).backward()  # under autocast, as Lightning does it
         optim.step(optimizers)
     return (_now(device) - started) / (steps - warmup)
 

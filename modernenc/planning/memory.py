@@ -91,7 +91,11 @@ def _peak_activations(run: Run, mask_ratio: float, tokens: int, document: int) -
     loss = min(chunk, tokens * mask_ratio) * vocabulary * width + decoder * width
     # A layer that recomputes its activations holds them, and the gradients of some, after the logits were freed.
     backward = max(loss, 1.2 * at_full_size(one_layer)) if every else loss
-    return at_full_size(saved) + backward + 4 * decoder + (2 * decoder if half else 0)  # a bf16 copy of the decoder
+    kept = 0.0
+    if every and run.estimate.device:  # a GPU keeps what attention returned, and a number for each head
+        heads = run.backbone.get("num_attention_heads", 0)
+        kept = bool(heads) * tokens * len(kinds) / every * (width * run.backbone["hidden_size"] + 4 * heads)
+    return at_full_size(saved) + kept + backward + 4 * decoder + (2 * decoder if half else 0)  # a bf16 copy of the decoder
 
 
 def _saved_bytes(run: Run, depth: int, tokens: int, document: int, every: int) -> float:

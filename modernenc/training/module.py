@@ -180,6 +180,7 @@ class Pretraining(LoopState):
 def read(numbers: torch.Tensor) -> list[float]:
     """Return the numbers of a step, for which the processor waits until a GPU has finished the backward pass.
 
-    This is the only time in a step that it waits. The gradient's norm has to be known before the weights change.
+    This is the only time in a step that it waits, but for DDP where an objective leaves weights out. The gradient's norm has to
+    be known before the weights change.
     """
     return numbers.tolist()

@@ -1,11 +1,15 @@
 """What is compiled on a GPU is one graph for all documents, and computes the same: on the CPU, by a stand-in for the kernel."""
 
 import json
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,9 +26,17 @@ from modernenc.kernels import state_passing_triton
 from modernenc.kernels.device import assume_gpu
 from modernenc.kernels.geglu import fused_geglu, fused_geglu_backward
 from modernenc.kernels.rotation import rotate_fused, rotate_fused_backward
-from modernenc.model.build import checkpoint_activations, compile_layers, masked_lm_with
+from modernenc.model.build import (
+    CACHE_VARIABLE,
+    checkpoint_activations,
+    compile_layers,
+    compiles,
+    keep_compiled_code,
+    masked_lm_with,
+)
 from support.attention import gradient, inputs, plain
 from support.commands import importing
+from support.runs import composed
 
 BATCHES = [[320], [128, 100, 28, 64], [20, 300], [64] * 6, [31, 33, 256], [5] * 90]
 """The first has as many tokens as its document, which means nothing."""
@@ -125,6 +137,27 @@ def test_recomputed_layers_keep_what_attention_returned_on_a_gpu():
         made.append([parameter.grad for parameter in cast(nn.Module, model.backbone).parameters()])
     for one, other in zip(*made, strict=True):
         assert torch.equal(one, other)
+
+
+def test_layers_are_compiled_on_a_gpu_in_bf16_and_not_under_strict_determinism():
+    made = composed(["+recipe=base"]).trainer
+    changes: list[tuple[str, dict[str, Any]]] = [("cpu", {}), ("cuda", {"precision": "32-true"}), ("cuda", {"compile": False})]
+    changes += [("cuda", {"determinism": "strict"}), ("cuda", {})]
+    assert [compiles(replace(made, **change), torch.device(device)) for device, change in changes] == [False] * 4 + [True]
+
+
+def test_compiled_code_is_kept_where_only_the_user_writes_or_where_torch_says(tmp_path, monkeypatch):
+    monkeypatch.delenv(CACHE_VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with monkeypatch.context() as unwritable:
+        unwritable.setattr(os, "access", lambda *arguments: False)
+        assert keep_compiled_code() == "torch's own cache" and CACHE_VARIABLE not in os.environ
+    kept = Path(keep_compiled_code())
+    assert kept.is_relative_to(tmp_path) and os.environ[CACHE_VARIABLE] == str(kept) and kept.stat().st_mode & 0o077 == 0
+    monkeypatch.delenv(CACHE_VARIABLE)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
+    assert keep_compiled_code() == "torch's own cache"
 
 
 def outcomes(model, device) -> list[torch.Tensor]:

@@ -17,6 +17,7 @@ from modernenc.data.loader import Steps
 from modernenc.data.state import DataState
 from modernenc.model import optim
 from modernenc.model.build import build_objectives, checkpoint_activations
+from modernenc.objectives.linear_cross_entropy import CHUNK_ROWS, GPU_CHUNK_ROWS
 from modernenc.planning import estimate
 from modernenc.planning.devices import DEVICES
 from modernenc.planning.measure import only_phase
@@ -37,6 +38,16 @@ def test_flops_are_those_that_torch_counts(name, length):
         objective.backbone(torch.zeros(2 * length, dtype=torch.long), ends, length)
     counted, said = counter.get_total_flops(), 2 * length * objective.backbone.describe().forward_flops(length)
     assert said == pytest.approx(counted, rel=0.15)  # windows and chunks are computed in whole blocks
+
+
+def test_a_gpu_keeps_what_attention_returned_where_a_layer_is_recomputed():
+    settings = ["+recipe=base", "trainer.micro_batch_tokens=8192", "trainer.activation_checkpointing_every=2"]
+    on_cpu, on_gpu = (composed([*settings, *more]) for more in ([], ["estimate.device=h100"]))
+    phase = on_cpu.phases["stable"]
+    chunk = (GPU_CHUNK_ROWS - CHUNK_ROWS) * on_cpu.backbone["vocab_size"] * 2  # not both are larger than the backward pass
+    more = memory(on_gpu, phase, None).total - memory(on_cpu, phase, None).total
+    kept = 8_192 * 11 * (768 * 2 + 12 * 4)
+    assert 0 <= more - kept <= chunk
 
 
 def test_what_is_legal_but_perhaps_not_meant_is_noted(corpus_root):

@@ -21,7 +21,7 @@ from support.commands import ROOT, importing
 from support.results import FINAL, same_state
 from support.runs import SMALL, task
 
-KILLS = int(os.environ.get("MODERNENC_KILLS", "20"))
+KILLS = int(os.environ.get("MODERNENC_KILLS", "12"))
 """How many times on one rank, and ten times as many as on several; from 60 on with more numbers of ranks."""
 SEED = int(os.environ.get("MODERNENC_KILLS_SEED", "20"))
 LONGER = [

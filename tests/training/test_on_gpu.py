@@ -13,7 +13,7 @@ GPU = ["trainer.accelerator=gpu", "trainer.micro_batch_tokens=4096"]
 EAGER = [*GPU, "trainer.compile=false", "optim=adamw", "optim.lr=1e-4"]
 
 
-def test_a_compiled_run_resumes_to_the_same_bits_under_strict_determinism(small_run, tmp_path):
+def test_a_run_resumes_to_the_same_bits_under_strict_determinism(small_run, tmp_path):
     settings = [*GPU, "trainer.determinism=strict", "trainer.window_kernel=true", "checkpoint.keep_last=9"]
     whole = train(small_run(*settings))
     for checkpoint in sorted((whole / "checkpoints").glob("step-*.ckpt"))[:2]:
