@@ -36,9 +36,10 @@ class StableAdamW(Optimizer):
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             group["step"] += bool(parameters)
-            # Fewer launches for a GPU, and what stays in its cache for a CPU.
-            together = len(parameters) if use_gpu_kernels(group["params"][0].device) else 1
-            for first in range(0, len(parameters), max(1, together)):
+            # Together they take a GPU fewer launches; one after another, large ones stay in the cache of a CPU.
+            large = not use_gpu_kernels(group["params"][0].device) and group["params"][0].ndim > 1
+            together = 1 if large else max(1, len(parameters))
+            for first in range(0, len(parameters), together):
                 self._update(parameters[first : first + together], group)
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
@@ -56,15 +57,18 @@ class StableAdamW(Optimizer):
         mean = [numbers.sum() for numbers in excess]
         del excess
         torch._foreach_div_(mean, [parameter.numel() for parameter in parameters])
-        lrs = group["lr"] / _sum_over_ranks(torch.stack(mean), parameters[0]).sqrt_().double().clamp_(min=1)
-        decays, factors = (1 - lrs / group["max_lr"] * group["weight_decay"]).float(), (-lrs).float()
-        torch._foreach_mul_(weights, list(decays.unbind()))
         denominators = torch._foreach_sqrt(squares)
         torch._foreach_add_(denominators, group["eps"])
-        if use_gpu_kernels(factors.device):
-            torch._foreach_addcdiv_(weights, torch._foreach_mul(means, list(factors.unbind())), denominators)
-        else:  # a CPU reads them at once, and so need not multiply apart
-            torch._foreach_addcdiv_(weights, means, denominators, factors.tolist())
+        roots = _sum_over_ranks(torch.stack(mean), parameters[0]).sqrt_()
+        lr, decay = group["lr"], group["weight_decay"] / group["max_lr"]
+        if use_gpu_kernels(roots.device):
+            lrs = lr / roots.double().clamp_(min=1)
+            torch._foreach_mul_(weights, list((1 - lrs * decay).float().unbind()))
+            torch._foreach_addcdiv_(weights, torch._foreach_mul(means, list((-lrs).float().unbind())), denominators)
+        else:  # a CPU reads numbers at once
+            shortened = [lr / max(1.0, root) for root in roots.tolist()]
+            torch._foreach_mul_(weights, [1 - one * decay for one in shortened])
+            torch._foreach_addcdiv_(weights, means, denominators, [-one for one in shortened])
 
 
 def _local(tensors: Iterable[Any]) -> list[Tensor]:
