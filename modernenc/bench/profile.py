@@ -1,7 +1,6 @@
 """Time a training step on a GPU, and count its kernels, its graphs, and the share of time in which the card has work."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,12 +43,12 @@ def time_step(run: Run, repetitions: int, report: Path) -> Metrics:
     metrics |= {"graphs": graphs[-1], "recompiled": graphs[-1] - graphs[0], "plan_gb": expected}
     if not torch.cuda.is_available():
         return {**metrics, "kernels": NOT_RUN, "busy": NOT_RUN}
-    return {**metrics, **_profile(partial(turns[0], 0), report)}
+    return {**metrics, **_profile(turns[0], report)}
 
 
-def _profile(step: partial[StepWork], report: Path) -> Metrics:
+def _profile(turn: Turn, report: Path) -> Metrics:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
-        _, seconds = time_turn(lambda _: step(), 0)
+        _, seconds = time_turn(turn, 0)
     kernels = [
         event for event in profiled.events() or () if event.device_type == DeviceType.CUDA and not event.is_user_annotation
     ]
