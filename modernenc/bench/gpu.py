@@ -104,7 +104,8 @@ def _append(path: Path, row: Metrics) -> None:
 
 def _short(row: Metrics, name: str) -> str:
     """Return a figure of a row with three digits, or why there is none."""
-    value = row.get(name, "failed" if name == "ms" and "failure" in row else "")
+    why = "not started" if "not started" in row.get("failure", "") else "failed"
+    value = row.get(name, why if name == "ms" and "failure" in row else "")
     if not isinstance(value, float):
         return value
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
