@@ -1,4 +1,4 @@
-"""One process trains a run at a time: it holds a lock on the run's log file, which the kernel releases however it ends."""
+"""Locks on files: one process at a time trains a run, or does a part of an evaluation; the kernel frees them when it ends."""
 
 import errno
 import fcntl
@@ -23,8 +23,14 @@ def acquire(file: IO[str], run_dir: Path) -> bool:
     raise ValueError(f"run_dir={run_dir} is being trained by another process; wait for it or end it")
 
 
-def try_acquire(file: IO[str], run_dir: Path) -> bool:
-    """Lock a run's log file without a wait, and return whether this process holds the lock now."""
+def acquire_within(file: IO[str], folder: Path) -> None:
+    """Lock a file, and wait as long as other processes hold the lock."""
+    while not try_acquire(file, folder):
+        time.sleep(0.1)
+
+
+def try_acquire(file: IO[str], folder: Path) -> bool:
+    """Lock a file without a wait, and return whether this process holds the lock now."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -32,5 +38,5 @@ def try_acquire(file: IO[str], run_dir: Path) -> bool:
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise
-        log.warning("%s is on a file system without locks: make sure that only one process trains it", run_dir)
+        log.warning("%s is on a file system without locks: make sure that only one process works in it", folder)
     return True

@@ -1,0 +1,88 @@
+"""Evaluate encoders: `python -m modernenc.evaluate SUITE MODEL ... [KEY=VALUE ...]`.
+
+A MODEL is a run folder, a checkpoint, a Hugging Face folder or a name on the hub; NAME=PATH names it in the tables. Suites:
+
+  glue, superglue    fine-tune on each task that --data has: a folder with train.tsv and dev.tsv (docs: evaluate)
+  multiple_choice    the same for the layouts of SWAG, HellaSwag and COPA
+  token              the same for words with tags, in CoNLL's layout
+  classify           the same for any folder of yours
+
+Everything is kept in --out, cell by cell: the same command again goes on where it was, and several of them share the work.
+KEY=VALUE changes the settings of fine-tuning: lr=1e-4, epochs=3, tasks.CoLA.lr=3e-5.
+"""
+
+import argparse
+from importlib import import_module
+from pathlib import Path
+
+from modernenc.cli import one_line_errors, take_allowed_code
+
+SUITES = dict.fromkeys(("glue", "superglue", "multiple_choice", "token", "classify"), "fine_tuning")
+"""Module of `modernenc.evaluation` that makes a suite's cells."""
+
+
+def main() -> None:
+    """Evaluate what the command line names."""
+    take_allowed_code()
+    parser = argparse.ArgumentParser(
+        prog="python -m modernenc.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("suite", choices=SUITES, metavar="SUITE")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="models, and settings as KEY=VALUE")
+    parser.add_argument(
+        "--data", type=Path, default=Path("data/eval"), help="folder of the tasks, or of one task (%(default)s)"
+    )
+    parser.add_argument("--tasks", default="", help="tasks to take, separated by commas; all by default")
+    parser.add_argument("--settings", default="cramming", help="settings of fine-tuning: a name, or a YAML file (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many times each cell is done (%(default)s)")
+    parser.add_argument("--random", action="store_true", help="also evaluate each model with fresh weights")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="write the best fine-tuned model of each task there")
+    parser.add_argument("--jobs", type=int, default=0, help="processes that share the work; one for each GPU by default")
+    parser.add_argument("--out", type=Path, default=Path("evaluations"), help="folder of the results (%(default)s)")
+    arguments = parser.parse_intermixed_args()
+    with one_line_errors():
+        _evaluate(arguments)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from modernenc.evaluation import cells, fine_tuning, models  # torch takes seconds to import
+    from modernenc.reporting import scores
+
+    changes = [one for one in arguments.models if _is_setting(one)]
+    found = models.find_models([one for one in arguments.models if one not in changes], arguments.out)
+    if arguments.random:
+        found = [twin for model in found for twin in (model, models.random_twin(model, arguments.out))]
+    request = cells.Request(
+        arguments.suite, found, arguments.data, tuple(filter(None, arguments.tasks.split(","))), arguments.settings, changes,
+        arguments.seeds, bool(arguments.save),
+    )  # fmt: skip
+    made, notes = import_module(f"modernenc.evaluation.{SUITES[arguments.suite]}").make_cells(request)
+    for note in notes:
+        print(note)
+    if not made:
+        raise ValueError(f"--data {arguments.data}: nothing to evaluate")
+    (arguments.out / cells.CELLS).mkdir(parents=True, exist_ok=True)
+
+    def report(result: cells.Result, left: int) -> None:
+        score = ", ".join(f"{metric} {100 * value:.1f}" for metric, value in result.scores.items())
+        print(f"{result.model}, {result.task}, seed {result.seed}: {score} ({result.seconds:.0f} s); {left} left", flush=True)
+
+    cells.run(made, arguments.out, report)
+    results = [result for cell in made if (result := cells.read(cell, arguments.out))]
+    scores.show(arguments.suite, results)
+    scores.write(arguments.out / f"{arguments.suite}.json", arguments.suite, results)
+    if arguments.save:
+        for folder in fine_tuning.save_best(made, arguments.out, arguments.save):
+            print(f"{folder} holds the best model")
+
+
+def _is_setting(argument: str) -> bool:
+    """Return whether an argument changes a setting: a NAME=PATH names what exists."""
+    from modernenc.evaluation.settings import FineTuning
+
+    key, equals, _ = argument.partition("=")
+    return bool(equals) and key.partition(".")[0] in FineTuning.__annotations__
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Suites of fine-tuning: the cells that the tasks of a folder make, and the fine-tuned models that they leave."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+
+from modernenc.evaluation import cells
+from modernenc.evaluation.cells import Cell, Findings, Request
+from modernenc.evaluation.claims import wait_for
+from modernenc.evaluation.models import Model
+from modernenc.evaluation.settings import FineTuning, Setting, same_task
+from modernenc.evaluation.settings import read as read_settings
+from modernenc.evaluation.tasks import Task, find_tasks, read_task
+
+KEPT = "fine_tuned"
+"""Folder, in that of the results, of fine-tuned models that other tasks begin with, or that are to be saved."""
+
+
+@dataclass(frozen=True)
+class FineTuningCell(Cell):
+    """A model fine-tuned on a task; by a score on its held-out items."""
+
+    items: Task | None = None
+    keep: bool = False
+    """Whether the fine-tuned model is wanted as well."""
+
+    def work(self, out: Path) -> Findings:
+        """Fine-tune the encoder, or the best model of those that it begins with."""
+        return self._fine_tune(out, self.folder(out) if self.keep else None)
+
+    def folder(self, out: Path) -> Path:
+        """Return where its fine-tuned model is kept."""
+        return out / KEPT / self.name
+
+    def kept(self, out: Path) -> Path:
+        """Return the folder with the fine-tuned model, which is trained again if it was not kept."""
+        folder = self.folder(out)
+        with wait_for(folder):
+            if not folder.is_dir():
+                self._fine_tune(out, folder)
+        return folder
+
+    def _fine_tune(self, out: Path, keep: Path | None) -> Findings:
+        from modernenc.evaluation.trainer import fine_tune  # transformers takes seconds to import
+
+        assert self.items
+        sources = [cell for cell in self.after if isinstance(cell, FineTuningCell)]
+        encoder = best_of(sources, out).kept(out) if sources else self.model.folder
+        return fine_tune(encoder, self.items, Setting(**self.setting), self.seed, keep)
+
+
+def make_cells(request: Request) -> tuple[list[FineTuningCell], list[str]]:
+    """Return a cell for each model, task, setting and seed, and what to say of tasks that have none.
+
+    Raises FileNotFoundError or ValueError for what is no task or no setting.
+    """
+    settings = read_settings(request.settings, request.changes)
+    tasks = {folder.name: read_task(folder) for folder in find_tasks(request.data, request.tasks)}
+    sources = {name: next((other for other in tasks if is_source(settings, name, other)), "") for name in tasks}
+    notes = []
+    for name, task in tasks.items():
+        if not task.train and not sources[name]:
+            notes.append(
+                f"{name} has no train* file: left out; start_from.{name}=TASK scores it with the model of another task"
+            )
+        elif settings.source_of(name) and not sources[name]:
+            notes.append(f"{name} begins with the encoder itself: {settings.source_of(name)} is not among the tasks")
+    made: dict[tuple[str, str, int], tuple[FineTuningCell, ...]] = {}
+
+    def of_task(model: Model, name: str, seed: int) -> tuple[FineTuningCell, ...]:
+        if (model.name, name, seed) not in made:
+            task, source = tasks[name], sources[name]
+            after = of_task(model, source, seed) if source else ()
+            points = settings.of_task(name)[: None if task.train else 1] if task.train or source else []
+            is_kept = request.keep or name in sources.values()
+            made[model.name, name, seed] = tuple(
+                FineTuningCell(
+                    request.suite,
+                    model,
+                    name,
+                    task.fingerprint,
+                    task.metrics,
+                    asdict(point),
+                    seed,
+                    after,
+                    items=task,
+                    keep=is_kept,
+                )
+                for point in points
+            )
+        return made[model.name, name, seed]
+
+    return [
+        cell
+        for seed in range(request.seeds)
+        for name in tasks
+        for model in request.models
+        for cell in of_task(model, name, seed)
+    ], notes
+
+
+def is_source(settings: FineTuning, name: str, other: str) -> bool:
+    """Return whether a task is the one whose fine-tuned model another begins with."""
+    return name != other and bool(settings.source_of(name)) and same_task(settings.source_of(name), other)
+
+
+def best_of(done: Sequence[FineTuningCell], out: Path) -> FineTuningCell:
+    """Return the cell with the highest score of those that are done."""
+    results = [(cell, cells.read(cell, out)) for cell in done]
+    return max(((cell, mean(result.scores.values())) for cell, result in results if result), key=lambda one: one[1])[0]
+
+
+def save_best(done: Sequence[FineTuningCell], out: Path, target: Path) -> list[Path]:
+    """Copy the best fine-tuned model of each encoder and task to `target`, and return the folders."""
+    folders = []
+    for key in dict.fromkeys((cell.model.name, cell.task) for cell in done):
+        best = best_of([cell for cell in done if (cell.model.name, cell.task) == key], out)
+        folders.append(target.joinpath(*key))
+        shutil.copytree(best.kept(out), folders[-1], dirs_exist_ok=True)
+    return folders

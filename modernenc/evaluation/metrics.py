@@ -1,0 +1,89 @@
+"""Metrics of predictions: scikit-learn's, SciPy's and seqeval's, and the same over resampled items for confidence intervals.
+
+A resample gives each item a weight, the number of times that it was drawn. Under weights all metrics here are functions of
+weighted sums, so that a thousand resamples are a few matrix products.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+Predictions = dict[str, list[Any]]
+"""What the metrics need of all items: `labels` and `predictions`, or `counts` (right, predicted and true entities of each)."""
+Scores = dict[str, float]
+
+
+def scores_of(metrics: Sequence[str], of: Predictions) -> Scores:
+    """Return each metric of the predictions, on the scale of -1 or 0 to 1."""
+    from scipy.stats import pearsonr, spearmanr
+    from sklearn import metrics as sklearn
+
+    def entity_f1() -> float:
+        right, predicted, true = np.array(of["counts"]).sum(0)
+        return 2 * right / max(1, predicted + true)
+
+    labels, predictions = of.get("labels", []), of.get("predictions", [])
+    constant = len(set(predictions)) == 1
+    functions = {
+        "accuracy": lambda: sklearn.accuracy_score(labels, predictions),
+        "f1": lambda: sklearn.f1_score(labels, predictions, zero_division=0),  # pyright: ignore[reportArgumentType]
+        "macro_f1": lambda: sklearn.f1_score(labels, predictions, average="macro", zero_division=0),  # pyright: ignore[reportArgumentType]
+        "matthews": lambda: sklearn.matthews_corrcoef(labels, predictions),
+        "pearson": lambda: 0.0 if constant else pearsonr(labels, predictions)[0],
+        "spearman": lambda: 0.0 if constant else spearmanr(labels, predictions)[0],
+        "entity_f1": entity_f1,
+    }
+    return {metric: float(functions[metric]()) if metric in functions else float(np.mean(of[metric])) for metric in metrics}
+
+
+def resampled(metric: str, of: Predictions, weights: Float[np.ndarray, "resamples items"]) -> Float[np.ndarray, " resamples"]:
+    """Return a metric under each resample. Any metric that is not known is a mean of values that `of` holds under its name."""
+    if metric == "entity_f1":
+        right, predicted, true = (weights @ np.array(of["counts"], np.float64)).T
+        return 2 * right / np.maximum(1, predicted + true)
+    if metric in ("pearson", "spearman"):
+        return _correlation(metric, of, weights)
+    if metric not in ("accuracy", "f1", "macro_f1", "matthews"):
+        return weights @ np.array(of[metric], np.float64) / weights.sum(1)
+    confusion = _confusion(of, weights)
+    right, true, predicted = confusion.diagonal(axis1=1, axis2=2), confusion.sum(2), confusion.sum(1)
+    total = true.sum(1)
+    if metric == "accuracy":
+        return right.sum(1) / total
+    if metric == "matthews":  # Gorodkin 2004, equation 8
+        covariance = right.sum(1) * total - (true * predicted).sum(1)
+        spread = (total**2 - (true**2).sum(1)) * (total**2 - (predicted**2).sum(1))
+        return np.where(spread > 0, covariance / np.sqrt(np.maximum(spread, 1e-300)), 0.0)
+    f1 = 2 * right / np.maximum(1, true + predicted)
+    if metric == "f1":
+        return f1[:, -1]
+    present = (true + predicted) > 0
+    return (f1 * present).sum(1) / present.sum(1)
+
+
+def _confusion(of: Predictions, weights: Float[np.ndarray, "resamples items"]) -> Float[np.ndarray, "resamples labels labels"]:
+    """Return how often each label (second axis) was taken for each other (last axis) under each resample."""
+    names, codes = np.unique([*of["labels"], *of["predictions"]], return_inverse=True)
+    labels, predictions = codes[: len(of["labels"])], codes[len(of["labels"]) :]
+    cells = np.zeros((len(labels), len(names) ** 2))
+    cells[np.arange(len(labels)), labels * len(names) + predictions] = 1
+    return (weights @ cells).reshape(-1, len(names), len(names))
+
+
+def _correlation(
+    metric: str, of: Predictions, weights: Float[np.ndarray, "resamples items"]
+) -> Float[np.ndarray, " resamples"]:
+    """Return the correlation of values or, for Spearman's, of their ranks among all items, under each resample."""
+    from scipy.stats import rankdata
+
+    x, y = (np.array(of[key], np.float64) for key in ("labels", "predictions"))
+    if metric == "spearman":
+        x, y = rankdata(x), rankdata(y)
+    x, y = x - x.mean(), y - y.mean()
+    total = weights.sum(1)
+    mean_x, mean_y = weights @ x / total, weights @ y / total
+    covariance = weights @ (x * y) / total - mean_x * mean_y
+    spread = (weights @ x**2 / total - mean_x**2) * (weights @ y**2 / total - mean_y**2)
+    return np.where(spread > 1e-24, covariance / np.sqrt(np.maximum(spread, 1e-300)), 0.0)

@@ -1,0 +1,256 @@
+"""Fine-tune an encoder on a task with transformers' Trainer, and score it on the held-out items."""
+
+import sys
+import tempfile
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import fields
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForMultipleChoice,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    DataCollatorForMultipleChoice,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from modernenc.evaluation.cells import Curve, Findings
+from modernenc.evaluation.metrics import Predictions, scores_of
+from modernenc.evaluation.models import know_mega
+from modernenc.evaluation.settings import Setting
+from modernenc.evaluation.tasks import CHOICES, CLASSES, REGRESSION, TAGS, Item, Task
+
+CLASSES_OF_MODELS = {
+    CLASSES: AutoModelForSequenceClassification, REGRESSION: AutoModelForSequenceClassification,
+    CHOICES: AutoModelForMultipleChoice, TAGS: AutoModelForTokenClassification,
+}  # fmt: skip
+COLLATORS = {
+    CLASSES: DataCollatorWithPadding, REGRESSION: DataCollatorWithPadding, CHOICES: DataCollatorForMultipleChoice,
+    TAGS: DataCollatorForTokenClassification,
+}  # fmt: skip
+MULTIPLE = 8
+"""Batches are padded to a multiple of this many tokens: fewer shapes, for which kernels are chosen and compiled."""
+IGNORED = -100
+"""Label of tokens that no tag is predicted for."""
+
+
+def fine_tune(encoder: Path, task: Task, setting: Setting, seed: int, keep: Path | None = None) -> Findings:
+    """Train the encoder with a new head, and return the predictions for the held-out items.
+
+    A task without items for training is scored with the head that the model has. `keep` is a folder to write the model to.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    transformers.set_seed(seed)  # of the head's weights, and of dropout
+    know_mega(encoder)
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    model = _with_head(encoder, task, setting)
+    limit = min(setting.max_length, tokenizer.model_max_length, _max_positions(model.config))
+    labels = task.labels or tuple(model.config.id2label.values())
+    train, dev = (_encode(items, task.kind, labels, tokenizer, limit) for items in (task.train, task.dev))
+    in_order = sorted(range(len(dev)), key=lambda number: -len(dev[number]["input_ids"]))  # batches of like lengths
+    best = _Best(task, labels, in_order, model, setting.patience, bool(keep))
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = Trainer(
+            model,
+            _arguments(setting, seed, scratch, len(train)),
+            data_collator=COLLATORS[task.kind](tokenizer, pad_to_multiple_of=MULTIPLE),
+            train_dataset=train or None,  # pyright: ignore[reportArgumentType]
+            eval_dataset=[dev[number] for number in in_order],  # pyright: ignore[reportArgumentType]
+            compute_metrics=best.score,
+            callbacks=[best],
+        )
+        trainer.remove_callback(ProgressCallback if sys.stderr.isatty() else PrinterCallback)  # either prints scores
+        if sys.stderr.isatty():
+            trainer.add_callback(_Progress)
+        if train:
+            trainer.train()
+        if not (train and setting.patience):
+            trainer.evaluate()
+    if keep:
+        model.load_state_dict(best.weights)
+        partial = keep.with_name(f"{keep.name}.tmp")
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(keep)
+    cut = sum(len(one["input_ids"]) == limit for one in [*train, *dev]) if task.kind != CHOICES else 0
+    note = f"{cut / (len(train) + len(dev)):.1%} of the texts are cut at {limit} tokens"
+    epochs = [str(epoch + 1) for epoch in range(len(best.history))]
+    curve = Curve(epochs, best.history, [0.0] * len(epochs))
+    return Findings(best.predictions, (note,) if cut else (), {"score by epoch": curve})
+
+
+class _Best(TrainerCallback):
+    """Keeps the predictions of the best epoch, and ends training after some epochs without a better one."""
+
+    def __init__(
+        self, task: Task, labels: Sequence[str], in_order: Sequence[int], model: torch.nn.Module, patience: int, keep: bool
+    ) -> None:
+        self.task = task
+        self.labels = labels
+        self.in_order = in_order
+        self.model = model
+        self.patience = patience
+        self.keep = keep
+        self.predictions: Predictions = {}
+        self.weights: dict[str, torch.Tensor] = {}
+        self.history: list[float] = []
+
+    def score(self, output: Any) -> dict[str, float]:
+        """Note the predictions if they are the best so far, and the weights if they are wanted."""
+        predictions = _predictions(output.predictions, output.label_ids, self.task, self.labels, self.in_order)
+        scores = scores_of(self.task.metrics, predictions)
+        score = float(np.mean(list(scores.values())))
+        if not self.history or score > max(self.history):
+            self.predictions = predictions
+            if self.keep:
+                self.weights = {name: weight.detach().cpu().clone() for name, weight in self.model.state_dict().items()}
+        self.history.append(score)
+        return scores
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Stop when the last epochs were no better."""
+        since = len(self.history) - 1 - self.history.index(max(self.history))
+        control.should_training_stop = control.should_training_stop or bool(self.patience and since >= self.patience)
+
+
+class _Progress(ProgressCallback):
+    """A progress bar without the scores, which the table has."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
+        """Print nothing."""
+
+
+def _with_head(encoder: Path, task: Task, setting: Setting) -> Any:
+    """Load the model with the settings' values in its configuration, and with a new head if it is to be trained."""
+    kind = CLASSES_OF_MODELS[task.kind]
+    if not task.train:
+        return kind.from_pretrained(encoder)
+    config = AutoConfig.from_pretrained(encoder)
+    for key, value in setting.model.items():
+        if hasattr(config, key):
+            setattr(config, key, value)
+    if task.labels:
+        config.id2label = dict(enumerate(task.labels))
+        config.label2id = {label: number for number, label in enumerate(task.labels)}
+    elif task.kind == REGRESSION:
+        config.num_labels, config.problem_type = 1, "regression"
+    model = kind.from_pretrained(encoder, config=config, ignore_mismatched_sizes=True)
+    if hasattr(model, "classifier"):  # which a model of another task has already
+        model.classifier.load_state_dict(kind.from_config(config).classifier.state_dict())
+    return model
+
+
+def _max_positions(config: Any) -> int:
+    """Return the number of tokens that a model reads at most."""
+    return next((getattr(config, key) for key in ("max_position_embeddings", "max_positions") if hasattr(config, key)), 1 << 62)
+
+
+def _arguments(setting: Setting, seed: int, scratch: str, items: int) -> TrainingArguments:
+    steps = -(-items // setting.batch_size) * setting.epochs
+    names = {field.name for field in fields(TrainingArguments)}
+    # Batches of like lengths, under the name that each version has for them.
+    grouped: Any = (
+        {"train_sampling_strategy": "group_by_length"} if "train_sampling_strategy" in names else {"group_by_length": True}
+    )
+    return TrainingArguments(
+        scratch,
+        seed=seed,
+        per_device_train_batch_size=setting.batch_size,
+        per_device_eval_batch_size=max(32, setting.batch_size),
+        num_train_epochs=setting.epochs,
+        learning_rate=setting.lr,
+        weight_decay=setting.weight_decay / setting.lr,
+        lr_scheduler_type=setting.schedule,
+        warmup_steps=round(setting.warmup * steps),
+        max_grad_norm=setting.max_grad_norm,
+        adam_beta1=setting.betas[0],
+        adam_beta2=setting.betas[1],
+        adam_epsilon=setting.eps,
+        bf16=setting.precision == "bf16",
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        eval_strategy="epoch" if setting.patience else "no",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=not sys.stderr.isatty(),
+        **grouped,
+    )
+
+
+def _encode(items: Sequence[Item], kind: str, labels: Sequence[str], tokenizer: Any, limit: int) -> list[dict[str, Any]]:
+    """Tokenize items as a collator wants them, each with its `labels`."""
+    if not items:
+        return []
+    if kind == TAGS:
+        return [_encode_words(item, labels, tokenizer, limit) for item in items]
+    if kind == CHOICES:
+        tokenizer.truncation_side = "left"  # what is nearest to the endings is kept
+        counts = [len(item.texts) - 1 for item in items]
+        pairs = [(item.texts[0], ending) for item in items for ending in item.texts[1:]]
+        encoded = tokenizer([one for one, _ in pairs], [two for _, two in pairs], truncation="longest_first", max_length=limit)
+        starts = [0, *accumulate(counts)]
+        return [
+            {**{key: encoded[key][start : start + count] for key in encoded}, "labels": item.label}
+            for item, start, count in zip(items, starts, counts, strict=False)
+        ]
+    encoded = tokenizer(
+        *(list(texts) for texts in zip(*(item.texts for item in items), strict=True)), truncation=True, max_length=limit
+    )
+    number_of = {label: number for number, label in enumerate(labels)}
+    return [
+        {**{key: encoded[key][at] for key in encoded}, "labels": item.label if kind == REGRESSION else number_of[item.label]}
+        for at, item in enumerate(items)
+    ]
+
+
+def _encode_words(item: Item, labels: Sequence[str], tokenizer: Any, limit: int) -> dict[str, Any]:
+    """Tokenize words that stand apart by spaces, as text has them; the first token of each has the word's tag."""
+    starts = [0, *accumulate(len(word) + 1 for word in item.texts)]
+    encoded = tokenizer(" ".join(item.texts), truncation=True, max_length=limit, return_offsets_mapping=True)
+    tags, seen = [], -1
+    for start, end in encoded.pop("offset_mapping"):
+        word = bisect_right(starts, end - 1) - 1 if end > start else seen
+        tags.append(labels.index(item.label[word]) if word > seen else IGNORED)
+        seen = max(seen, word)
+    return {**encoded, "labels": tags}
+
+
+def _predictions(logits: Any, targets: Any, task: Task, labels: Sequence[str], in_order: Sequence[int]) -> Predictions:
+    """Return predictions in the order of the task's items, as numbers of labels; of tags, the entities that are right."""
+    numbers = np.argsort(np.array(in_order))
+    logits = (logits[0] if isinstance(logits, tuple) else logits)[numbers]
+    if task.kind == REGRESSION:
+        return {"labels": [item.label for item in task.dev], "predictions": logits.reshape(-1).astype(float).tolist()}
+    if task.kind == CHOICES:
+        return {"labels": [item.label for item in task.dev], "predictions": logits.argmax(-1).tolist()}
+    if task.kind == CLASSES:
+        return {"labels": [labels.index(item.label) for item in task.dev], "predictions": logits.argmax(-1).tolist()}
+    counts = []
+    for item, best, target in zip(task.dev, logits.argmax(-1), targets[numbers], strict=True):
+        tags: list[str] = [labels[number] for number in best[target != IGNORED]]
+        counts.append(_entity_counts(item.label, [*tags, *["O"] * (len(item.label) - len(tags))]))
+    return {"counts": counts}
+
+
+def _entity_counts(true: Sequence[str], predicted: Sequence[str]) -> list[int]:
+    """Return the numbers of entities that are right, predicted, and true."""
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    found, there = set(get_entities(list(predicted))), set(get_entities(list(true)))
+    return [len(found & there), len(found), len(there)]
