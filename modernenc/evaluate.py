@@ -17,8 +17,11 @@ from pathlib import Path
 
 from modernenc.cli import one_line_errors, take_allowed_code
 
-SUITES = dict.fromkeys(("glue", "superglue", "multiple_choice", "token", "classify"), "fine_tuning")
-"""Module of `modernenc.evaluation` that makes a suite's cells."""
+SUITES = {
+    "mlm": ("masked_lm", "masked_lm"),
+    **dict.fromkeys(("glue", "superglue", "multiple_choice", "token", "classify"), ("fine_tuning", "cramming")),
+}
+"""For each suite the module of `modernenc.evaluation` that makes its cells, and the settings that it has by default."""
 
 
 def main() -> None:
@@ -33,7 +36,7 @@ def main() -> None:
         "--data", type=Path, default=Path("data/eval"), help="folder of the tasks, or of one task (%(default)s)"
     )
     parser.add_argument("--tasks", default="", help="tasks to take, separated by commas; all by default")
-    parser.add_argument("--settings", default="cramming", help="settings of fine-tuning: a name, or a YAML file (%(default)s)")
+    parser.add_argument("--settings", default="", help="settings: a name of conf/evaluate, or a YAML file")
     parser.add_argument("--seeds", type=int, default=3, help="how many times each cell is done (%(default)s)")
     parser.add_argument("--random", action="store_true", help="also evaluate each model with fresh weights")
     parser.add_argument("--save", type=Path, metavar="DIR", help="write the best fine-tuned model of each task there")
@@ -45,43 +48,51 @@ def main() -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from modernenc.evaluation import cells, fine_tuning, models  # torch takes seconds to import
-    from modernenc.reporting import scores
+    from modernenc.evaluation import cells, fine_tuning, models, workers  # torch takes seconds to import
+    from modernenc.reporting import scores, scores_page
 
-    changes = [one for one in arguments.models if _is_setting(one)]
+    name, settings = SUITES[arguments.suite]
+    suite = import_module(f"modernenc.evaluation.{name}")
+    keys = tuple(f"{key}{mark}" for key in suite.SCHEMA.__annotations__ for mark in "=.")
+    changes = [one for one in arguments.models if one.startswith(keys)]
     found = models.find_models([one for one in arguments.models if one not in changes], arguments.out)
     if arguments.random:
         found = [twin for model in found for twin in (model, models.random_twin(model, arguments.out))]
     request = cells.Request(
-        arguments.suite, found, arguments.data, tuple(filter(None, arguments.tasks.split(","))), arguments.settings, changes,
-        arguments.seeds, bool(arguments.save),
-    )  # fmt: skip
-    made, notes = import_module(f"modernenc.evaluation.{SUITES[arguments.suite]}").make_cells(request)
-    for note in notes:
+        arguments.suite,
+        found,
+        arguments.data,
+        tuple(filter(None, arguments.tasks.split(","))),
+        arguments.settings or settings,
+        changes,
+        arguments.seeds,
+        bool(arguments.save),
+    )
+    made, notes = suite.make_cells(request)
+    for note in () if workers.is_copy() else notes:
         print(note)
     if not made:
         raise ValueError(f"--data {arguments.data}: nothing to evaluate")
     (arguments.out / cells.CELLS).mkdir(parents=True, exist_ok=True)
 
     def report(result: cells.Result, left: int) -> None:
-        score = ", ".join(f"{metric} {100 * value:.1f}" for metric, value in result.scores.items())
+        score = ", ".join(f"{metric} {value:.3f}" for metric, value in result.scores.items())
         print(f"{result.model}, {result.task}, seed {result.seed}: {score} ({result.seconds:.0f} s); {left} left", flush=True)
 
-    cells.run(made, arguments.out, report)
+    with workers.sharing(arguments.jobs):
+        cells.run(made, arguments.out, report, workers.parent_lives)
+    if workers.is_copy():
+        return
     results = [result for cell in made if (result := cells.read(cell, arguments.out))]
     scores.show(arguments.suite, results)
+    if arguments.suite == "mlm":
+        scores.show_curves(results)
     scores.write(arguments.out / f"{arguments.suite}.json", arguments.suite, results)
+    scores_page.write(arguments.out / f"{arguments.suite}.html", arguments.suite, results)
+    print(f"{arguments.out / arguments.suite}.html shows the same with plots, and {arguments.suite}.json has all digits")
     if arguments.save:
         for folder in fine_tuning.save_best(made, arguments.out, arguments.save):
             print(f"{folder} holds the best model")
-
-
-def _is_setting(argument: str) -> bool:
-    """Return whether an argument changes a setting: a NAME=PATH names what exists."""
-    from modernenc.evaluation.settings import FineTuning
-
-    key, equals, _ = argument.partition("=")
-    return bool(equals) and key.partition(".")[0] in FineTuning.__annotations__
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def run(
     while left and go_on():
         before = len(left)
         for cell in list(left):
-            if _try(cell, out, lambda result: report(result, len(left) - 1)):
+            if _try(cell, out, lambda result: report(result, sum(read(other, out) is None for other in cells))):
                 left.remove(cell)
             if not go_on():
                 return

@@ -10,10 +10,10 @@ from modernenc.evaluation import cells
 from modernenc.evaluation.cells import Cell, Findings, Request
 from modernenc.evaluation.claims import wait_for
 from modernenc.evaluation.models import Model
-from modernenc.evaluation.settings import FineTuning, Setting, same_task
-from modernenc.evaluation.settings import read as read_settings
+from modernenc.evaluation.settings import FineTuning, Setting, read_fine_tuning, same_task
 from modernenc.evaluation.tasks import Task, find_tasks, read_task
 
+SCHEMA = FineTuning
 KEPT = "fine_tuned"
 """Folder, in that of the results, of fine-tuned models that other tasks begin with, or that are to be saved."""
 
@@ -56,7 +56,7 @@ def make_cells(request: Request) -> tuple[list[FineTuningCell], list[str]]:
 
     Raises FileNotFoundError or ValueError for what is no task or no setting.
     """
-    settings = read_settings(request.settings, request.changes)
+    settings = read_fine_tuning(request.settings, request.changes)
     tasks = {folder.name: read_task(folder) for folder in find_tasks(request.data, request.tasks)}
     sources = {name: next((other for other in tasks if is_source(settings, name, other)), "") for name in tasks}
     notes = []

@@ -11,8 +11,11 @@ import numpy as np
 from jaxtyping import Float
 
 Predictions = dict[str, list[Any]]
-"""What the metrics need of all items: `labels` and `predictions`, or `counts` (right, predicted and true entities of each)."""
+"""What the metrics need of all items: `labels` and `predictions`; `counts` of right, predicted and true entities; or, of each
+document, its summed `loss` and the number of its `targets`."""
 Scores = dict[str, float]
+LOWER_IS_BETTER = ("loss",)
+"""Metrics in nats, where less is better; all others are fractions, where more is."""
 
 
 def scores_of(metrics: Sequence[str], of: Predictions) -> Scores:
@@ -34,6 +37,7 @@ def scores_of(metrics: Sequence[str], of: Predictions) -> Scores:
         "pearson": lambda: 0.0 if constant else pearsonr(labels, predictions)[0],
         "spearman": lambda: 0.0 if constant else spearmanr(labels, predictions)[0],
         "entity_f1": entity_f1,
+        "loss": lambda: sum(of["loss"]) / sum(of["targets"]),
     }
     return {metric: float(functions[metric]()) if metric in functions else float(np.mean(of[metric])) for metric in metrics}
 
@@ -43,6 +47,8 @@ def resampled(metric: str, of: Predictions, weights: Float[np.ndarray, "resample
     if metric == "entity_f1":
         right, predicted, true = (weights @ np.array(of["counts"], np.float64)).T
         return 2 * right / np.maximum(1, predicted + true)
+    if metric == "loss":
+        return weights @ np.array(of["loss"]) / (weights @ np.array(of["targets"]))
     if metric in ("pearson", "spearman"):
         return _correlation(metric, of, weights)
     if metric not in ("accuracy", "f1", "macro_f1", "matthews"):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -45,8 +46,9 @@ def find_models(arguments: Sequence[str], out: Path) -> list[Model]:
 def random_twin(model: Model, out: Path) -> Model:
     """Return a model of the same configuration and tokenizer with fresh weights: what training has to be better than."""
     import torch
-    from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, logging
 
+    logging.disable_progress_bar()
     folder = out / CACHE / f"random-{model.fingerprint}"
     with wait_for(folder):
         if not folder.exists():
@@ -64,6 +66,11 @@ def know_mega(folder: Path) -> None:
     """Let transformers load an exported MEGA with the code of this installation."""
     if '"mega"' in (text := (folder / "config.json").read_text()) or '"modernenc-mega"' in text:
         import modernenc.hugging_face.modeling_mega  # noqa: F401  (importing it registers the classes)
+
+
+def max_positions(config: Any) -> int:
+    """Return the number of tokens that a model of this configuration reads at most."""
+    return next((getattr(config, key) for key in ("max_position_embeddings", "max_positions") if hasattr(config, key)), 1 << 62)
 
 
 def _find(argument: str, out: Path) -> Model:

@@ -1,9 +1,9 @@
-"""Settings of fine-tuning: `conf/fine_tuning/NAME.yaml`, or a file of the user's, with changes from the command line."""
+"""Settings of an evaluation: `conf/evaluate/NAME.yaml`, or a file of the user's, with changes from the command line."""
 
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, Len, MinLen
 from omegaconf import MISSING, OmegaConf
@@ -14,7 +14,8 @@ from modernenc import ranges
 from modernenc.config import CONF_DIR
 from modernenc.frozen import frozen
 
-FOLDER = CONF_DIR / "fine_tuning"
+FOLDER = CONF_DIR / "evaluate"
+Schema = TypeVar("Schema")
 
 
 @frozen
@@ -77,7 +78,7 @@ class FineTuning:
         shared = {key: value for key, value in values.items() if key not in ("start_from", "tasks")}
         settings = [Setting(*point, **shared) for point in grid]
         for setting in settings:
-            ranges.check("", Setting, setting)
+            ranges.check(f"tasks.{task}", Setting, setting)
         return settings
 
     def source_of(self, task: str) -> str:
@@ -90,7 +91,18 @@ def same_task(one: str, other: str) -> bool:
     return one.lower().replace("-", "") == other.lower().replace("-", "")
 
 
-def read(name: str, changes: Sequence[str]) -> FineTuning:
+def read_fine_tuning(name: str, changes: Sequence[str]) -> FineTuning:
+    """Return the settings of fine-tuning; raises the errors of `read_settings`, and ValueError for an unknown key of a task."""
+    settings = read_settings(FineTuning, name, changes)
+    known = set(Setting.__annotations__)
+    for task, values in settings.tasks.items():
+        if wrong := sorted(set(values) - known):
+            raise ValueError(f"--settings {name}: tasks.{task}.{wrong[0]}: unknown key; there are {', '.join(sorted(known))}")
+        settings.of_task(task)
+    return settings
+
+
+def read_settings(schema: type[Schema], name: str, changes: Sequence[str]) -> Schema:
     """Return the settings of a shipped name or of a YAML file, changed by KEY=VALUE.
 
     Raises FileNotFoundError or ValueError, naming the file and the key, for what is no setting.
@@ -100,23 +112,20 @@ def read(name: str, changes: Sequence[str]) -> FineTuning:
     if not path.is_file():
         raise FileNotFoundError(f"--settings {name}: no such file; the shipped settings are {', '.join(shipped)}")
     try:
-        changed = OmegaConf.from_dotlist([_as_list(change) for change in changes])
-        merged = OmegaConf.merge(OmegaConf.structured(FineTuning), OmegaConf.load(path), changed)
+        changed = OmegaConf.from_dotlist([_as_list(schema, change) for change in changes])
+        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path), changed)
         if missing := OmegaConf.missing_keys(merged):
-            raise ValueError(f"{path}: no value for {', '.join(sorted(missing))}")
+            raise ValueError(f"--settings {path}: no value for {', '.join(sorted(missing))}")
         settings: Any = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, YAMLError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} or {' '.join(changes) or 'its keys'}: {reason}") from error
-    known = set(Setting.__annotations__)
-    for task, values in settings.tasks.items():
-        if wrong := sorted(set(values) - known):
-            raise ValueError(f"{path}: tasks.{task}.{wrong[0]}: unknown key; there are {', '.join(sorted(known))}")
+        raise ValueError(f"--settings {path}, changed by {' '.join(changes) or 'nothing'}: {reason}") from error
+    ranges.check("", schema, settings)
     return settings
 
 
-def _as_list(change: str) -> str:
-    """Return a change that gives one value to a key of the grid as a list of this value."""
+def _as_list(schema: type, change: str) -> str:
+    """Return a change that gives one value to a key that has a list as a list of this value."""
     key, _, value = change.partition("=")
-    in_grid = key.rpartition(".")[2] in ("lr", "weight_decay", "epochs")
-    return f"{key}=[{value}]" if in_grid and not value.startswith("[") else change
+    kind = get_type_hints(schema).get(key.rpartition(".")[2])
+    return f"{key}=[{value}]" if get_origin(kind) is list and not value.startswith("[") else change

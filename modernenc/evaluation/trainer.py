@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoModelForMultipleChoice,
@@ -30,7 +31,7 @@ from transformers import (
 
 from modernenc.evaluation.cells import Curve, Findings
 from modernenc.evaluation.metrics import Predictions, scores_of
-from modernenc.evaluation.models import know_mega
+from modernenc.evaluation.models import know_mega, max_positions
 from modernenc.evaluation.settings import Setting
 from modernenc.evaluation.tasks import CHOICES, CLASSES, REGRESSION, TAGS, Item, Task
 
@@ -59,13 +60,13 @@ def fine_tune(encoder: Path, task: Task, setting: Setting, seed: int, keep: Path
     know_mega(encoder)
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     model = _with_head(encoder, task, setting)
-    limit = min(setting.max_length, tokenizer.model_max_length, _max_positions(model.config))
+    limit = min(setting.max_length, tokenizer.model_max_length, max_positions(model.config))
     labels = task.labels or tuple(model.config.id2label.values())
     train, dev = (_encode(items, task.kind, labels, tokenizer, limit) for items in (task.train, task.dev))
     in_order = sorted(range(len(dev)), key=lambda number: -len(dev[number]["input_ids"]))  # batches of like lengths
     best = _Best(task, labels, in_order, model, setting.patience, bool(keep))
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(
+        trainer = _Trainer(
             model,
             _arguments(setting, seed, scratch, len(train)),
             data_collator=COLLATORS[task.kind](tokenizer, pad_to_multiple_of=MULTIPLE),
@@ -92,6 +93,15 @@ def fine_tune(encoder: Path, task: Task, setting: Setting, seed: int, keep: Path
     epochs = [str(epoch + 1) for epoch in range(len(best.history))]
     curve = Curve(epochs, best.history, [0.0] * len(epochs))
     return Findings(best.predictions, (note,) if cut else (), {"score by epoch": curve})
+
+
+class _Trainer(Trainer):
+    """Evaluates items in the order given, where transformers would draw batches of like lengths as it does for training."""
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Return batches of the held-out items."""
+        items: Any = self.eval_dataset
+        return self.accelerator.prepare(DataLoader(items, self.args.per_device_eval_batch_size, collate_fn=self.data_collator))
 
 
 class _Best(TrainerCallback):
@@ -153,11 +163,6 @@ def _with_head(encoder: Path, task: Task, setting: Setting) -> Any:
     if hasattr(model, "classifier"):  # which a model of another task has already
         model.classifier.load_state_dict(kind.from_config(config).classifier.state_dict())
     return model
-
-
-def _max_positions(config: Any) -> int:
-    """Return the number of tokens that a model reads at most."""
-    return next((getattr(config, key) for key in ("max_position_embeddings", "max_positions") if hasattr(config, key)), 1 << 62)
 
 
 def _arguments(setting: Setting, seed: int, scratch: str, items: int) -> TrainingArguments:
@@ -243,7 +248,7 @@ def _predictions(logits: Any, targets: Any, task: Task, labels: Sequence[str], i
         return {"labels": [labels.index(item.label) for item in task.dev], "predictions": logits.argmax(-1).tolist()}
     counts = []
     for item, best, target in zip(task.dev, logits.argmax(-1), targets[numbers], strict=True):
-        tags: list[str] = [labels[number] for number in best[target != IGNORED]]
+        tags = [str(labels[number]) for number in best[target != IGNORED]]
         counts.append(_entity_counts(item.label, [*tags, *["O"] * (len(item.label) - len(tags))]))
     return {"counts": counts}
 

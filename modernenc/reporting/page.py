@@ -1,7 +1,5 @@
 """One self-contained HTML page on a run: `report.html`, and the picture of its curriculum, `curriculum.png`."""
 
-import base64
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +7,6 @@ from typing import Any
 import matplotlib
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib import pyplot
-from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 
 from modernenc.atomic import replacing, write_text
@@ -60,14 +56,14 @@ def write(run: Run) -> Path:
     values = {
         "recipe": run.recipe,
         "facts": list(_facts(run, curriculum, training, validation)),
-        "loss": _png(plots.draw_loss(run, curriculum, training, validation, unigram.get(ALL))),
+        "loss": plots.as_png(plots.draw_loss(run, curriculum, training, validation, unigram.get(ALL))),
         "validation": list(_validation_tables(validation, unigram)),
         "tasks": list(_tasks(run, curriculum, metrics, scores)),
-        "curriculum": _png(picture),
-        "throughput": _png(plots.draw_throughput(curriculum, metrics)),
+        "curriculum": plots.as_png(picture),
+        "throughput": plots.as_png(plots.draw_throughput(curriculum, metrics)),
         "tokens": list(_token_counts(checkpoint)) if checkpoint else [],
         "passages": dict(_fill_masks(run, checkpoint, newest)) if checkpoint and newest else {},
-        "forks": _png(plots.draw_lineage(run_dir, curriculum, training, entries)) if is_forked else "",
+        "forks": plots.as_png(plots.draw_lineage(run_dir, curriculum, training, entries)) if is_forked else "",
         "history": [_history_row(entry) for entry in entries],
         "configuration": (run_dir / CONFIG).read_text(),
     }
@@ -125,7 +121,7 @@ def _tasks(run: Run, curriculum: Curriculum, metrics: Rows, scores: Rows) -> Ite
             ends = {row["phase"]: f"{float(row['accuracy']):.1%}" for row in validated}
             header = ["items", *(f"end of {phase}" for phase in ends)]
             line = [f"{int(validated[-1]['targets']):,}", *ends.values()]
-            yield f"{task}: which of {CHOICES} endings", _png(figure), header, [line]
+            yield f"{task}: which of {CHOICES} endings", plots.as_png(figure), header, [line]
 
 
 def _token_counts(checkpoint: Checkpoint) -> Iterator[list[str]]:
@@ -179,11 +175,3 @@ def _fill_masks(run: Run, checkpoint: Checkpoint, path: Path) -> Iterator[tuple[
             pieces.append((tokenizer.decode(ids[start:place].tolist()), words[0], guesses[0] == truth, hint))
             start = place + 1
         yield source, [*pieces, (tokenizer.decode(ids[start:-1].tolist()), "", False, "")]
-
-
-def _png(figure: Figure) -> str:
-    """Return a figure as a PNG in base64, and close it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    pyplot.close(figure)
-    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,5 +1,7 @@
 """Plots of a run over the tokens that it has seen: its curriculum, losses, speed, tasks, rollbacks and branches."""
 
+import base64
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,14 @@ Rows = list[dict[str, str]]
 
 _BLUE, _PALE_BLUE, _ORANGE, _RED, _GREEN, _GREY = "#1f4e79", "#9db8d2", "#b3541e", "#c0504d", "#3a7d44", "#888"
 _PHASE_COLOURS = ("#dbe9f6", "#e5f2dd", "#fbe6d4", "#ece1f0", "#f7f3cf", "#d9f0ef")
+
+
+def as_png(figure: Figure) -> str:
+    """Return a figure as a PNG in base64, and close it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    pyplot.close(figure)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def rows_of(validation: Rows, seq_len: int, ratio: float, source: str = "") -> Rows:

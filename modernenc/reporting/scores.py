@@ -1,4 +1,4 @@
-"""The results of an evaluation as a table in the terminal, JSON, and a page with plots."""
+"""The results of an evaluation in the terminal and as JSON: the table of scores, what it can tell, and curves."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,15 +12,17 @@ from rich.console import Console
 from rich.table import Table
 
 from modernenc.atomic import write_json
-from modernenc.evaluation.cells import Result
+from modernenc.evaluation.cells import Curve, Result
 from modernenc.evaluation.intervals import Estimate, average, difference, estimate
+from modernenc.evaluation.metrics import LOWER_IS_BETTER
 
 MEAN = "mean"
+WIDTH = 100
 
 
 @dataclass(frozen=True)
 class Row:
-    """A model's estimates by task, each with the setting that did best."""
+    """A model's estimates by task, each with the results of the setting that did best."""
 
     model: str
     estimates: dict[str, Estimate]
@@ -28,7 +30,7 @@ class Row:
 
 
 def rows_of(results: Sequence[Result]) -> list[Row]:
-    """Return a row for each model: of each task, the setting with the highest mean over seeds."""
+    """Return a row for each model: of each task, the setting with the best mean over seeds."""
     rows = []
     for model in dict.fromkeys(result.model for result in results):
         best: dict[str, list[Result]] = {}
@@ -36,64 +38,109 @@ def rows_of(results: Sequence[Result]) -> list[Row]:
         for task in dict.fromkeys(result.task for result in mine):
             ordered = sorted((one for one in mine if one.task == task), key=lambda one: str(one.setting))
             by_setting = [list(group) for _, group in groupby(ordered, lambda one: one.setting)]
-            best[task] = max(by_setting, key=lambda group: mean(mean(one.scores.values()) for one in group))
+            best[task] = max(by_setting, key=lambda group: mean(_goodness(one) for one in group))
         estimates = {task: estimate(group[0].metrics, [one.found.predictions for one in group]) for task, group in best.items()}
         rows.append(Row(model, estimates, best))
     return rows
 
 
-def mean_of(row: Row, tasks: Sequence[str]) -> Estimate | None:
-    """Return the mean over tasks, or None for a model that lacks one of them."""
-    return average([row.estimates[task] for task in tasks]) if all(task in row.estimates for task in tasks) else None
+def tasks_of(rows: Sequence[Row]) -> list[str]:
+    """Return the tasks of all rows."""
+    return list(dict.fromkeys(task for row in rows for task in row.estimates))
 
 
-def show(title: str, results: Sequence[Result]) -> None:
-    """Print the table of a suite, and what it can and cannot tell."""
-    rows = rows_of(results)
-    tasks = list(dict.fromkeys(task for row in rows for task in row.estimates))
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("")
-    for name in (*tasks, *([MEAN] if len(tasks) > 1 else [])):
-        table.add_column(name, justify="right", overflow="fold")
-    for row in rows:
-        cells = [_cell(row.estimates.get(task)) for task in tasks]
-        table.add_row(row.model, *cells, *([_cell(mean_of(row, tasks))] if len(tasks) > 1 else []))
+def with_mean(row: Row, tasks: Sequence[str]) -> dict[str, Estimate]:
+    """Return the estimates of a row, and their mean if there are several tasks and the row has all of them."""
+    whole = len(tasks) > 1 and all(task in row.estimates for task in tasks)
+    return {**row.estimates, **({MEAN: average([row.estimates[task] for task in tasks])} if whole else {})}
+
+
+def in_nats(results: Sequence[Result]) -> bool:
+    """Return whether scores are losses in nats, which are better when they are lower; others are fractions."""
+    return results[0].metrics[0] in LOWER_IS_BETTER
+
+
+def curves_of(results: Sequence[Result]) -> dict[str, dict[str, Curve]]:
+    """Return the curves of a single seed by title, then by model."""
+    titles = dict.fromkeys(
+        (f"{one.task}: " if len({other.task for other in results}) > 1 else "", title)
+        for one in results
+        for title in one.found.curves
+    )
+    return {
+        prefix + title: {
+            one.model: one.found.curves[title]
+            for one in reversed(results)
+            if title in one.found.curves and prefix in ("", f"{one.task}: ")
+        }
+        for prefix, title in titles
+    }
+
+
+def table_of(suite: str, results: Sequence[Result]) -> tuple[str, list[str], dict[str, list[str]]]:
+    """Return the title, the columns and, by model, the cells of the table of a suite."""
+    rows, nats = rows_of(results), in_nats(results)
+    tasks = tasks_of(rows)
+    columns = [*tasks, *([MEAN] if len(tasks) > 1 else [])]
+    lines = {row.model: [_cell(with_mean(row, tasks).get(column), nats) for column in columns] for row in rows}
     seeds = min(one.seeds for row in rows for one in row.estimates.values())
-    console = Console(width=100)
-    console.print(table)
-    over = f"{seeds} seeds and over the held-out items" if seeds > 1 else "the held-out items; one seed says nothing of others"
-    console.print(f"score x 100, and half of its 95 % interval over {over}", highlight=False)
-    for line in _verdicts(rows, tasks):
-        console.print(line, highlight=False)
+    over = (
+        "documents"
+        if nats
+        else f"{seeds} seeds and the held-out items"
+        if seeds > 1
+        else "the held-out items; there is one seed"
+    )
+    return f"{suite}: {'nats per token' if nats else 'scores x 100'} ± half of the 95 % interval over {over}", columns, lines
 
 
-def _cell(one: Estimate | None) -> str:
-    return f"{100 * one.score:.1f} ±{100 * one.error:.1f}" if one else "-"
+def show(suite: str, results: Sequence[Result]) -> None:
+    """Print the table of a suite, and what it can and cannot tell."""
+    _print(*table_of(suite, results))
+    for line in [*verdicts(rows_of(results)), *notes_of(results)]:
+        Console(width=WIDTH).print(line, highlight=False)
 
 
-def _verdicts(rows: Sequence[Row], tasks: Sequence[str]) -> list[str]:
-    """Say which tasks tell the models apart, and which do not."""
-    if len(rows) < 2:
-        return []
+def show_curves(results: Sequence[Result]) -> None:
+    """Print each curve as a table with a column for each model."""
+    for title, curves in curves_of(results).items():
+        models = [result for result in dict.fromkeys(one.model for one in results) if result in curves]
+        points = [
+            dict(zip(curve.x, zip(curve.y, curve.error, strict=True), strict=True)) for curve in map(curves.__getitem__, models)
+        ]
+        places = dict.fromkeys(x for curve in curves.values() for x in curve.x)
+        lines = {x: [f"{one[x][0]:.3f} ±{one[x][1]:.3f}" if x in one else "-" for one in points] for x in places}
+        _print(title, models, lines)
+
+
+def verdicts(rows: Sequence[Row]) -> list[str]:
+    """Return in words which tasks tell the best model from the worst, and which do not, and how seeds vary."""
+    lines = []
     apart, noise = [], []
-    for task in tasks:
-        having = sorted((row for row in rows if task in row.best), key=lambda row: -row.estimates[task].score)
-        if len(having) > 1:
-            first, last = having[0].best[task], having[-1].best[task]
-            gap = difference(
-                first[0].metrics, [one.found.predictions for one in first], [one.found.predictions for one in last]
-            )
-            (apart if gap.score > gap.error else noise).append(task)
-    return [
-        f"{words}: {', '.join(names)}"
-        for words, names in (("tells the best model from the worst", apart), ("no difference beyond the noise", noise))
-        if names
-    ]
+    for task in tasks_of(rows) if len(rows) > 1 else ():
+        having = sorted((row for row in rows if task in row.best), key=lambda row: mean(map(_goodness, row.best[task])))
+        last, first = having[0].best[task], having[-1].best[task]
+        gap = difference(first[0].metrics, *([one.found.predictions for one in group] for group in (first, last)))
+        (apart if abs(gap.score) > gap.error else noise).append(task)
+    if apart:
+        lines.append(f"tell the best model from the worst: {', '.join(apart)}")
+    if noise:
+        lines.append(f"do not, the difference is within the noise: {', '.join(noise)}")
+    deviations = {task: max(row.estimates[task].deviation for row in rows if task in row.estimates) for task in tasks_of(rows)}
+    if any(deviations.values()):
+        lines.append(
+            "standard deviation over seeds: " + ", ".join(f"{task} {100 * value:.1f}" for task, value in deviations.items())
+        )
+    return lines
+
+
+def notes_of(results: Sequence[Result]) -> list[str]:
+    """Return what the user should know of each model and task."""
+    return list(dict.fromkeys(f"{one.model}, {one.task}: {note}" for one in results for note in one.found.notes))
 
 
 def write(path: Path, suite: str, results: Sequence[Result]) -> None:
-    """Write what the table shows, and more digits, as JSON."""
-    rows = rows_of(results)
+    """Write what the tables show as JSON, with all digits and the settings."""
     content: list[dict[str, Any]] = [
         {
             "model": row.model,
@@ -102,9 +149,32 @@ def write(path: Path, suite: str, results: Sequence[Result]) -> None:
             "setting": row.best[task][0].setting,
             "scores": [result.scores for result in row.best[task]],
             "notes": sorted({note for result in row.best[task] for note in result.found.notes}),
+            "curves": {title: asdict(curve) for title, curve in row.best[task][0].found.curves.items()},
             "seconds": [result.seconds for result in row.best[task]],
         }
-        for row in rows
+        for row in rows_of(results)
         for task, one in row.estimates.items()
     ]
     write_json(path, {"suite": suite, "rows": content})
+
+
+def _print(title: str, columns: Sequence[str], lines: dict[str, list[str]]) -> None:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", overflow="fold")
+    for name in columns:
+        table.add_column(name, justify="right", overflow="fold")
+    for name, cells in lines.items():
+        table.add_row(name, *cells)
+    Console(width=WIDTH).print(title, table, sep="\n", highlight=False)
+
+
+def _cell(one: Estimate | None, nats: bool) -> str:
+    if one is None:
+        return "-"
+    return f"{one.score:.3f} ±{one.error:.3f}" if nats else f"{100 * one.score:.1f} ±{100 * one.error:.1f}"
+
+
+def _goodness(result: Result) -> float:
+    """Return a result's score as a number that is higher for a better one."""
+    score = mean(result.scores[metric] for metric in result.metrics)
+    return -score if result.metrics[0] in LOWER_IS_BETTER else score

@@ -1,0 +1,196 @@
+"""Fine-tuning: tasks of every kind are learnt, kept models give the scores that were found, and settings are followed."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from seqeval.metrics import f1_score
+
+from modernenc.evaluation import cells, fine_tuning
+from modernenc.evaluation.cells import Request
+from modernenc.evaluation.models import Model, find_models, random_twin
+from modernenc.evaluation.settings import FineTuning, read_fine_tuning
+from modernenc.evaluation.tasks import read_task
+from support.encoders import LEARN, write_encoder, write_tasks
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Model:
+    (model,) = find_models([str(write_encoder(tmp_path_factory.mktemp("encoder")))], tmp_path_factory.mktemp("none"))
+    return replace(model, name="small")
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+def _results(out, made):
+    (out / cells.CELLS).mkdir(parents=True, exist_ok=True)
+    done: list[str] = []
+    cells.run(made, out, lambda result, left: done.append(result.task))
+    return {cell.task: cells.read(cell, out) for cell in made}, done
+
+
+def test_every_kind_of_task_is_learnt_and_kept(encoder, tasks, tmp_path):
+    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
+
+    made, notes = fine_tuning.make_cells(Request("classify", [encoder], tasks, (), "cramming", LEARN, keep=True))
+    results, _ = _results(tmp_path, made)
+    assert not notes
+    assert results["fox"].scores["accuracy"] > 0.95
+    assert results["foxes"].scores["pearson"] > 0.9
+    assert results["ending"].scores["accuracy"] > 0.95
+    assert results["tags"].scores["entity_f1"] > 0.95
+    saved = fine_tuning.save_best(made, tmp_path, tmp_path / "saved")
+    assert sorted(saved) == [tmp_path / "saved" / "small" / name for name in ("ending", "fox", "foxes", "tags")]
+
+    folder, dev = tmp_path / "saved" / "small" / "fox", read_task(tasks / "fox").dev
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        best = model(**tokenizer([item.texts[0] for item in dev], padding=True, return_tensors="pt")).logits.argmax(-1).tolist()
+    assert best == results["fox"].found.predictions["predictions"]
+    right = [model.config.id2label[number] == item.label for number, item in zip(best, dev, strict=True)]
+    assert np.mean(right) == results["fox"].scores["accuracy"]
+
+    folder, dev = tmp_path / "saved" / "small" / "tags", read_task(tasks / "tags").dev
+    model = AutoModelForTokenClassification.from_pretrained(folder)
+    with torch.no_grad():
+        rows = [model(**tokenizer(" ".join(item.texts), return_tensors="pt")).logits[0, 1:-1].argmax(-1) for item in dev]
+    predicted = [[model.config.id2label[number] for number in row.tolist()] for row in rows]
+    assert f1_score([list(item.label) for item in dev], predicted) == pytest.approx(results["tags"].scores["entity_f1"])
+
+
+def test_a_task_begins_with_the_model_of_another(encoder, tasks, tmp_path):
+    changes = [*LEARN, "start_from.only=fox"]
+    folder = tmp_path / "tasks"
+    for name in ("fox", "only"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "dev.tsv").write_text((tasks / "fox" / "dev.tsv").read_text())
+    (folder / "fox" / "train.tsv").write_text((tasks / "fox" / "train.tsv").read_text())
+    made, _ = fine_tuning.make_cells(Request("glue", [encoder], folder, (), "cramming", changes, seeds=2))
+    results, done = _results(
+        tmp_path, [cell for cell in made if cell.task == "only"] + [cell for cell in made if cell.task == "fox"]
+    )
+    assert done == ["fox", "fox", "only", "only"]  # whatever the order in which they are asked for
+    assert results["only"].found.predictions == results["fox"].found.predictions  # the same head scores the same items
+    (folder / "only" / "train.tsv").write_text("label\tsentence\nno\tfox\nyes\tdog\n" * 50)
+    trained, _ = fine_tuning.make_cells(Request("glue", [encoder], folder, (), "cramming", changes))
+    again, _ = _results(tmp_path, trained)
+    assert again["only"].scores["accuracy"] < 0.5 < again["fox"].scores["accuracy"]  # it has learnt the contrary
+    made, notes = fine_tuning.make_cells(Request("glue", [encoder], folder, ["only"], "cramming", changes))
+    assert notes == ["only begins with the encoder itself: fox is not among the tasks"] and not made[0].after
+    (folder / "only" / "train.tsv").unlink()
+    made, notes = fine_tuning.make_cells(Request("glue", [encoder], folder, ["only"], "cramming", LEARN))
+    assert not made and notes[0].startswith("only has no train* file: left out")
+
+
+def test_a_cell_is_done_once_and_is_another_for_other_settings_data_or_weights(encoder, tasks, tmp_path):
+    def made(*changes: str, model: Model = encoder, data=tasks, seeds: int = 1):
+        request = Request("classify", [model], data, ("fox",), "cramming", [*LEARN, "epochs=1", *changes], seeds)
+        return fine_tuning.make_cells(request)[0]
+
+    first, done = _results(tmp_path, made())
+    assert done == ["fox"]
+    again, done = _results(tmp_path, made())
+    assert not done and again == first
+    moved = replace(encoder, name="moved")
+    assert not _results(tmp_path, made(model=moved))[1]
+    assert cells.read(made(model=moved)[0], tmp_path).model == "moved"
+    assert [cell.seed for cell in made(seeds=3)] == [0, 1, 2]
+    others = [made("lr=1e-3"), made("batch_size=8"), made(model=random_twin(encoder, tmp_path)), made(seeds=2)[1:]]
+    other = write_tasks(tmp_path / "other", count=20)
+    assert len({cells[0].name for cells in [made(), *others, made(data=other)]}) == 6
+
+
+def test_the_best_epoch_counts_where_training_stops_early(encoder, tasks, tmp_path):
+    changes = [*LEARN, "epochs=6", "patience=2", "lr=2e-2"]
+    made, _ = fine_tuning.make_cells(Request("classify", [encoder], tasks, ("fox",), "cramming", changes, keep=True))
+    results, _ = _results(tmp_path, made)
+    history = results["fox"].found.curves["score by epoch"].y
+    assert results["fox"].scores["accuracy"] == max(history)
+    assert len(history) <= history.index(max(history)) + 3
+    (saved,) = fine_tuning.save_best(made, tmp_path, tmp_path / "saved")
+    alone, _ = fine_tuning.make_cells(
+        Request(
+            "classify",
+            find_models([f"kept={saved}"], tmp_path),
+            _dev_only(tasks, tmp_path),
+            (),
+            "cramming",
+            [*LEARN, "start_from.fox=x"],
+        )
+    )
+    assert not alone  # it has no items to train on, and no task to begin with
+
+
+def _dev_only(tasks, folder):
+    (folder / "dev_only" / "fox").mkdir(parents=True)
+    (folder / "dev_only" / "fox" / "dev.tsv").write_text((tasks / "fox" / "dev.tsv").read_text())
+    return folder / "dev_only"
+
+
+def test_long_texts_are_cut_and_counted(encoder, tmp_path):
+    folder = tmp_path / "long"
+    folder.mkdir()
+    rows = "".join(f"{number % 2}\t{'fox ' * (100 if number < 5 else 3)}\n" for number in range(20))
+    for split in ("train", "dev"):
+        (folder / f"{split}.tsv").write_text("label\tsentence\n" + rows)
+    made, _ = fine_tuning.make_cells(
+        Request("classify", [encoder], folder, (), "cramming", [*LEARN, "epochs=1", "max_length=999"])
+    )
+    results, _ = _results(tmp_path, made)
+    assert results["long"].found.notes == ("25.0% of the texts are cut at 64 tokens",)  # the model reads no more
+
+
+def test_settings_are_a_grid_for_each_task():
+    settings = read_fine_tuning("modernbert_search", ["lr=[1e-5,2e-5]", "tasks.CoLA.epochs=1", "tasks.CoLA.batch_size=8"])
+    assert len(settings.of_task("MRPC")) == 2 * 4 * 3
+    cola = settings.of_task("cola")
+    assert len(cola) == 2 * 4 and {one.batch_size for one in cola} == {8} and {one.epochs for one in cola} == {1}
+    assert settings.source_of("stsb") == "MNLI" and not settings.source_of("CoLA")
+
+
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        ("absent", [], "--settings absent: no such file; the shipped settings are cramming, "),
+        ("cramming", ["learning_rate=1"], "learning_rate"),
+        ("cramming", ["lr=fast"], "fast"),
+        ("cramming", ["lr=-1"], r"tasks.CoLA: lr=-1|lr=-1.0: expected more than 0"),
+        ("cramming", ["tasks.CoLA.rate=1"], "tasks.CoLA.rate: unknown key; there are batch_size"),
+        ("cramming", ["schedule=step", "tasks.CoLA.lr=1e-5"], "tasks.CoLA.schedule=step: expected one of linear, cosine"),
+    ],
+)  # fmt: skip
+def test_a_wrong_setting_is_one_clear_line(name, changes, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        settings = read_fine_tuning(name, changes)
+        settings.of_task("CoLA")
+
+
+def test_shipped_settings_are_valid():
+    from modernenc.evaluation.settings import FOLDER
+
+    for path in FOLDER.glob("*.yaml"):
+        if "lr:" in path.read_text():
+            assert isinstance(read_fine_tuning(path.stem, []), FineTuning)
+
+
+def test_models_are_named_and_mistaken_ones_are_one_clear_line(encoder, tmp_path):
+    folder = encoder.folder
+    one, same = find_models([f"a={folder}", f"b={folder}"], tmp_path)[0], find_models([str(folder)], tmp_path)[0]
+    assert (one.name, same.name) == ("a", folder.name) and one.fingerprint == same.fingerprint
+    other = write_encoder(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="another model is called a too; name it: NAME="):
+        find_models([f"a={folder}", f"a={other}"], tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="neither a run folder, a checkpoint, nor a Hugging Face folder"):
+        find_models([str(tmp_path / "empty")], tmp_path)
+    (other / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no weights"):
+        find_models([str(other)], tmp_path)
+    twin = random_twin(encoder, tmp_path)
+    assert twin.name == f"{encoder.name} (random)" and twin.fingerprint != encoder.fingerprint
+    assert json.loads((twin.folder / "config.json").read_text())["hidden_size"] == 32

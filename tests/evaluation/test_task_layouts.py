@@ -1,0 +1,106 @@
+"""Folders of tasks: the layouts that are read, and a clear line for each that is none."""
+
+import gzip
+import json
+
+import pytest
+
+from modernenc.evaluation.tasks import CHOICES, CLASSES, REGRESSION, TAGS, Item, find_tasks, read_task
+
+SWAG = ",video-id,fold-ind,startphrase,sent1,sent2,gold-source,ending0,ending1,ending2,ending3,label\n"
+
+
+def _write(folder, **files: str):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        stem, _, ending = name.partition("_")
+        (folder / f"{stem}.{ending.replace('_', '.')}").write_text(text)
+    return folder
+
+
+def test_texts_pairs_and_numbers_are_read_from_tables(tmp_path):
+    table = 'label\tsentence\n1\tan "odd quote\n0\tplain\n'
+    task = read_task(_write(tmp_path / "CoLA", train_tsv=table, dev_tsv=table))
+    assert (task.kind, task.labels, task.metrics) == (CLASSES, ("0", "1"), ("matthews",))
+    assert task.train[0] == Item(('an "odd quote',), "1")
+    pairs = 'idx,premise,hypothesis,label\n0,"a, b",c,no\n1,d,e,yes\n'
+    task = read_task(_write(tmp_path / "own", train_csv=pairs, validation_csv=pairs))
+    assert (task.train[0], task.metrics) == (Item(("a, b", "c"), "no"), ("accuracy",))
+    scores = "score\tsentence1\tsentence2\n5.0\ta\tb\n2.5\tc\td\n"
+    task = read_task(_write(tmp_path / "sts-b", train_tsv=scores, dev_tsv=scores))
+    assert (task.kind, task.dev[1], task.metrics) == (REGRESSION, Item(("c", "d"), 2.5), ("pearson", "spearman"))
+    folder = _write(tmp_path / "mnli")
+    for name in ("train", "dev_matched"):
+        with gzip.open(folder / f"{name}.jsonl.gz", "wt") as file:
+            file.write(
+                '{"premise": "a", "hypothesis": "b", "label": true}\n{"premise": "a", "hypothesis": "b", "label": false}\n'
+            )
+    assert read_task(folder).labels == ("0", "1")
+
+
+def test_choices_are_read_in_all_layouts(tmp_path):
+    swag = SWAG + "0,v,1,s,He sits.,He,gold,stands,sings,runs,falls,2\n"
+    hellaswag = {"ctx": "He sits. He", "endings": ["stands", "sings", "runs", "falls"], "label": 2}
+    copa = {"premise": "It rained.", "choice1": "wet", "choice2": "dry", "question": "effect", "label": 0}
+    plain = {"question": "Why?", "choices": ["a", "b", "c"], "label": 1}
+    task = read_task(_write(tmp_path / "swag", val_csv=swag))
+    assert task.kind == CHOICES and not task.train
+    assert task.dev == [Item(("He sits.", "He stands", "He sings", "He runs", "He falls"), 2)]
+    for name, row, texts in (
+        ("hellaswag", hellaswag, ("He sits. He", "stands", "sings", "runs", "falls")),
+        ("copa", copa, ("It rained. What happened as a result?", "wet", "dry")),
+        ("plain", plain, ("Why?", "a", "b", "c")),
+    ):
+        task = read_task(_write(tmp_path / name, dev_jsonl=json.dumps(row)))
+        assert task.dev == [Item(texts, row["label"])]
+
+
+def test_tags_are_read_from_columns(tmp_path):
+    text = "-DOCSTART- -X- -X- O\n\nEU NNP B-NP B-ORG\nrejects VBZ B-VP O\n\n\nPeter NNP B-NP B-PER\n"
+    task = read_task(_write(tmp_path / "ner", train_conll=text, valid_txt=text))
+    assert task.kind == TAGS
+    assert task.dev == [Item(("EU", "rejects"), ("B-ORG", "O")), Item(("Peter",), ("B-PER",))]
+    assert (task.labels, task.metrics) == (("B-ORG", "B-PER", "O"), ("entity_f1",))
+
+
+GOOD = "label\tsentence\n1\ta\n0\tb\n"
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        (dict(train_tsv="label\tsentence\n1\n", dev_tsv=GOOD), "train.tsv, line 2: 1 fields; expected 2: label, sentence"),
+        (dict(train_tsv="sentence\na\n", dev_tsv=GOOD), "train.tsv, line 2: no column label; there are sentence"),
+        (dict(train_tsv="label\tsentence\n", dev_tsv=GOOD), "train.tsv has no items"),
+        (dict(train_tsv=GOOD, dev_tsv=""), "dev.tsv has no items"),
+        (dict(train_tsv=GOOD, dev_tsv="label\tsentence\n-1\ta\n"), "dev.tsv, line 2: label=-1: expected a label"),
+        (dict(train_tsv=GOOD, dev_tsv="label\tsentence\n2\ta\n"), "dev.tsv: label 2 is none of those in .*train.tsv: 0, 1"),
+        (dict(train_tsv="label\tsentence\n1\ta\n", dev_tsv="label\tsentence\n1\ta\n"), "have the label 1; expected two"),
+        (dict(train_tsv=GOOD, dev_jsonl='{"question": "a", "choices": ["b"], "label": 0}'), "choices and classes in one task"),
+        (dict(train_tsv=GOOD, dev_tsv=GOOD, dev_csv=GOOD), "dev.csv, dev.tsv: expected one file of the dev split"),
+        (dict(train_tsv=GOOD, dev_jsonl="[1]"), "dev.jsonl, line 1: expected a JSON object"),
+        (dict(train_tsv=GOOD, dev_jsonl="{"), "dev.jsonl, after item 0: "),
+        (dict(train_tsv="label\ta\tb\tc\n1\tx\ty\tz\n", dev_tsv=GOOD), r"3 columns of text \(a, b, c\); expected one or two"),
+        (dict(dev_jsonl='{"question": "a", "choices": ["b", "c"], "label": 2}'), "line 1: label=2; expected 0 to 1"),
+        (dict(train_conll="EU NNP\n", dev_conll="EU B-ORG\n"), "train.conll, line 1: EU NNP: expected a word first and a tag"),
+    ],
+)  # fmt: skip
+def test_what_is_no_task_is_one_clear_line(tmp_path, files, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        read_task(_write(tmp_path / "task", **files))
+    assert "\n" not in str(raised.value) and str(tmp_path) in str(raised.value)
+
+
+def test_tasks_are_found_by_any_spelling_of_their_name(tmp_path):
+    for name in ("SST-2", "CoLA"):
+        _write(tmp_path / name, train_tsv=GOOD, dev_tsv=GOOD)
+    (tmp_path / "notes").mkdir()
+    assert [path.name for path in find_tasks(tmp_path)] == ["CoLA", "SST-2"]
+    assert [path.name for path in find_tasks(tmp_path, ["sst2"])] == ["SST-2"]
+    assert [path.name for path in find_tasks(tmp_path / "CoLA")] == ["CoLA"]
+    with pytest.raises(FileNotFoundError, match=r"--tasks QNLI: .* has CoLA, SST-2"):
+        find_tasks(tmp_path, ["QNLI"])
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        find_tasks(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match="no task; expected folders that hold train"):
+        find_tasks(tmp_path / "notes")
