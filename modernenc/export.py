@@ -22,12 +22,13 @@ def main() -> None:
     parser.add_argument(
         "--average", help="how several checkpoints of one run are averaged: exponential, one_minus_sqrt, uniform"
     )
+    parser.add_argument("--task", help="a multiple-choice task of the run, whose head is exported in place of masked LM's")
     parser.add_argument("--across-runs", action="store_true", help="average checkpoints of runs that began apart")
     arguments = parser.parse_args()
     with one_line_errors():
         from modernenc.model.export import export  # torch and transformers take seconds to import
 
-        difference = export(arguments.paths, arguments.out, arguments.average, arguments.across_runs)
+        difference = export(arguments.paths, arguments.out, arguments.average, arguments.across_runs, arguments.task)
         print(f"{arguments.out} is ready: logits differ by at most {difference:.1e} from the checkpoint's")
 
 

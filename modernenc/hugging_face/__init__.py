@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+MASKED_LM, MULTIPLE_CHOICE = "MaskedLM", "MultipleChoice"
+"""Kinds of models, as the names of transformers' classes end."""
+
+
 class Converter(ABC):
     """Converts between one backbone class here and its model in transformers."""
 
@@ -25,6 +29,8 @@ class Converter(ABC):
     """The values of `model_type` in a config.json that it reads."""
     prefixes: ClassVar[dict[str, str]]
     """How names of weights in a `MaskedLM` begin, and how they begin in transformers' masked-LM model, where they differ."""
+    choice_prefixes: ClassVar[dict[str, str]]
+    """The same for a `MultipleChoice` with its backbone, and transformers' multiple-choice model."""
     fixed: ClassVar[dict[str, Any]]
     """Keys of config.json for which the backbone here has only this one value."""
     irrelevant: ClassVar[tuple[str, ...]]
@@ -42,11 +48,11 @@ class Converter(ABC):
     def new_model(self, backbone: Any, **special_ids: Any) -> "PreTrainedModel":
         """Build transformers' masked-LM model of the same shape; `special_ids` are keys of its configuration."""
 
-    def load(self, folder: Path) -> "PreTrainedModel":
-        """Load an exported masked-LM model from its folder, as one does who has no more than transformers."""
-        from transformers import AutoModelForMaskedLM
+    def load(self, folder: Path, kind: str = MASKED_LM) -> "PreTrainedModel":
+        """Load an exported model of a kind from its folder, as one does who has no more than transformers."""
+        import transformers
 
-        return AutoModelForMaskedLM.from_pretrained(folder)
+        return getattr(transformers, f"AutoModelFor{kind}").from_pretrained(folder)
 
     def to_hugging_face(self, weights: dict[str, Any]) -> dict[str, Any]:
         """Rename the weights of a `MaskedLM` as transformers does."""
@@ -74,6 +80,19 @@ def model_of(masked_lm: Any, **special_ids: Any) -> "PreTrainedModel":
     converter = converter_of(masked_lm.backbone)
     model = converter.new_model(masked_lm.backbone, **special_ids)
     model.load_state_dict(converter.to_hugging_face(masked_lm.state_dict()))
+    return model
+
+
+def choice_model_of(masked_lm: Any, choice: Any, **special_ids: Any) -> "PreTrainedModel":
+    """Build transformers' multiple-choice model with the backbone of a `MaskedLM` and the head of a `MultipleChoice`."""
+    from transformers import AutoModelForMultipleChoice
+
+    converter = converter_of(masked_lm.backbone)
+    config = converter.new_model(masked_lm.backbone, **special_ids).config
+    config.classifier_pooling = "cls"  # a choice is scored at its first token
+    model = AutoModelForMultipleChoice.from_config(config)
+    backbone = {f"backbone.{name}": value for name, value in masked_lm.backbone.state_dict().items()}
+    model.load_state_dict(_replace_prefixes({**backbone, **choice.state_dict()}, converter.choice_prefixes))
     return model
 
 

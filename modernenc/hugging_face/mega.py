@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from modernenc.backbones.mega import Mega
-from modernenc.hugging_face import Converter
+from modernenc.hugging_face import MASKED_LM, Converter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,6 +21,9 @@ class MegaConverter(Converter):
 
     model_types: ClassVar[tuple[str, ...]] = ("mega", "modernenc-mega")
     prefixes: ClassVar[dict[str, str]] = {"backbone.": "mega.", "head.dense.": "dense.", "decoder.": "mlm_head."}
+    choice_prefixes: ClassVar[dict[str, str]] = {
+        "backbone.": "mega.", "head.dense.": "mega.pooler.dense.", "score.": "classifier.",
+    }  # fmt: skip
     fixed: ClassVar[dict[str, Any]] = {
         "activation": "silu", "add_lm_hidden_dense_layer": True, "add_token_type_embeddings": False, "bidirectional": True,
         "norm_affine": True, "normalize_before_ffn": True, "normalize_before_mega": True, "truncation": None,
@@ -51,8 +54,8 @@ class MegaConverter(Converter):
         settings = {key: value for key, value in backbone.settings.items() if key != "max_position"}
         return MegaForMaskedLM(MegaEncoderConfig(**settings, max_positions=backbone.max_position, **special_ids))
 
-    def load(self, folder: Path) -> "PreTrainedModel":
+    def load(self, folder: Path, kind: str = MASKED_LM) -> "PreTrainedModel":
         """Load an exported model with the code in its folder, not with the classes of this process."""
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-        return get_class_from_dynamic_module("modeling_mega.MegaForMaskedLM", str(folder)).from_pretrained(folder)
+        return get_class_from_dynamic_module(f"modeling_mega.MegaFor{kind}", str(folder)).from_pretrained(folder)

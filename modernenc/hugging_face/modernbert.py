@@ -20,6 +20,7 @@ class ModernBERTConverter(Converter):
 
     model_types: ClassVar[tuple[str, ...]] = ("modernbert",)
     prefixes: ClassVar[dict[str, str]] = {"backbone.": "model."}
+    choice_prefixes: ClassVar[dict[str, str]] = {"backbone.": "model.", "score.": "classifier."}
     fixed: ClassVar[dict[str, Any]] = {
         "attention_bias": False, "causal_mask": False, "decoder_bias": True, "hidden_activation": "gelu", "mlp_bias": False,
         "norm_bias": False, "classifier_activation": "gelu", "classifier_bias": False,  # of the masked-LM head too

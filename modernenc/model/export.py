@@ -7,20 +7,23 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from modernenc.hugging_face import converter_of, model_of
-from modernenc.hugging_face.parity import TOLERANCE, logit_difference
+from modernenc.hugging_face import MASKED_LM, MULTIPLE_CHOICE, choice_model_of, converter_of, model_of
+from modernenc.hugging_face.parity import TOLERANCE, logit_difference, score_difference
 from modernenc.hugging_face.tokenizer import pretrained_tokenizer
-from modernenc.model.load import masked_lm_of, small_corpus
+from modernenc.model.load import choice_of, masked_lm_of, small_corpus
 from modernenc.run_folder import checkpoints
 from modernenc.run_folder.averaging import KINDS, average
 from modernenc.run_folder.load import locate
 
 
-def export(paths: Sequence[Path], out: Path, average_by: str | None = None, across_runs: bool = False) -> float:
+def export(
+    paths: Sequence[Path], out: Path, average_by: str | None = None, across_runs: bool = False, task: str | None = None
+) -> float:
     """Write `out` and return the largest difference of logits, relative to the largest logit or to 1.
 
-    Raises ValueError if `out` exists, if a checkpoint is not whole, if there are several without a known `average_by`, or if
-    the logits differ by more than `TOLERANCE`.
+    The model has the head of masked LM, or that of a multiple-choice task. Raises ValueError if `out` exists, if a checkpoint
+    is not whole, if there are several without a known `average_by`, if there is no such task, or if the logits differ by more
+    than `TOLERANCE`.
     """
     if out.exists():
         raise ValueError(f"{out} exists; choose another folder or delete it")
@@ -38,14 +41,19 @@ def export(paths: Sequence[Path], out: Path, average_by: str | None = None, acro
         "pad_token_id": roles.pad, "cls_token_id": roles.cls, "sep_token_id": roles.sep, "bos_token_id": roles.cls,
         "eos_token_id": roles.sep,
     }  # fmt: skip
-    model = model_of(objective, **special_ids)
+    choice = choice_of(trained, objective, task, files[-1]) if task else None
+    model = choice_model_of(objective, choice, **special_ids) if choice else model_of(objective, **special_ids)
     partial = out.with_name(out.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         model.save_pretrained(partial)
         pretrained_tokenizer(corpus, objective.backbone.max_position).save_pretrained(partial)
-        difference = logit_difference(objective, converter_of(objective.backbone).load(partial), corpus.vocab_size)
+        loaded = converter_of(objective.backbone).load(partial, MULTIPLE_CHOICE if choice else MASKED_LM)
+        if choice:
+            difference = score_difference(objective.backbone, choice, loaded, corpus.vocab_size)
+        else:
+            difference = logit_difference(objective, loaded, corpus.vocab_size)
         if not difference <= TOLERANCE:  # which a difference that is no number is not either
             raise ValueError(f"{out}: its logits would differ from the checkpoint's by {difference:.1e}; not exported")
         os.replace(partial, out)

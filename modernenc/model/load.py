@@ -10,6 +10,7 @@ from modernenc.data.blocks import Corpus
 from modernenc.data.store import Store
 from modernenc.model.build import load_weights, masked_lm_weights, masked_lm_with, set_attributes
 from modernenc.objectives.masked_lm import MaskedLM
+from modernenc.objectives.multiple_choice import MultipleChoice
 from modernenc.run_folder import checkpoints
 from modernenc.run_folder.checkpoints import Checkpoint
 from modernenc.run_folder.create import CORPUS
@@ -42,3 +43,17 @@ def masked_lm_of(checkpoint: Checkpoint, path: Path) -> MaskedLM:
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, OmegaConfBaseException) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     return model.eval()
+
+
+def choice_of(checkpoint: Checkpoint, masked_lm: MaskedLM, task: str, path: Path) -> MultipleChoice:
+    """Return the head of a task in a checkpoint that was read from a path, in evaluation mode; it shares the backbone.
+
+    Raises ValueError, naming the tasks there are, if the checkpoint has none of this name.
+    """
+    parts = [name.split(".", 2) for name in checkpoint.weights if name.startswith("tasks.")]
+    tasks = sorted({part[1] for part in parts})
+    if task not in tasks:
+        raise ValueError(f"--task {task}: {path} has {', '.join(tasks) or 'no task'}")
+    head = MultipleChoice(masked_lm.backbone)
+    load_weights(head, {part[2]: checkpoint.weights[".".join(part)] for part in parts if part[1] == task})
+    return head.eval()

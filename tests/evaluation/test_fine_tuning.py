@@ -31,7 +31,13 @@ def _results(out, made):
     (out / cells.CELLS).mkdir(parents=True, exist_ok=True)
     done: list[str] = []
     cells.run(made, out, lambda result, left: done.append(result.task))
-    return {cell.task: cells.read(cell, out) for cell in made}, done
+    return {cell.task: _read(cell, out) for cell in made}, done
+
+
+def _read(cell, out) -> cells.Result:
+    result = cells.read(cell, out)
+    assert result
+    return result
 
 
 def test_every_kind_of_task_is_learnt_and_kept(encoder, tasks, tmp_path):
@@ -98,7 +104,7 @@ def test_a_cell_is_done_once_and_is_another_for_other_settings_data_or_weights(e
     assert not done and again == first
     moved = replace(encoder, name="moved")
     assert not _results(tmp_path, made(model=moved))[1]
-    assert cells.read(made(model=moved)[0], tmp_path).model == "moved"
+    assert _read(made(model=moved)[0], tmp_path).model == "moved"
     assert [cell.seed for cell in made(seeds=3)] == [0, 1, 2]
     others = [made("lr=1e-3"), made("batch_size=8"), made(model=random_twin(encoder, tmp_path)), made(seeds=2)[1:]]
     other = write_tasks(tmp_path / "other", count=20)

@@ -338,3 +338,25 @@ def test_a_rehearsal_makes_items_of_the_corpus(corpus_root, tmp_path):
         found = read_items(Path(getattr(run.tasks["swag"], key)), "")
         assert len(found) > 8 and {item.label for item in found} == {0, 1, 2, 3}
         assert all(len(set(item.endings)) == 4 for item in found)
+
+
+@pytest.mark.parametrize("recipe", ["demo", "demo_mega"])
+def test_a_task_is_exported_as_a_multiple_choice_model(small_run, items, tmp_path, recipe):
+    from transformers import AutoModelForMultipleChoice, AutoTokenizer
+
+    run = small_run(*task(items), *MIXED, "trainer.precision=32-true", recipe=recipe)
+    run_dir = train(run)
+    out = tmp_path / "choice"
+    assert export([run_dir], out, task="next") < 1e-4
+    held_out = read_items(Path(run.tasks["next"].validation), "validation")[: run.tasks["next"].validation_items]
+    model = AutoModelForMultipleChoice.from_pretrained(out, trust_remote_code=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    right = 0
+    for item in held_out:
+        pairs = tokenizer([item.context] * 4, list(item.endings), padding=True, return_tensors="pt")
+        with torch.no_grad():
+            right += int(model(**{key: value[None] for key, value in pairs.items()}).logits.argmax()) == item.label
+    scores = [row for row in Table(run_dir / "validation.csv").read() if row["source"] == "next"]
+    assert right / len(held_out) == pytest.approx(float(scores[-1]["accuracy"]), abs=1e-4)
+    with pytest.raises(ValueError, match=r"--task other: .* has next"):
+        export([run_dir], tmp_path / "other", task="other")
