@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--settings", default="", help="settings: a name of conf/evaluate, or a YAML file")
     parser.add_argument("--seeds", type=int, default=3, help="how many times each cell is done (%(default)s)")
     parser.add_argument("--random", action="store_true", help="also evaluate each model with fresh weights")
+    parser.add_argument("--published", action="store_true", help="also print what others have published for the tasks")
     parser.add_argument("--save", type=Path, metavar="DIR", help="write the best fine-tuned model of each task there")
     parser.add_argument("--jobs", type=int, default=0, help="processes that share the work; one for each GPU by default")
     parser.add_argument("--out", type=Path, default=Path("evaluations"), help="folder of the results (%(default)s)")
@@ -85,6 +86,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         return
     results = [result for cell in made if (result := cells.read(cell, arguments.out))]
     scores.show(arguments.suite, results)
+    if arguments.published:
+        scores.show_published(arguments.suite, results)
     if arguments.suite == "mlm":
         scores.show_curves(results)
     scores.write(arguments.out / f"{arguments.suite}.json", arguments.suite, results)

@@ -15,6 +15,7 @@ from modernenc.atomic import write_json
 from modernenc.evaluation.cells import Curve, Result
 from modernenc.evaluation.intervals import Estimate, average, difference, estimate
 from modernenc.evaluation.metrics import LOWER_IS_BETTER
+from modernenc.evaluation.published import published_rows
 
 MEAN = "mean"
 WIDTH = 100
@@ -99,6 +100,14 @@ def show(suite: str, results: Sequence[Result]) -> None:
     _print(*table_of(suite, results))
     for line in [*verdicts(rows_of(results)), *notes_of(results)]:
         Console(width=WIDTH).print(line, highlight=False)
+
+
+def show_published(suite: str, results: Sequence[Result]) -> None:
+    """Print what others have published for the same tasks, with the sources."""
+    tasks = tasks_of(rows_of(results))
+    for source, group in groupby(published_rows(suite, tasks), lambda row: (row.source, row.note)):
+        lines = {row.model: [f"{100 * row.scores[task]:.1f}" if task in row.scores else "-" for task in tasks] for row in group}
+        _print(f"published: {source[0]} ({source[1]})", tasks, lines)
 
 
 def show_curves(results: Sequence[Result]) -> None:
