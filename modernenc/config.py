@@ -214,6 +214,16 @@ class Validation:
 
 
 @frozen
+class Evaluate:
+    """What `modernenc.evaluate --watch RUN_DIR`, a process beside the one that trains, evaluates of each checkpoint."""
+
+    every_tokens: Annotated[float, Ge(0)] = 0
+    """Evaluate a checkpoint each time this many tokens were seen; 0 means at the ends of phases only."""
+    suites: dict[str, str] = field(default_factory=dict)
+    """Suites, each with its arguments as on the command line: `mlm: --data data/demo`."""
+
+
+@frozen
 class Watch:
     """What the monitor reports when training has become unstable, and when the run stops."""
 
@@ -334,6 +344,7 @@ class Run:
     trainer: Trainer = field(default_factory=Trainer, metadata=_RESUMABLE)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings, metadata=_RESUMABLE)
     validation: Validation = field(default_factory=Validation, metadata=_RESUMABLE)
+    evaluate: Evaluate = field(default_factory=Evaluate, metadata=_RESUMABLE)
     watch: Watch = field(default_factory=Watch, metadata=_RESUMABLE)
     logger: Logger = field(default_factory=Logger, metadata=_RESUMABLE)
     cluster: Cluster = field(default_factory=Cluster, metadata=_RESUMABLE)

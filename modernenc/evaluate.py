@@ -7,12 +7,17 @@ A MODEL is a run folder, a checkpoint, a Hugging Face folder or a name on the hu
   token              the same for words with tags, in CoNLL's layout
   classify           the same for any folder of yours
 
+`python -m modernenc.evaluate --watch RUN_DIR [--once]` evaluates the checkpoints of a run as they appear, by the suites that
+its recipe names in evaluate.suites, and adds their scores to its report.
+
 Everything is kept in --out, cell by cell: the same command again goes on where it was, and several of them share the work.
 KEY=VALUE changes the settings of fine-tuning: lr=1e-4, epochs=3, tasks.CoLA.lr=3e-5.
 """
 
 import argparse
+import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from modernenc.cli import one_line_errors, take_allowed_code
@@ -22,11 +27,17 @@ SUITES = {
     **dict.fromkeys(("glue", "superglue", "multiple_choice", "token", "classify"), ("fine_tuning", "cramming")),
 }
 """For each suite the module of `modernenc.evaluation` that makes its cells, and the settings that it has by default."""
+LIBRARIES = ("accelerate", "scipy", "seqeval", "sklearn")
+"""What the extra `evaluate` installs."""
+WATCH = "--watch"
 
 
 def main() -> None:
     """Evaluate what the command line names."""
     take_allowed_code()
+    if WATCH in sys.argv:
+        _watch()
+        return
     parser = argparse.ArgumentParser(
         prog="python -m modernenc.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -48,6 +59,17 @@ def main() -> None:
         _evaluate(arguments)
 
 
+def _watch() -> None:
+    parser = argparse.ArgumentParser(prog="python -m modernenc.evaluate", description="Evaluate the checkpoints of a run.")
+    parser.add_argument(WATCH, type=Path, metavar="RUN_DIR", help="evaluate its checkpoints as they appear")
+    parser.add_argument("--once", action="store_true", help="only those that are there now")
+    arguments = parser.parse_args()
+    with one_line_errors():
+        from modernenc.evaluation.watch import watch
+
+        watch(arguments.watch, arguments.once)
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
     from modernenc.evaluation import cells, fine_tuning, models, workers  # torch takes seconds to import
     from modernenc.reporting import scores, scores_page
@@ -55,6 +77,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     name, settings = SUITES[arguments.suite]
     suite = import_module(f"modernenc.evaluation.{name}")
     keys = tuple(f"{key}{mark}" for key in suite.SCHEMA.__annotations__ for mark in "=.")
+    missing = [name for name in LIBRARIES if not find_spec(name)]
+    if missing:
+        raise ValueError(f"{', '.join(missing)}: not installed; evaluation needs: pip install 'modernenc[evaluate]'")
     changes = [one for one in arguments.models if one.startswith(keys)]
     found = models.find_models([one for one in arguments.models if one not in changes], arguments.out)
     if arguments.random:

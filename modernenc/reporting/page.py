@@ -37,6 +37,7 @@ def write(run: Run) -> Path:
     matplotlib.use("Agg")
     run_dir, curriculum = Path(run.run_dir), Curriculum.of(run)
     metrics, scores = Table(run_dir / "metrics.csv").read(), Table(run_dir / "validation.csv").read()
+    evaluated = Table(run_dir / "evaluations.csv").read()
     training = [row for row in metrics if row["objective"] == MASKED_LM]
     validation = [row for row in scores if row["source"] not in run.tasks]
     unigram = unigram_nats(run, validation)
@@ -59,6 +60,7 @@ def write(run: Run) -> Path:
         "loss": plots.as_png(plots.draw_loss(run, curriculum, training, validation, unigram.get(ALL))),
         "validation": list(_validation_tables(validation, unigram)),
         "tasks": list(_tasks(run, curriculum, metrics, scores)),
+        "evaluations": plots.as_png(plots.draw_evaluations(curriculum, evaluated)) if evaluated else "",
         "curriculum": plots.as_png(picture),
         "throughput": plots.as_png(plots.draw_throughput(curriculum, metrics)),
         "tokens": list(_token_counts(checkpoint)) if checkpoint else [],

@@ -106,6 +106,21 @@ def draw_task(curriculum: Curriculum, trained: Rows, validated: Rows) -> Figure:
     return figure
 
 
+def draw_evaluations(curriculum: Curriculum, rows: Rows) -> Figure:
+    """Plot the scores of checkpoints, with their intervals: a panel for each suite, a line for each task."""
+    suites = list(dict.fromkeys(row["suite"] for row in rows))
+    figure, axes, scale = _new_figure(curriculum, 0.8 + 2.6 * len(suites), len(suites))
+    for axis, suite in zip(axes, suites, strict=True):
+        for task in dict.fromkeys(row["task"] for row in rows if row["suite"] == suite):
+            mine = [row for row in rows if (row["suite"], row["task"]) == (suite, task)]
+            places = [int(row["tokens_seen"]) / scale for row in mine]
+            scores, errors = ([float(row[key]) for row in mine] for key in ("score", "error"))
+            axis.errorbar(places, scores, yerr=errors, fmt="o-", markersize=4, capsize=2, label=task)
+        axis.set_ylabel(suite)
+        axis.legend(frameon=False)
+    return figure
+
+
 def draw_lineage(run_dir: Path, curriculum: Curriculum, training: Rows, entries: list[dict[str, Any]]) -> Figure:
     """Plot the run as a line over tokens, with abandoned parts as lines below it, in the order of time, then branches.
 

@@ -82,7 +82,7 @@ def archive_after(run_dir: Path, number: int, tokens_seen: int) -> None:
     """Move what a rollback abandons into its archive: checkpoints after a position, and copies of configuration and tables."""
     folder = run_dir / ABANDONED / str(number)
     (folder / checkpoints.FOLDER).mkdir(parents=True, exist_ok=True)
-    for name in (CONFIG, "metrics.csv", "validation.csv"):
+    for name in (CONFIG, "metrics.csv", "validation.csv", "evaluations.csv"):
         if (run_dir / name).exists() and not (folder / name).exists():
             shutil.copyfile(run_dir / name, folder / (name + ".tmp"))
             (folder / (name + ".tmp")).rename(folder / name)

@@ -1,4 +1,5 @@
-"""Metrics of a run as tables: `metrics.csv` (training) and `validation.csv`, appended to, and cut back on resume."""
+"""Metrics of a run as tables: `metrics.csv` (training), `validation.csv` and `evaluations.csv`, appended to, and cut back on
+resume."""
 
 import csv
 import io
@@ -17,6 +18,9 @@ _COLUMNS: dict[str, dict[str, type]] = {
     "validation.csv": {
         "step": int, "tokens_seen": int, "phase": str, "source": str, "seq_len": int, "mask_ratio": float, "loss": float,
         "accuracy": float, "targets": int,
+    },
+    "evaluations.csv": {
+        "step": int, "tokens_seen": int, "checkpoint": str, "suite": str, "task": str, "score": float, "error": float,
     },
 }  # fmt: skip
 """Columns of the tables, in order, with the types of their values: all that a row may and must have."""

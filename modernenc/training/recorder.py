@@ -30,6 +30,8 @@ class MetricsWriter(L.Callback):
     def __init__(self, run: Run) -> None:
         self.run = run
         self.metrics = Table(Path(run.run_dir) / "metrics.csv")
+        self.evaluations = Table(Path(run.run_dir) / "evaluations.csv")
+        self._logged_evaluations = 0
         self.latest_rows: list[dict[str, Any]] = []
         """The newest rows of training metrics, one for each objective."""
         self._since = time.monotonic()
@@ -39,6 +41,8 @@ class MetricsWriter(L.Callback):
         module = cast(Pretraining, pl_module)
         if trainer.is_global_zero:
             self.metrics.cut_after(module.step)
+            self.evaluations.cut_after(module.step)
+            self._logged_evaluations = len(self.evaluations.read())
             self._check_complete(module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -52,6 +56,17 @@ class MetricsWriter(L.Callback):
         module = cast(Pretraining, pl_module)
         if module.step % self.run.logger.every_steps == 0 or module.finished_phase:
             self._record(trainer, module)
+            self._log_evaluations(trainer, module)
+
+    def _log_evaluations(self, trainer: L.Trainer, module: Pretraining) -> None:
+        """Pass scores that another process has found meanwhile to the loggers, each with the position that it is of."""
+        if not trainer.loggers or not trainer.is_global_zero:
+            return
+        rows = self.evaluations.read()
+        for row in rows[self._logged_evaluations :]:
+            name = f"evaluation/{row['suite']}/{row['task']}"
+            log_numbers(trainer, module.step, {name: float(row["score"]), f"{name}/at_tokens": int(row["tokens_seen"])})
+        self._logged_evaluations = len(rows)
 
     def _check_complete(self, module: Pretraining) -> None:
         """Warn of rows that were written before a checkpoint and are not there: a machine that dies may lose them."""
