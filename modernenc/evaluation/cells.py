@@ -80,6 +80,8 @@ class Result:
     scores: Scores
     found: Findings
     seconds: float
+    also: Scores = field(default_factory=dict)
+    """What is no part of the score."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,10 @@ class Cell(ABC):
     seed: int = 0
     after: tuple["Cell", ...] = ()
     """Cells that must be done first, of which this one uses the results."""
+    also: tuple[str, ...] = ()
+    """Metrics that are shown beside the score and are no part of it."""
+    keep: bool = False
+    """Whether the fine-tuned model is wanted as well."""
 
     @property
     def name(self) -> str:
@@ -119,8 +125,9 @@ def read(cell: Cell, out: Path) -> Result | None:
     curves = {title: Curve(**curve) for title, curve in content["curves"].items()}
     found = Findings(content["predictions"], tuple(content["notes"]), curves)
     return Result(
-        cell.model.name, cell.task, cell.setting, cell.seed, cell.metrics, content["scores"], found, content["seconds"]
-    )
+        cell.model.name, cell.task, cell.setting, cell.seed, cell.metrics, content["scores"], found, content["seconds"],
+        scores_of(cell.also, found.predictions),
+    )  # fmt: skip
 
 
 def run(
@@ -164,5 +171,6 @@ def _try(cell: Cell, out: Path, report: Callable[[Result], None]) -> bool:
             **asdict(found), "machine": platform.node(), "versions": {**versions(), "transformers": version("transformers")},
         }  # fmt: skip
         write_json(path, content)
-        report(Result(cell.model.name, cell.task, cell.setting, cell.seed, cell.metrics, scores, found, content["seconds"]))
+        seconds, also = content["seconds"], scores_of(cell.also, found.predictions)
+        report(Result(cell.model.name, cell.task, cell.setting, cell.seed, cell.metrics, scores, found, seconds, also))
         return True

@@ -84,7 +84,7 @@ def table_of(suite: str, results: Sequence[Result]) -> tuple[str, list[str], dic
     tasks = tasks_of(rows)
     columns = [*tasks, *([MEAN] if len(tasks) > 1 else [])]
     lines = {row.model: [_cell(with_mean(row, tasks).get(column), nats) for column in columns] for row in rows}
-    seeds = min(one.seeds for row in rows for one in row.estimates.values())
+    seeds = max(one.seeds for row in rows for one in row.estimates.values())
     over = (
         "documents"
         if nats
@@ -98,7 +98,7 @@ def table_of(suite: str, results: Sequence[Result]) -> tuple[str, list[str], dic
 def show(suite: str, results: Sequence[Result]) -> None:
     """Print the table of a suite, and what it can and cannot tell."""
     _print(*table_of(suite, results))
-    for line in [*verdicts(rows_of(results)), *notes_of(results)]:
+    for line in [*beside(rows_of(results)), *verdicts(rows_of(results)), *notes_of(results)]:
         Console(width=WIDTH).print(line, highlight=False)
 
 
@@ -120,6 +120,16 @@ def show_curves(results: Sequence[Result]) -> None:
         places = dict.fromkeys(x for curve in curves.values() for x in curve.x)
         lines = {x: [f"{one[x][0]:.3f} ±{one[x][1]:.3f}" if x in one else "-" for one in points] for x in places}
         _print(title, models, lines)
+
+
+def beside(rows: Sequence[Row]) -> list[str]:
+    """Return in words what was measured beside the scores, of each model by task."""
+    lines = []
+    for row in rows:
+        for metric in dict.fromkeys(metric for best in row.best.values() for one in best for metric in one.also):
+            values = [f"{task} {100 * mean(one.also[metric] for one in best):.1f}" for task, best in row.best.items()]
+            lines.append(f"{metric} of {row.model}: {', '.join(values)}")
+    return lines
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
@@ -157,6 +167,7 @@ def write(path: Path, suite: str, results: Sequence[Result]) -> None:
             **asdict(one),
             "setting": row.best[task][0].setting,
             "scores": [result.scores for result in row.best[task]],
+            "also": [result.also for result in row.best[task]],
             "notes": sorted({note for result in row.best[task] for note in result.found.notes}),
             "curves": {title: asdict(curve) for title, curve in row.best[task][0].found.curves.items()},
             "seconds": [result.seconds for result in row.best[task]],

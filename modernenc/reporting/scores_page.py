@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from modernenc.atomic import write_text
 from modernenc.evaluation.cells import Curve, Result
 from modernenc.reporting.plots import as_png
-from modernenc.reporting.scores import curves_of, in_nats, notes_of, rows_of, table_of, tasks_of, verdicts, with_mean
+from modernenc.reporting.scores import beside, curves_of, in_nats, notes_of, rows_of, table_of, tasks_of, verdicts, with_mean
 
 
 def write(path: Path, suite: str, results: Sequence[Result]) -> None:
@@ -23,7 +23,7 @@ def write(path: Path, suite: str, results: Sequence[Result]) -> None:
         "title": title,
         "columns": columns,
         "lines": lines,
-        "remarks": [*verdicts(rows_of(results)), *notes_of(results)],
+        "remarks": [*beside(rows_of(results)), *verdicts(rows_of(results)), *notes_of(results)],
         "scores": as_png(_draw_scores(results, columns)),
         "curves": {title: as_png(_draw_curves(curves)) for title, curves in curves_of(results).items()},
         "cells": [
