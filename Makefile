@@ -7,7 +7,8 @@ OLDEST_READY := .venv-oldest/.ready
 PYTEST := pytest --numprocesses auto --maxprocesses 4 --maxschedchunk 1
 # The tests that depend most on versions of libraries.
 OLDEST_TESTS := tests/model tests/hugging_face tests/bench/test_roofline.py tests/run_folder/test_checkpoints.py \
-	tests/data/test_store.py tests/data/test_mds.py tests/preparation/test_data_prep.py
+	tests/data/test_store.py tests/data/test_mds.py tests/preparation/test_data_prep.py \
+	tests/evaluation/test_retrieval.py tests/evaluation/test_retrieval_sets.py
 
 .PHONY: help setup demo check docs test test-oldest
 

@@ -6,6 +6,9 @@ A MODEL is a run folder, a checkpoint, a Hugging Face folder or a name on the hu
   multiple_choice    the same for the layouts of SWAG, HellaSwag and COPA
   token              the same for words with tags, in CoNLL's layout
   classify           the same for any folder of yours
+  retrieval          fine-tune to find texts by one vector each, beside BM25: sets in the layouts of BEIR, MLDR or CoSQA
+  long_retrieval     the same, and by the length of the texts and of what is read of them
+  code               the same for code, from text to code and from code to text
 
 `python -m modernenc.evaluate --watch RUN_DIR [--once]` evaluates the checkpoints of a run as they appear, by the suites that
 its recipe names in evaluate.suites, and adds their scores to its report.
@@ -17,7 +20,6 @@ KEY=VALUE changes the settings of fine-tuning: lr=1e-4, epochs=3, tasks.CoLA.lr=
 import argparse
 import sys
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 from modernenc.cli import one_line_errors, take_allowed_code
@@ -25,10 +27,10 @@ from modernenc.cli import one_line_errors, take_allowed_code
 SUITES = {
     "mlm": ("masked_lm", "masked_lm"),
     **dict.fromkeys(("glue", "superglue", "multiple_choice", "token", "classify"), ("fine_tuning", "cramming")),
+    **dict.fromkeys(("retrieval", "code"), ("retrieval", "single_vector")),
+    "long_retrieval": ("retrieval", "single_vector_long"),
 }
 """For each suite the module of `modernenc.evaluation` that makes its cells, and the settings that it has by default."""
-LIBRARIES = ("accelerate", "scipy", "seqeval", "sklearn")
-"""What the extra `evaluate` installs."""
 WATCH = "--watch"
 
 
@@ -72,14 +74,13 @@ def _watch() -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from modernenc.evaluation import cells, fine_tuning, models, workers  # torch takes seconds to import
+    from modernenc.evaluation.installed import check_installed
     from modernenc.reporting import scores, scores_page
 
+    check_installed("evaluate")
     name, settings = SUITES[arguments.suite]
     suite = import_module(f"modernenc.evaluation.{name}")
     keys = tuple(f"{key}{mark}" for key in suite.SCHEMA.__annotations__ for mark in "=.")
-    missing = [name for name in LIBRARIES if not find_spec(name)]
-    if missing:
-        raise ValueError(f"{', '.join(missing)}: not installed; evaluation needs: pip install 'modernenc[evaluate]'")
     changes = [one for one in arguments.models if one.startswith(keys)]
     found = models.find_models([one for one in arguments.models if one not in changes], arguments.out)
     if arguments.random:
@@ -113,13 +114,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     scores.show(arguments.suite, results)
     if arguments.published:
         scores.show_published(arguments.suite, results)
-    if arguments.suite == "mlm":
+    if arguments.suite in ("mlm", "long_retrieval"):
         scores.show_curves(results)
     scores.write(arguments.out / f"{arguments.suite}.json", arguments.suite, results)
     scores_page.write(arguments.out / f"{arguments.suite}.html", arguments.suite, results)
     print(f"{arguments.out / arguments.suite}.html shows the same with plots, and {arguments.suite}.json has all digits")
     if arguments.save:
-        for folder in fine_tuning.save_best(made, arguments.out, arguments.save):
+        for folder in fine_tuning.save_best([cell for cell in made if cell.keep], arguments.out, arguments.save):
             print(f"{folder} holds the best model")
 
 

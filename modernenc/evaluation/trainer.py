@@ -77,7 +77,7 @@ def fine_tune(encoder: Path, task: Task, setting: Setting, seed: int, keep: Path
         )
         trainer.remove_callback(ProgressCallback if sys.stderr.isatty() else PrinterCallback)  # either prints scores
         if sys.stderr.isatty():
-            trainer.add_callback(_Progress)
+            trainer.add_callback(QuietProgress)
         if train:
             trainer.train()
         if not (train and setting.patience):
@@ -138,7 +138,7 @@ class _Best(TrainerCallback):
         control.should_training_stop = control.should_training_stop or bool(self.patience and since >= self.patience)
 
 
-class _Progress(ProgressCallback):
+class QuietProgress(ProgressCallback):
     """A progress bar without the scores, which the table has."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:

@@ -180,7 +180,7 @@ def test_shipped_settings_are_valid():
     from modernenc.evaluation.settings import FOLDER
 
     for path in FOLDER.glob("*.yaml"):
-        if "lr:" in path.read_text():
+        if "weight_decay:" in path.read_text():
             assert isinstance(read_fine_tuning(path.stem, []), FineTuning)
 
 

@@ -1,6 +1,7 @@
 """A small encoder as a Hugging Face folder, and tasks that it can learn in a second."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,11 @@ LEARN = [
 """Settings under which it does."""
 
 
-def write_encoder(folder: Path, seed: int = 0, max_position: int = 64) -> Path:
+def write_encoder(folder: Path, seed: int = 0, max_position: int = 64, words: Sequence[str] = WORDS) -> Path:
     """Write a ModernBERT of two layers with random weights, and a tokenizer of whole words."""
     from transformers import ModernBertConfig, ModernBertForMaskedLM, PreTrainedTokenizerFast
 
-    vocabulary = {word: number for number, word in enumerate([*ROLES, *WORDS, *map(str, range(10))])}
+    vocabulary = {word: number for number, word in enumerate([*ROLES, *words, *map(str, range(10))])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     specials = [(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")]
