@@ -9,6 +9,7 @@ A MODEL is a run folder, a checkpoint, a Hugging Face folder or a name on the hu
   retrieval          fine-tune to find texts by one vector each, beside BM25: sets in the layouts of BEIR, MLDR or CoSQA
   long_retrieval     the same, and by the length of the texts and of what is read of them
   code               the same for code, from text to code and from code to text
+  colbert            the same by a vector of each token, with PyLate
 
 `python -m modernenc.evaluate --watch RUN_DIR [--once]` evaluates the checkpoints of a run as they appear, by the suites that
 its recipe names in evaluate.suites, and adds their scores to its report.
@@ -29,6 +30,7 @@ SUITES = {
     **dict.fromkeys(("glue", "superglue", "multiple_choice", "token", "classify"), ("fine_tuning", "cramming")),
     **dict.fromkeys(("retrieval", "code"), ("retrieval", "single_vector")),
     "long_retrieval": ("retrieval", "single_vector_long"),
+    "colbert": ("colbert", "multi_vector"),
 }
 """For each suite the module of `modernenc.evaluation` that makes its cells, and the settings that it has by default."""
 WATCH = "--watch"

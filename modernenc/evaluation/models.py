@@ -16,7 +16,7 @@ from modernenc.saved_config import CONFIG
 CACHE = "models"
 """Folder, in that of the results, of exported checkpoints and of twins with random weights."""
 RANDOM = " (random)"
-_CONTENT = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.py", "*/config.json")
+_CONTENT = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.py", "*/config.json", "*_Dense/*.safetensors")
 
 
 @dataclass(frozen=True)

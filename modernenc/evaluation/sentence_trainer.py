@@ -1,4 +1,4 @@
-"""Training by sentence-transformers' trainer."""
+"""Training by sentence-transformers' trainer, of models with one vector for each text or for each token."""
 
 import sys
 import tempfile
@@ -9,7 +9,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from transformers import PrinterCallback, ProgressCallback
 
-from modernenc.evaluation import retrieval
+from modernenc.evaluation import colbert, retrieval
 from modernenc.evaluation.trainer import QuietProgress
 
 
@@ -24,7 +24,7 @@ def fit(
     model: SentenceTransformer,
     data: Dataset,
     loss: torch.nn.Module,
-    setting: "retrieval.SingleVectorSettings",
+    setting: "retrieval.SingleVectorSettings | colbert.MultiVectorSettings",
     seed: int,
     sampler: str,
     collator: Any = None,

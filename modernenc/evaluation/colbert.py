@@ -1,0 +1,95 @@
+"""The suite of retrieval with a vector for each token, as in ColBERT (Khattab & Zaharia 2020): how models are fine-tuned."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from annotated_types import Ge, Gt, Interval, MinLen
+from omegaconf import MISSING
+
+from modernenc.evaluation.cells import Findings, Request
+from modernenc.evaluation.installed import check_installed
+from modernenc.evaluation.rankings import values_of
+from modernenc.evaluation.retrieval_sets import RetrievalSet
+from modernenc.evaluation.search import SearchCell, TrainedCell, cut_notes, search_cells
+from modernenc.evaluation.settings import read_settings
+from modernenc.frozen import frozen
+
+if TYPE_CHECKING:
+    from modernenc.evaluation.multi_vector import MultiVector
+
+
+@frozen
+class MultiVectorSettings:
+    """How a model is fine-tuned, on a teacher's scores where the set has them, and scored; each learning rate is tried."""
+
+    lr: Annotated[list[Annotated[float, Gt(0)]], MinLen(1)] = MISSING
+    """Peak learning rates of AdamW without weight decay; they fall linearly to 0."""
+    epochs: Annotated[int, Ge(0)] = MISSING
+    """0 scores a model as it is, such as one that PyLate trained."""
+    batch_size: Annotated[int, Ge(2)] = MISSING
+    """Queries in a step; without a teacher, all their texts are negatives of each other."""
+    mini_batch_size: Annotated[int, Ge(1)] = MISSING
+    """Texts that are computed at once, in scoring and in training without a teacher."""
+    warmup: Annotated[float, Interval(ge=0, lt=1)] = MISSING
+    """Fraction of the steps in which the learning rate rises."""
+    ways: Annotated[int, Ge(2)] = MISSING
+    """Texts of each query that the teacher's scores are learned of: the first ones of its line."""
+    temperature: Annotated[float, Gt(0)] = MISSING
+    """What scores are divided by in the loss without a teacher."""
+    negatives: Annotated[int, Ge(0)] = MISSING
+    """Without a teacher, hard negatives of a pair: texts that the set gives, or that BM25 finds."""
+    query_length: Annotated[int, Ge(8)] = MISSING
+    """Tokens of a query, to which shorter ones are filled up with mask tokens."""
+    train_length: Annotated[int, Ge(8)] = MISSING
+    """Tokens beyond which texts are cut in training; the model's own limit holds too."""
+    max_length: Annotated[int, Ge(8)] = MISSING
+    """The same in scoring."""
+    precision: Annotated[str, Literal["bf16", "fp32"]] = MISSING
+
+
+SCHEMA = MultiVectorSettings
+SCORING = ("mini_batch_size", "query_length", "max_length", "precision")
+"""Settings that matter to a model that is scored as it is."""
+
+
+@dataclass(frozen=True)
+class MultiVectorCell(TrainedCell):
+    """What a model finds with a vector for each token."""
+
+    def work(self, out: Path) -> Findings:
+        """Fine-tune the model, and search with it."""
+        assert self.items
+        model = self.model_for(out)
+        lengths = model.lengths(list(self.items.corpus.values()))
+        return Findings(values_of(self.items, model.search(self.items)), cut_notes(lengths, model.limit))
+
+    @staticmethod
+    def has_examples(items: RetrievalSet) -> bool:
+        """Return whether a set has pairs for training, or a teacher's scores."""
+        return bool(items.train or items.teacher)
+
+    def trained(self) -> "MultiVector":
+        """Return the model, after it is fine-tuned."""
+        from modernenc.evaluation.multi_vector import MultiVector  # PyLate takes seconds to import
+
+        assert self.items
+        model = MultiVector(self.model.folder, *(self.setting[key] for key in SCORING), seed=self.seed)
+        if "epochs" in self.setting:
+            model.train(self.items, MultiVectorSettings(**self.setting), self.seed)
+        return model
+
+
+def make_cells(request: Request) -> tuple[list[SearchCell], list[str]]:
+    """Return the cells of the sets, and what to say of them.
+
+    Raises FileNotFoundError or ValueError for what is no set or no setting, and ValueError if a package is missing.
+    """
+    check_installed("colbert")
+    settings = read_settings(MultiVectorSettings, request.settings, request.changes)
+    made, notes = search_cells(request, MultiVectorCell, [{**asdict(settings), "lr": [lr]} for lr in settings.lr], SCORING)
+    for cell in made if settings.epochs else []:
+        least = min((len(ranked.documents) for ranked in cell.items.teacher), default=settings.ways) if cell.items else 0
+        if least < settings.ways:
+            raise ValueError(f"ways={settings.ways}: a line of {cell.task}/scores.jsonl has {least} scores; lower ways")
+    return made, notes
