@@ -75,7 +75,8 @@ def evaluate(run: Run, checkpoint: Path) -> None:
         if ended.returncode:
             log.warning("%s of %s failed; its message is above", suite, checkpoint)
             continue
-        rows = json.loads((run_dir / FOLDER / f"{suite}.json").read_text())["rows"]
+        found = json.loads((run_dir / FOLDER / f"{suite}.json").read_text())["rows"]
+        rows = [row for row in found if row["model"] == checkpoint.stem]  # and not what it is held against, such as BM25
         at = {"step": manifest["step"], "tokens_seen": manifest["tokens_seen"], "checkpoint": checkpoint.stem, "suite": suite}
         errors = ((row, (row["seed_error"] ** 2 + row["item_error"] ** 2) ** 0.5) for row in rows)
         Table(run_dir / TABLE).append(
