@@ -32,7 +32,7 @@ SUITES = {
     "long_retrieval": ("retrieval", "single_vector_long"),
     "colbert": ("colbert", "multi_vector"),
 }
-"""For each suite the module of `modernenc.evaluation` that makes its cells, and the settings that it has by default."""
+"""For each suite the module of `modernenc.suites` that makes its cells, and the settings that it has by default."""
 WATCH = "--watch"
 
 
@@ -75,13 +75,13 @@ def _watch() -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from modernenc.evaluation import cells, fine_tuning, models, workers  # torch takes seconds to import
+    from modernenc.evaluation import cells, kept, models, workers  # torch takes seconds to import
     from modernenc.evaluation.installed import check_installed
     from modernenc.reporting import scores, scores_page
 
     check_installed("evaluate")
     name, settings = SUITES[arguments.suite]
-    suite = import_module(f"modernenc.evaluation.{name}")
+    suite = import_module(f"modernenc.suites.{name}")
     keys = tuple(f"{key}{mark}" for key in suite.SCHEMA.__annotations__ for mark in "=.")
     changes = [one for one in arguments.models if one.startswith(keys)]
     found = models.find_models([one for one in arguments.models if one not in changes], arguments.out)
@@ -104,7 +104,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--data {arguments.data}: nothing to evaluate")
     (arguments.out / cells.CELLS).mkdir(parents=True, exist_ok=True)
 
-    def report(result: cells.Result, left: int) -> None:
+    def report(result: cells.Measurement, left: int) -> None:
         score = ", ".join(f"{metric} {value:.3f}" for metric, value in result.scores.items())
         print(f"{result.model}, {result.task}, seed {result.seed}: {score} ({result.seconds:.0f} s); {left} left", flush=True)
 
@@ -122,7 +122,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     scores_page.write(arguments.out / f"{arguments.suite}.html", arguments.suite, results)
     print(f"{arguments.out / arguments.suite}.html shows the same with plots, and {arguments.suite}.json has all digits")
     if arguments.save:
-        for folder in fine_tuning.save_best([cell for cell in made if cell.keep], arguments.out, arguments.save):
+        trained = [cell for cell in made if isinstance(cell, kept.TrainingCell) and cell.keep]
+        for folder in kept.save_best(trained, arguments.out, arguments.save):
             print(f"{folder} holds the best model")
 
 

@@ -43,7 +43,7 @@ SHOWN = {"ms": "ms", "tokens_per_s": "tokens/s", "of_products": "of peak", "peak
 """Columns of the table that is printed, by their names in gpu.csv."""
 
 
-class Cell(NamedTuple):
+class GpuCell(NamedTuple):
     """A measurement to take in a process of its own."""
 
     name: str
@@ -73,7 +73,7 @@ def measure(bench: Bench, folder: Path) -> Output:
     return output
 
 
-def run_in_process(cell: Cell) -> Metrics:
+def run_in_process(cell: GpuCell) -> Metrics:
     """Return a cell's metrics with the peak memory, the device and torch's version, or the reason for its failure."""
     with OwnProcess() as process:
         try:
@@ -84,7 +84,7 @@ def run_in_process(cell: Cell) -> Metrics:
             return {"failure": str(failure)}
 
 
-def choose(cells: list[Cell], prefixes: list[str]) -> list[Cell]:
+def choose(cells: list[GpuCell], prefixes: list[str]) -> list[GpuCell]:
     """Return the cells whose names start with one of the prefixes, or all without any; ValueError for an unused prefix."""
     for prefix in prefixes:
         if not any(cell.name.startswith(prefix) for cell in cells):
@@ -123,18 +123,18 @@ def run_tests() -> Metrics:
     return {"passed": summary, **({"failure": "; ".join(failed)} if failed else {})}
 
 
-def cells(bench: Bench, folder: Path, scratch: str) -> Iterator[Cell]:
+def cells(bench: Bench, folder: Path, scratch: str) -> Iterator[GpuCell]:
     """Yield every cell in order; the limits leave time for compilation."""
     gpu, short, long = bench.gpu, *bench.gpu.lengths
     bench = replace(bench, step_tokens=gpu.step_tokens, micro_batch_tokens=gpu.micro_batch_tokens, repetitions=gpu.repetitions)
     make = partial(make_run, bench)
 
-    def cell(name: str, limit_s: float, candidate: Candidate, calls: int = 1, bytes_moved: int = 0) -> Cell:
-        return Cell(name, limit_s, partial(time_candidate, candidate, gpu.repetitions, calls, bytes_moved))
+    def cell(name: str, limit_s: float, candidate: Candidate, calls: int = 1, bytes_moved: int = 0) -> GpuCell:
+        return GpuCell(name, limit_s, partial(time_candidate, candidate, gpu.repetitions, calls, bytes_moved))
 
-    def step(name: str, backbone: str, length: int, changes: dict[str, Any] | None = None, limit_s: float = 120) -> Cell:
+    def step(name: str, backbone: str, length: int, changes: dict[str, Any] | None = None, limit_s: float = 120) -> GpuCell:
         report = folder / f"kernels {name}.txt".replace(" ", "_")
-        return Cell(name, limit_s, partial(time_step, make(backbone, length, changes=changes), gpu.repetitions, report))
+        return GpuCell(name, limit_s, partial(time_step, make(backbone, length, changes=changes), gpu.repetitions, report))
 
     base, name = make(gpu.backbone, short), f"{gpu.backbone} {short}"
     yield cell("products", 40, partial(matrix_products, gpu.matrix_size), calls=64)
@@ -149,10 +149,10 @@ def cells(bench: Bench, folder: Path, scratch: str) -> Iterator[Cell]:
         yield cell(f"{batching} {name}", 150, partial(peer_step, batching, halved))
     settings = run_settings(gpu.run_steps * base.phases["decay"].batch_rows * short, short, scratch)
     whole = make(gpu.backbone, short, changes=settings)
-    yield Cell(f"run {name}", 150, partial(time_run, whole, gpu.run_steps))
+    yield GpuCell(f"run {name}", 150, partial(time_run, whole, gpu.run_steps))
     for length in gpu.lengths:
         for backend in ("varlen", "window", "FA3", "flex", "tiled"):
-            yield Cell(f"window {backend} {length}", 40, partial(time_window, backend, base, length, gpu.repetitions))
+            yield GpuCell(f"window {backend} {length}", 40, partial(time_window, backend, base, length, gpu.repetitions))
     yield cell(f"sparse {name}", 150, partial(peer_step, "rows", halved, sparse=True))
     ettin = hydra.compose("train", ["+recipe=ettin", "ettin=17m"]).backbone
     sizes = {f"backbone.{key}": ettin[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads")}
@@ -171,4 +171,4 @@ def cells(bench: Bench, folder: Path, scratch: str) -> Iterator[Cell]:
     yield cell(
         f"eager rows {name}", 60, partial(peer_step, "rows", replace(halved, trainer=replace(halved.trainer, compile=False)))
     )
-    yield Cell("tests", TESTS_S + 20, run_tests)
+    yield GpuCell("tests", TESTS_S + 20, run_tests)

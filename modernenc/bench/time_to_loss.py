@@ -185,7 +185,8 @@ def _train_theirs(documents: Run, rows: Run, lr: float, tokens: int) -> Training
             bf16=True, use_cpu=not torch.cuda.is_available(), save_strategy="no", logging_strategy="no", disable_tqdm=True,
         )  # fmt: skip
         collator = DataCollatorForLanguageModeling(pretrained_tokenizer(corpus, ROW), mlm_probability=0.15)
-        trainer = Trainer(model, arguments, collator, list(rows_end_to_end(documents, tokens)), callbacks=[Validate()])
+        rows_of_text: Any = list(rows_end_to_end(documents, tokens))
+        trainer = Trainer(model, arguments, collator, rows_of_text, callbacks=[Validate()])
         training = Training("HF Trainer", "adamw", lr)
         trainer.train()
     return training

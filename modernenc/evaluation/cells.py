@@ -69,7 +69,7 @@ class Findings:
 
 
 @dataclass(frozen=True)
-class Result:
+class Measurement:
     """What a cell found, and what it was."""
 
     model: str
@@ -100,8 +100,6 @@ class Cell(ABC):
     """Cells that must be done first, of which this one uses the results."""
     also: tuple[str, ...] = ()
     """Metrics that are shown beside the score and are no part of it."""
-    keep: bool = False
-    """Whether the fine-tuned model is wanted as well."""
 
     @property
     def name(self) -> str:
@@ -116,7 +114,7 @@ class Cell(ABC):
         """Make the measurement; `out` is the folder of the results."""
 
 
-def read(cell: Cell, out: Path) -> Result | None:
+def read(cell: Cell, out: Path) -> Measurement | None:
     """Return what a cell has found, or None if it is not done. The model has the name that it has now."""
     path = out / CELLS / f"{cell.name}.json"
     if not path.is_file():
@@ -124,14 +122,14 @@ def read(cell: Cell, out: Path) -> Result | None:
     content = json.loads(path.read_text())
     curves = {title: Curve(**curve) for title, curve in content["curves"].items()}
     found = Findings(content["predictions"], tuple(content["notes"]), curves)
-    return Result(
+    return Measurement(
         cell.model.name, cell.task, cell.setting, cell.seed, cell.metrics, content["scores"], found, content["seconds"],
         scores_of(cell.also, found.predictions),
     )  # fmt: skip
 
 
 def run(
-    cells: Sequence[Cell], out: Path, report: Callable[[Result, int], None], go_on: Callable[[], bool] = lambda: True
+    cells: Sequence[Cell], out: Path, report: Callable[[Measurement, int], None], go_on: Callable[[], bool] = lambda: True
 ) -> None:
     """Do all cells that no process has done yet, together with other processes that work in the same folder.
 
@@ -150,7 +148,7 @@ def run(
             time.sleep(_POLL_S)  # other processes do what is left, or what must be done first
 
 
-def _try(cell: Cell, out: Path, report: Callable[[Result], None]) -> bool:
+def _try(cell: Cell, out: Path, report: Callable[[Measurement], None]) -> bool:
     """Do a cell if it can be done now, and return whether it is done, by whomever."""
     path = out / CELLS / f"{cell.name}.json"
     if path.is_file():
@@ -172,5 +170,5 @@ def _try(cell: Cell, out: Path, report: Callable[[Result], None]) -> bool:
         }  # fmt: skip
         write_json(path, content)
         seconds, also = content["seconds"], scores_of(cell.also, found.predictions)
-        report(Result(cell.model.name, cell.task, cell.setting, cell.seed, cell.metrics, scores, found, seconds, also))
+        report(Measurement(cell.model.name, cell.task, cell.setting, cell.seed, cell.metrics, scores, found, seconds, also))
         return True

@@ -18,7 +18,7 @@ NORMAL = 1.96
 
 
 @dataclass(frozen=True)
-class Estimate:
+class ScoreEstimate:
     """A score and half of its 95 % interval."""
 
     score: float
@@ -36,30 +36,30 @@ class Estimate:
         return float(np.hypot(self.seed_error, self.item_error))
 
 
-def estimate(metrics: Sequence[str], runs: Sequence[Predictions]) -> Estimate:
+def estimate(metrics: Sequence[str], runs: Sequence[Predictions]) -> ScoreEstimate:
     """Return the mean score over runs of different seeds on the same items; a score is the mean of its metrics."""
     scores = [mean(scores_of(metrics, run).values()) for run in runs]
-    return Estimate(
+    return ScoreEstimate(
         mean(scores), len(runs), _deviation(scores), _seed_error(scores), NORMAL * float(_resample(metrics, runs).std())
     )
 
 
-def difference(metrics: Sequence[str], ones: Sequence[Predictions], others: Sequence[Predictions]) -> Estimate:
+def difference(metrics: Sequence[str], ones: Sequence[Predictions], others: Sequence[Predictions]) -> ScoreEstimate:
     """Return by how much one model's mean score is above another's, on the same items."""
     first, second = ([mean(scores_of(metrics, run).values()) for run in runs] for runs in (ones, others))
     items = NORMAL * float((_resample(metrics, ones) - _resample(metrics, others)).std())
     spread = float(np.hypot(_seed_error(first), _seed_error(second)))
-    return Estimate(mean(first) - mean(second), min(len(ones), len(others)), 0.0, spread, items)
+    return ScoreEstimate(mean(first) - mean(second), min(len(ones), len(others)), 0.0, spread, items)
 
 
-def average(estimates: Sequence[Estimate]) -> Estimate:
+def average(estimates: Sequence[ScoreEstimate]) -> ScoreEstimate:
     """Return the mean of the scores of different tasks, whose errors are independent."""
     count = len(estimates)
 
     def combine(errors: Sequence[float]) -> float:
         return float(np.sqrt(np.square(errors).sum()) / count)
 
-    return Estimate(
+    return ScoreEstimate(
         mean(one.score for one in estimates),
         min(one.seeds for one in estimates),
         combine([one.deviation for one in estimates]),

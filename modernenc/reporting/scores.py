@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from modernenc.atomic import write_json
-from modernenc.evaluation.cells import Curve, Result
-from modernenc.evaluation.intervals import Estimate, average, difference, estimate
+from modernenc.evaluation.cells import Curve, Measurement
+from modernenc.evaluation.intervals import ScoreEstimate, average, difference, estimate
 from modernenc.evaluation.metrics import LOWER_IS_BETTER
 from modernenc.evaluation.published import published_rows
 
@@ -26,15 +26,15 @@ class Row:
     """A model's estimates by task, each with the results of the setting that did best."""
 
     model: str
-    estimates: dict[str, Estimate]
-    best: dict[str, list[Result]]
+    estimates: dict[str, ScoreEstimate]
+    best: dict[str, list[Measurement]]
 
 
-def rows_of(results: Sequence[Result]) -> list[Row]:
+def rows_of(results: Sequence[Measurement]) -> list[Row]:
     """Return a row for each model: of each task, the setting with the best mean over seeds."""
     rows = []
     for model in dict.fromkeys(result.model for result in results):
-        best: dict[str, list[Result]] = {}
+        best: dict[str, list[Measurement]] = {}
         mine = [result for result in results if result.model == model]
         for task in dict.fromkeys(result.task for result in mine):
             ordered = sorted((one for one in mine if one.task == task), key=lambda one: str(one.setting))
@@ -50,18 +50,18 @@ def tasks_of(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(task for row in rows for task in row.estimates))
 
 
-def with_mean(row: Row, tasks: Sequence[str]) -> dict[str, Estimate]:
+def with_mean(row: Row, tasks: Sequence[str]) -> dict[str, ScoreEstimate]:
     """Return the estimates of a row, and their mean if there are several tasks and the row has all of them."""
     whole = len(tasks) > 1 and all(task in row.estimates for task in tasks)
     return {**row.estimates, **({MEAN: average([row.estimates[task] for task in tasks])} if whole else {})}
 
 
-def in_nats(results: Sequence[Result]) -> bool:
+def in_nats(results: Sequence[Measurement]) -> bool:
     """Return whether scores are losses in nats, which are better when they are lower; others are fractions."""
     return results[0].metrics[0] in LOWER_IS_BETTER
 
 
-def curves_of(results: Sequence[Result]) -> dict[str, dict[str, Curve]]:
+def curves_of(results: Sequence[Measurement]) -> dict[str, dict[str, Curve]]:
     """Return the curves of a single seed by title, then by model."""
     titles = dict.fromkeys(
         (f"{one.task}: " if len({other.task for other in results}) > 1 else "", title)
@@ -78,7 +78,7 @@ def curves_of(results: Sequence[Result]) -> dict[str, dict[str, Curve]]:
     }
 
 
-def table_of(suite: str, results: Sequence[Result]) -> tuple[str, list[str], dict[str, list[str]]]:
+def table_of(suite: str, results: Sequence[Measurement]) -> tuple[str, list[str], dict[str, list[str]]]:
     """Return the title, the columns and, by model, the cells of the table of a suite."""
     rows, nats = rows_of(results), in_nats(results)
     tasks = tasks_of(rows)
@@ -95,14 +95,14 @@ def table_of(suite: str, results: Sequence[Result]) -> tuple[str, list[str], dic
     return f"{suite}: {'nats per token' if nats else 'scores x 100'} ± half of the 95 % interval over {over}", columns, lines
 
 
-def show(suite: str, results: Sequence[Result]) -> None:
+def show(suite: str, results: Sequence[Measurement]) -> None:
     """Print the table of a suite, and what it can and cannot tell."""
     _print(*table_of(suite, results))
     for line in [*beside(rows_of(results)), *verdicts(rows_of(results)), *notes_of(results)]:
         Console(width=WIDTH).print(line, highlight=False)
 
 
-def show_published(suite: str, results: Sequence[Result]) -> None:
+def show_published(suite: str, results: Sequence[Measurement]) -> None:
     """Print what others have published for the same tasks, with the sources."""
     tasks = tasks_of(rows_of(results))
     for source, group in groupby(published_rows(suite, tasks), lambda row: (row.source, row.note)):
@@ -110,7 +110,7 @@ def show_published(suite: str, results: Sequence[Result]) -> None:
         _print(f"published: {source[0]} ({source[1]})", tasks, lines)
 
 
-def show_curves(results: Sequence[Result]) -> None:
+def show_curves(results: Sequence[Measurement]) -> None:
     """Print each curve as a table with a column for each model."""
     for title, curves in curves_of(results).items():
         models = [result for result in dict.fromkeys(one.model for one in results) if result in curves]
@@ -153,12 +153,12 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def notes_of(results: Sequence[Result]) -> list[str]:
+def notes_of(results: Sequence[Measurement]) -> list[str]:
     """Return what the user should know of each model and task."""
     return list(dict.fromkeys(f"{one.model}, {one.task}: {note}" for one in results for note in one.found.notes))
 
 
-def write(path: Path, suite: str, results: Sequence[Result]) -> None:
+def write(path: Path, suite: str, results: Sequence[Measurement]) -> None:
     """Write what the tables show as JSON, with all digits and the settings."""
     content: list[dict[str, Any]] = [
         {
@@ -188,13 +188,13 @@ def _print(title: str, columns: Sequence[str], lines: dict[str, list[str]]) -> N
     Console(width=WIDTH).print(title, table, sep="\n", highlight=False)
 
 
-def _cell(one: Estimate | None, nats: bool) -> str:
+def _cell(one: ScoreEstimate | None, nats: bool) -> str:
     if one is None:
         return "-"
     return f"{one.score:.3f} ±{one.error:.3f}" if nats else f"{100 * one.score:.1f} ±{100 * one.error:.1f}"
 
 
-def _goodness(result: Result) -> float:
+def _goodness(result: Measurement) -> float:
     """Return a result's score as a number that is higher for a better one."""
     score = mean(result.scores[metric] for metric in result.metrics)
     return -score if result.metrics[0] in LOWER_IS_BETTER else score

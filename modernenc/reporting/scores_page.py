@@ -9,12 +9,12 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from modernenc.atomic import write_text
-from modernenc.evaluation.cells import Curve, Result
+from modernenc.evaluation.cells import Curve, Measurement
 from modernenc.reporting.plots import as_png
 from modernenc.reporting.scores import beside, curves_of, in_nats, notes_of, rows_of, table_of, tasks_of, verdicts, with_mean
 
 
-def write(path: Path, suite: str, results: Sequence[Result]) -> None:
+def write(path: Path, suite: str, results: Sequence[Measurement]) -> None:
     """Write the page."""
     matplotlib.use("Agg")
     title, columns, lines = table_of(suite, results)
@@ -42,7 +42,7 @@ def write(path: Path, suite: str, results: Sequence[Result]) -> None:
     write_text(path, environment.get_template("scores.html").render(values))
 
 
-def _draw_scores(results: Sequence[Result], columns: Sequence[str]) -> Figure:
+def _draw_scores(results: Sequence[Measurement], columns: Sequence[str]) -> Figure:
     """Plot each score with its interval: a row for each task, a mark for each model."""
     rows, scale = rows_of(results), 1 if in_nats(results) else 100
     tasks = tasks_of(rows)

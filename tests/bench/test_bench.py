@@ -218,12 +218,12 @@ def test_the_gpu_part_begins_what_fits_into_its_time_and_keeps_the_rows_of_befor
     ],
 )
 def test_a_cell_that_fails_is_a_row_with_its_reason(figures, expected):
-    assert expected in gpu.run_in_process(gpu.Cell("one", 60, figures))["failure"]
+    assert expected in gpu.run_in_process(gpu.GpuCell("one", 60, figures))["failure"]
 
 
 def test_a_cell_that_takes_too_long_is_ended_and_is_a_row_with_its_reason(tmp_path):
     late = partial(touch_after, tmp_path / "ended", seconds=20)
-    assert "took more than 5 s" in gpu.run_in_process(gpu.Cell("one", 5, late))["failure"]
+    assert "took more than 5 s" in gpu.run_in_process(gpu.GpuCell("one", 5, late))["failure"]
     assert not (tmp_path / "ended").exists()  # it was not waited for
 
 

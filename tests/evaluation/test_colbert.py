@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from modernenc.evaluation import cells, colbert, installed
-from modernenc.evaluation.cells import Request, Result
+from modernenc.evaluation import cells, installed
+from modernenc.evaluation.cells import Measurement, Request
 from modernenc.evaluation.models import Model, find_models
 from modernenc.evaluation.settings import read_settings
+from modernenc.suites import colbert
 from support.encoders import write_encoder
 from support.retrieval import WORDS, write_lines, write_topics
 
@@ -40,7 +41,7 @@ def write_teacher(folder: Path, texts: int = 4) -> None:
     write_lines(folder / "scores.jsonl", rows)
 
 
-def evaluate(model: Path, data: Path, out: Path, *changes: str, keep: bool = False) -> Result:
+def evaluate(model: Path, data: Path, out: Path, *changes: str, keep: bool = False) -> Measurement:
     """Return the result of a model."""
     models = find_models([f"tiny={model}"], out)
     made, _ = colbert.make_cells(Request("colbert", models, data, (), "multi_vector", (*CHANGES, *changes), 1, keep))
@@ -67,9 +68,9 @@ def test_a_model_learns_from_pairs_or_from_a_teacher(teacher: bool, encoder: Pat
 
 @needs_pylate
 def test_scores_of_texts_of_many_lengths_equal_those_of_pylate_of_each_alone() -> None:
-    from pylate.scores import colbert_scores
+    from pylate.scores import colbert_scores  # pyright: ignore[reportMissingImports]
 
-    from modernenc.evaluation.multi_vector import max_sim
+    from modernenc.suites.multi_vector import max_sim
 
     torch.manual_seed(0)
     queries = torch.randn(5, 8, 16)

@@ -8,11 +8,13 @@ import pytest
 import torch
 from seqeval.metrics import f1_score
 
-from modernenc.evaluation import cells, fine_tuning
+from modernenc.evaluation import cells
 from modernenc.evaluation.cells import Request
+from modernenc.evaluation.kept import save_best
 from modernenc.evaluation.models import Model, find_models, random_twin
 from modernenc.evaluation.settings import FineTuning, read_fine_tuning
-from modernenc.evaluation.tasks import read_task
+from modernenc.suites import fine_tuning
+from modernenc.suites.tasks import read_task
 from support.encoders import LEARN, write_encoder, write_tasks
 
 
@@ -34,7 +36,7 @@ def _results(out, made):
     return {cell.task: _read(cell, out) for cell in made}, done
 
 
-def _read(cell, out) -> cells.Result:
+def _read(cell, out) -> cells.Measurement:
     result = cells.read(cell, out)
     assert result
     return result
@@ -50,7 +52,7 @@ def test_every_kind_of_task_is_learnt_and_kept(encoder, tasks, tmp_path):
     assert results["foxes"].scores["pearson"] > 0.9
     assert results["ending"].scores["accuracy"] > 0.95
     assert results["tags"].scores["entity_f1"] > 0.95
-    saved = fine_tuning.save_best(made, tmp_path, tmp_path / "saved")
+    saved = save_best(made, tmp_path, tmp_path / "saved")
     assert sorted(saved) == [tmp_path / "saved" / "small" / name for name in ("ending", "fox", "foxes", "tags")]
 
     folder, dev = tmp_path / "saved" / "small" / "fox", read_task(tasks / "fox").dev
@@ -118,7 +120,7 @@ def test_the_best_epoch_counts_where_training_stops_early(encoder, tasks, tmp_pa
     history = results["fox"].found.curves["score by epoch"].y
     assert results["fox"].scores["accuracy"] == max(history)
     assert len(history) <= history.index(max(history)) + 3
-    (saved,) = fine_tuning.save_best(made, tmp_path, tmp_path / "saved")
+    (saved,) = save_best(made, tmp_path, tmp_path / "saved")
     alone, _ = fine_tuning.make_cells(
         Request(
             "classify",

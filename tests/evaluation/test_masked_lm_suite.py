@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from modernenc.evaluation import masked_lm
 from modernenc.evaluation.cells import Request
-from modernenc.evaluation.documents import read_documents
-from modernenc.evaluation.masked_lm import Losses, Settings, measure
 from modernenc.evaluation.models import find_models
-from modernenc.evaluation.predictor import Predictor
 from modernenc.evaluation.settings import read_settings
 from modernenc.model.load import load_masked_lm
+from modernenc.suites import masked_lm
+from modernenc.suites.documents import read_documents
+from modernenc.suites.masked_lm import Losses, Settings, measure
+from modernenc.suites.predictor import Predictor
 from support.corpora import WORDS, write_jsonl
 from support.encoders import write_encoder
 from support.runs import train

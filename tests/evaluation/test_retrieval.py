@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modernenc.evaluation import cells, installed, retrieval
-from modernenc.evaluation.cells import Request, Result
+from modernenc.evaluation import cells, installed
+from modernenc.evaluation.cells import Measurement, Request
 from modernenc.evaluation.models import Model, find_models
-from modernenc.evaluation.retrieval_sets import read_set, reverse
+from modernenc.suites import retrieval
+from modernenc.suites.retrieval_sets import read_set, reverse
 from support.encoders import write_encoder
 from support.retrieval import WORDS, write_beir, write_lines, write_topics
 
@@ -29,7 +30,7 @@ def beir(tmp_path: Path) -> Path:
     return write_beir(tmp_path / "sets" / "small")
 
 
-def evaluate(suite: str, model: Path, data: Path, out: Path, *changes: str, keep: bool = False) -> dict[str, Result]:
+def evaluate(suite: str, model: Path, data: Path, out: Path, *changes: str, keep: bool = False) -> dict[str, Measurement]:
     """Return the results of a suite by model and task."""
     models = find_models([f"tiny={model}"], out)
     request = Request(suite, models, data, (), "single_vector", ("precision=fp32", *changes), 1, keep)
@@ -104,7 +105,7 @@ def test_a_set_without_a_split_for_training_is_scored_once(encoder: Path, beir: 
     (beir / "qrels/train.tsv").unlink()
     model = Model("tiny", encoder, "hash")
     made, notes = retrieval.make_cells(Request("retrieval", [model], beir, (), "single_vector", (), seeds=3))
-    assert [(cell.model.name, cell.seed, cell.keep) for cell in made] == [("BM25", 0, False), ("tiny", 0, False)]
+    assert [(cell.model.name, cell.seed) for cell in made] == [("BM25", 0), ("tiny", 0)]
     assert notes == ["small has no split for training: models are scored as they are"]
 
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from modernenc.evaluation import bm25, installed
-from modernenc.evaluation.rankings import merge, values_of
-from modernenc.evaluation.retrieval_sets import RetrievalSet, find_sets, read_set
+from modernenc.evaluation import installed
+from modernenc.suites import bm25
+from modernenc.suites.rankings import merge, values_of
+from modernenc.suites.retrieval_sets import RetrievalSet, find_sets, read_set
 from support.retrieval import WORDS, write_beir, write_lines, write_qrels
 
 DATA = Path(os.environ.get("MODERNENC_EVAL_DATA", "data/eval")) / "retrieval"

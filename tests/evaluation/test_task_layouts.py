@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from modernenc.evaluation.tasks import CHOICES, CLASSES, REGRESSION, TAGS, Item, find_tasks, read_task
+from modernenc.suites.tasks import CHOICES, CLASSES, REGRESSION, TAGS, Example, find_tasks, read_task
 
 SWAG = ",video-id,fold-ind,startphrase,sent1,sent2,gold-source,ending0,ending1,ending2,ending3,label\n"
 
@@ -22,13 +22,13 @@ def test_texts_pairs_and_numbers_are_read_from_tables(tmp_path):
     table = 'label\tsentence\n1\tan "odd quote\n0\tplain\n'
     task = read_task(_write(tmp_path / "CoLA", train_tsv=table, dev_tsv=table))
     assert (task.kind, task.labels, task.metrics) == (CLASSES, ("0", "1"), ("matthews",))
-    assert task.train[0] == Item(('an "odd quote',), "1")
+    assert task.train[0] == Example(('an "odd quote',), "1")
     pairs = 'idx,premise,hypothesis,label\n0,"a, b",c,no\n1,d,e,yes\n'
     task = read_task(_write(tmp_path / "own", train_csv=pairs, validation_csv=pairs))
-    assert (task.train[0], task.metrics) == (Item(("a, b", "c"), "no"), ("accuracy",))
+    assert (task.train[0], task.metrics) == (Example(("a, b", "c"), "no"), ("accuracy",))
     scores = "score\tsentence1\tsentence2\n5.0\ta\tb\n2.5\tc\td\n"
     task = read_task(_write(tmp_path / "sts-b", train_tsv=scores, dev_tsv=scores))
-    assert (task.kind, task.dev[1], task.metrics) == (REGRESSION, Item(("c", "d"), 2.5), ("pearson", "spearman"))
+    assert (task.kind, task.dev[1], task.metrics) == (REGRESSION, Example(("c", "d"), 2.5), ("pearson", "spearman"))
     folder = _write(tmp_path / "mnli")
     for name in ("train", "dev_matched"):
         with gzip.open(folder / f"{name}.jsonl.gz", "wt") as file:
@@ -45,21 +45,21 @@ def test_choices_are_read_in_all_layouts(tmp_path):
     plain = {"question": "Why?", "choices": ["a", "b", "c"], "label": 1}
     task = read_task(_write(tmp_path / "swag", val_csv=swag))
     assert task.kind == CHOICES and not task.train
-    assert task.dev == [Item(("He sits.", "He stands", "He sings", "He runs", "He falls"), 2)]
+    assert task.dev == [Example(("He sits.", "He stands", "He sings", "He runs", "He falls"), 2)]
     for name, row, texts in (
         ("hellaswag", hellaswag, ("He sits. He", "stands", "sings", "runs", "falls")),
         ("copa", copa, ("It rained. What happened as a result?", "wet", "dry")),
         ("plain", plain, ("Why?", "a", "b", "c")),
     ):
         task = read_task(_write(tmp_path / name, dev_jsonl=json.dumps(row)))
-        assert task.dev == [Item(texts, row["label"])]
+        assert task.dev == [Example(texts, row["label"])]
 
 
 def test_tags_are_read_from_columns(tmp_path):
     text = "-DOCSTART- -X- -X- O\n\nEU NNP B-NP B-ORG\nrejects VBZ B-VP O\n\n\nPeter NNP B-NP B-PER\n"
     task = read_task(_write(tmp_path / "ner", train_conll=text, valid_txt=text))
     assert task.kind == TAGS
-    assert task.dev == [Item(("EU", "rejects"), ("B-ORG", "O")), Item(("Peter",), ("B-PER",))]
+    assert task.dev == [Example(("EU", "rejects"), ("B-ORG", "O")), Example(("Peter",), ("B-PER",))]
     assert (task.labels, task.metrics) == (("B-ORG", "B-PER", "O"), ("entity_f1",))
 
 

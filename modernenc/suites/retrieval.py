@@ -13,14 +13,14 @@ from modernenc.evaluation.cells import Curve, Findings, Request
 from modernenc.evaluation.installed import check_installed
 from modernenc.evaluation.intervals import NORMAL, difference
 from modernenc.evaluation.metrics import Predictions
-from modernenc.evaluation.rankings import MAIN, values_of
-from modernenc.evaluation.retrieval_sets import RetrievalSet
-from modernenc.evaluation.search import SearchCell, TrainedCell, cut_notes, search_cells
 from modernenc.evaluation.settings import read_settings
 from modernenc.frozen import frozen
+from modernenc.suites.rankings import MAIN, values_of
+from modernenc.suites.retrieval_sets import RetrievalSet
+from modernenc.suites.search import SearchCell, TrainedCell, cut_notes, search_cells
 
 if TYPE_CHECKING:
-    from modernenc.evaluation.single_vector import SingleVector
+    from modernenc.suites.single_vector import SingleVector
 
 LONG = "long_retrieval"
 """The suite in which scores are given by length as well."""
@@ -81,7 +81,7 @@ class SingleVectorCell(TrainedCell):
 
     def trained(self) -> "SingleVector":
         """Return the model, after it is fine-tuned."""
-        from modernenc.evaluation.single_vector import SingleVector  # sentence-transformers takes seconds to import
+        from modernenc.suites.single_vector import SingleVector  # sentence-transformers takes seconds to import
 
         assert self.items
         model = SingleVector(self.model.folder, *(self.setting[key] for key in SCORING))

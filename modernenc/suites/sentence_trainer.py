@@ -9,8 +9,8 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from transformers import PrinterCallback, ProgressCallback
 
-from modernenc.evaluation import colbert, retrieval
-from modernenc.evaluation.trainer import QuietProgress
+from modernenc.suites import colbert, retrieval
+from modernenc.suites.trainer import QuietProgress
 
 
 class _Trainer(SentenceTransformerTrainer):

@@ -1,49 +1,33 @@
 """Suites of fine-tuning: the cells that the tasks of a folder make, and the fine-tuned models that they leave."""
 
-import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean
 
-from modernenc.evaluation import cells
-from modernenc.evaluation.cells import Cell, Findings, Request
-from modernenc.evaluation.claims import wait_for
+from modernenc.evaluation.cells import Findings, Request
+from modernenc.evaluation.kept import TrainingCell, best_of
 from modernenc.evaluation.models import Model
 from modernenc.evaluation.settings import FineTuning, Setting, read_fine_tuning, same_task
-from modernenc.evaluation.tasks import Task, find_tasks, read_task
+from modernenc.suites.tasks import LabelledTask, find_tasks, read_task
 
 SCHEMA = FineTuning
-KEPT = "fine_tuned"
-"""Folder, in that of the results, of fine-tuned models that other tasks begin with, or that are to be saved."""
 
 
 @dataclass(frozen=True)
-class FineTuningCell(Cell):
+class FineTuningCell(TrainingCell):
     """A model fine-tuned on a task; by a score on its held-out items."""
 
-    items: Task | None = None
-    keep: bool = False
-    """Whether the fine-tuned model is wanted as well."""
+    items: LabelledTask | None = None
 
     def work(self, out: Path) -> Findings:
         """Fine-tune the encoder, or the best model of those that it begins with."""
         return self._fine_tune(out, self.folder(out) if self.keep else None)
 
-    def folder(self, out: Path) -> Path:
-        """Return where its fine-tuned model is kept."""
-        return out / KEPT / self.name
-
-    def kept(self, out: Path) -> Path:
-        """Return the folder with the fine-tuned model, which is trained again if it was not kept."""
-        folder = self.folder(out)
-        with wait_for(folder):
-            if not folder.is_dir():
-                self._fine_tune(out, folder)
-        return folder
+    def train(self, out: Path, folder: Path) -> None:
+        """Do the same work for the sake of the model."""
+        self._fine_tune(out, folder)
 
     def _fine_tune(self, out: Path, keep: Path | None) -> Findings:
-        from modernenc.evaluation.trainer import fine_tune  # transformers takes seconds to import
+        from modernenc.suites.trainer import fine_tune  # transformers takes seconds to import
 
         assert self.items
         sources = [cell for cell in self.after if isinstance(cell, FineTuningCell)]
@@ -104,19 +88,3 @@ def make_cells(request: Request) -> tuple[list[FineTuningCell], list[str]]:
 def is_source(settings: FineTuning, name: str, other: str) -> bool:
     """Return whether a task is the one whose fine-tuned model another begins with."""
     return name != other and bool(settings.source_of(name)) and same_task(settings.source_of(name), other)
-
-
-def best_of(done: Sequence[FineTuningCell], out: Path) -> FineTuningCell:
-    """Return the cell with the highest score of those that are done."""
-    results = [(cell, cells.read(cell, out)) for cell in done]
-    return max(((cell, mean(result.scores.values())) for cell, result in results if result), key=lambda one: one[1])[0]
-
-
-def save_best(done: Sequence[FineTuningCell], out: Path, target: Path) -> list[Path]:
-    """Copy the best fine-tuned model of each encoder and task to `target`, and return the folders."""
-    folders = []
-    for key in dict.fromkeys((cell.model.name, cell.task) for cell in done):
-        best = best_of([cell for cell in done if (cell.model.name, cell.task) == key], out)
-        folders.append(target.joinpath(*key))
-        shutil.copytree(best.kept(out), folders[-1], dirs_exist_ok=True)
-    return folders

@@ -7,8 +7,8 @@ from functools import cache
 from itertools import chain, repeat
 from typing import Any
 
-from modernenc.evaluation.rankings import DEPTH, Hits
-from modernenc.evaluation.retrieval_sets import RetrievalSet
+from modernenc.suites.rankings import DEPTH, Hits
+from modernenc.suites.retrieval_sets import RetrievalSet
 
 K1, B = 0.9, 0.4
 """As Anserini has them: Yang et al. 2017."""

@@ -21,13 +21,13 @@ from omegaconf import MISSING
 
 from modernenc.data.packing import SPECIALS
 from modernenc.evaluation.cells import Cell, Curve, Findings, Request
-from modernenc.evaluation.documents import read_documents
 from modernenc.evaluation.intervals import NORMAL
 from modernenc.evaluation.settings import read_settings
 from modernenc.frozen import frozen
+from modernenc.suites.documents import read_documents
 
 if TYPE_CHECKING:
-    from modernenc.evaluation.predictor import Masked, Predictor
+    from modernenc.suites.predictor import Masked, Predictor
 
 CHARACTERS_PER_TOKEN = 8
 """More than tokenizers pack into a token on average: so many characters hold the tokens that are wanted."""
@@ -70,7 +70,7 @@ class MaskedLMCell(Cell):
 
     def work(self, out: Path) -> Findings:
         """Measure the loss and its curves."""
-        from modernenc.evaluation.predictor import Predictor  # transformers takes seconds to import
+        from modernenc.suites.predictor import Predictor  # transformers takes seconds to import
 
         settings = Settings(**self.setting)
         return measure(Predictor(self.model.folder, settings.batch_tokens, settings.precision), self.documents, settings)

@@ -43,7 +43,7 @@ COPA_QUESTIONS = {"cause": "What was the cause?", "effect": "What happened as a 
 
 
 @dataclass(frozen=True)
-class Item:
+class Example:
     """Something to be labelled."""
 
     texts: tuple[str, ...]
@@ -53,14 +53,14 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Task:
+class LabelledTask:
     """Items for training, and held-out items for scores."""
 
     name: str
     kind: str
-    train: list[Item]
+    train: list[Example]
     """Empty if the task is only scored, with the model of another task."""
-    dev: list[Item]
+    dev: list[Example]
     labels: tuple[str, ...]
     """Labels or tags in order; empty for regression and choices."""
     metrics: tuple[str, ...]
@@ -93,7 +93,7 @@ def find_tasks(root: Path, names: Iterable[str] = ()) -> list[Path]:
     return found
 
 
-def read_task(folder: Path) -> Task:
+def read_task(folder: Path) -> LabelledTask:
     """Read a task from its folder.
 
     Raises ValueError, naming the file and the line, for what is no task: no items, a field missing, labels of two kinds, or a
@@ -106,7 +106,7 @@ def read_task(folder: Path) -> Task:
     train, dev = ([item for _, item in items] for items in splits.values())
     kind = kinds.pop()
     if kind == CLASSES and all(_is_fraction(item.label) for item in [*train, *dev]):
-        kind, train, dev = REGRESSION, *([Item(one.texts, float(one.label)) for one in items] for items in (train, dev))
+        kind, train, dev = REGRESSION, *([Example(one.texts, float(one.label)) for one in items] for items in (train, dev))
     labels: list[str] = []
     if kind in (CLASSES, TAGS) and train:
         labels = sorted(set(_labels(train)), key=_in_order)
@@ -119,10 +119,10 @@ def read_task(folder: Path) -> Task:
             raise ValueError(f"{_file_of(folder, 'train')}: all items have the label {labels[0]}; expected two labels or more")
     metrics = next((metrics for name, metrics in METRICS.items() if same_task(name, folder.name)), METRICS_OF_KIND[kind])
     content = xxhash.xxh3_64(json.dumps([[item.texts, item.label] for item in [*train, *dev]]).encode()).hexdigest()
-    return Task(folder.name, kind, train, dev, tuple(labels), metrics, content)
+    return LabelledTask(folder.name, kind, train, dev, tuple(labels), metrics, content)
 
 
-def _labels(items: list[Item]) -> Iterator[str]:
+def _labels(items: list[Example]) -> Iterator[str]:
     for item in items:
         yield from [item.label] if isinstance(item.label, str) else item.label
 
@@ -150,7 +150,7 @@ def _file_of(folder: Path, split: str) -> Path | None:
     return None
 
 
-def _read_split(folder: Path, split: str) -> Iterator[tuple[str, Item]]:
+def _read_split(folder: Path, split: str) -> Iterator[tuple[str, Example]]:
     """Yield the kind and the item of each entry of a split."""
     path = _file_of(folder, split)
     if path is None:
@@ -171,7 +171,7 @@ def _read_split(folder: Path, split: str) -> Iterator[tuple[str, Item]]:
         raise ValueError(f"{path} has no items")
 
 
-def _read_rows(path: Path) -> Iterator[tuple[str, Item]]:
+def _read_rows(path: Path) -> Iterator[tuple[str, Example]]:
     for place, row in _rows(path):
         where = f"{path}, line {place}"
         if "ending0" in row:
@@ -195,13 +195,13 @@ def _read_rows(path: Path) -> Iterator[tuple[str, Item]]:
             yield CLASSES, _classified(where, row)
 
 
-def _choice(where: str, context: str, endings: list[str], label: Any) -> Item:
+def _choice(where: str, context: str, endings: list[str], label: Any) -> Example:
     if str(label) not in [str(number) for number in range(len(endings))]:
         raise ValueError(f"{where}: label={label}; expected 0 to {len(endings) - 1}, the number of the right ending")
-    return Item((context, *endings), int(label))
+    return Example((context, *endings), int(label))
 
 
-def _classified(where: str, row: dict[str, Any]) -> Item:
+def _classified(where: str, row: dict[str, Any]) -> Example:
     key = next((name for name in LABEL_COLUMNS if name in row), None)
     if key is None:
         raise ValueError(f"{where}: no column label; there are {', '.join(row)}")
@@ -212,7 +212,7 @@ def _classified(where: str, row: dict[str, Any]) -> Item:
     names = next((names for names in TEXT_COLUMNS if all(name in row for name in names)), tuple(others))
     if not 1 <= len(names) <= 2:
         raise ValueError(f"{where}: {len(names)} columns of text ({', '.join(names)}); expected one or two beside {key}")
-    return Item(tuple(str(row[name]) for name in names), label)
+    return Example(tuple(str(row[name]) for name in names), label)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -239,7 +239,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield reader.line_num, dict(zip(header, fields, strict=True))
 
 
-def _read_conll(path: Path) -> Iterator[tuple[str, Item]]:
+def _read_conll(path: Path) -> Iterator[tuple[str, Example]]:
     words: list[str] = []
     tags: list[str] = []
     with path.open(encoding="utf-8") as file:
@@ -247,7 +247,7 @@ def _read_conll(path: Path) -> Iterator[tuple[str, Item]]:
             columns = line.split()
             if not columns or columns[0] == "-DOCSTART-":
                 if words:
-                    yield TAGS, Item(tuple(words), tuple(tags))
+                    yield TAGS, Example(tuple(words), tuple(tags))
                 words, tags = [], []
             elif len(columns) < 2 or not (columns[-1] == "O" or columns[-1][1:2] == "-"):
                 raise ValueError(

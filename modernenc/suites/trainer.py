@@ -30,10 +30,11 @@ from transformers import (
 )
 
 from modernenc.evaluation.cells import Curve, Findings
+from modernenc.evaluation.kept import writing
 from modernenc.evaluation.metrics import Predictions, scores_of
 from modernenc.evaluation.models import know_mega, max_positions
 from modernenc.evaluation.settings import Setting
-from modernenc.evaluation.tasks import CHOICES, CLASSES, REGRESSION, TAGS, Item, Task
+from modernenc.suites.tasks import CHOICES, CLASSES, REGRESSION, TAGS, Example, LabelledTask
 
 CLASSES_OF_MODELS = {
     CLASSES: AutoModelForSequenceClassification, REGRESSION: AutoModelForSequenceClassification,
@@ -49,7 +50,7 @@ IGNORED = -100
 """Label of tokens that no tag is predicted for."""
 
 
-def fine_tune(encoder: Path, task: Task, setting: Setting, seed: int, keep: Path | None = None) -> Findings:
+def fine_tune(encoder: Path, task: LabelledTask, setting: Setting, seed: int, keep: Path | None = None) -> Findings:
     """Train the encoder with a new head, and return the predictions for the held-out items.
 
     A task without items for training is scored with the head that the model has. `keep` is a folder to write the model to.
@@ -84,10 +85,9 @@ def fine_tune(encoder: Path, task: Task, setting: Setting, seed: int, keep: Path
             trainer.evaluate()
     if keep:
         model.load_state_dict(best.weights)
-        partial = keep.with_name(f"{keep.name}.tmp")
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        partial.rename(keep)
+        with writing(keep) as partial:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
     cut = sum(len(one["input_ids"]) == limit for one in [*train, *dev]) if task.kind != CHOICES else 0
     note = f"{cut / (len(train) + len(dev)):.1%} of the texts are cut at {limit} tokens"
     epochs = [str(epoch + 1) for epoch in range(len(best.history))]
@@ -108,7 +108,13 @@ class _Best(TrainerCallback):
     """Keeps the predictions of the best epoch, and ends training after some epochs without a better one."""
 
     def __init__(
-        self, task: Task, labels: Sequence[str], in_order: Sequence[int], model: torch.nn.Module, patience: int, keep: bool
+        self,
+        task: LabelledTask,
+        labels: Sequence[str],
+        in_order: Sequence[int],
+        model: torch.nn.Module,
+        patience: int,
+        keep: bool,
     ) -> None:
         self.task = task
         self.labels = labels
@@ -145,11 +151,13 @@ class QuietProgress(ProgressCallback):
         """Print nothing."""
 
 
-def _with_head(encoder: Path, task: Task, setting: Setting) -> Any:
+def _with_head(encoder: Path, task: LabelledTask, setting: Setting) -> Any:
     """Load the model with the settings' values in its configuration, and with a new head if it is to be trained."""
     kind = CLASSES_OF_MODELS[task.kind]
+    # On a CPU the backward pass of torch's attention takes a third of the time of a step of short texts.
+    attention: Any = {} if torch.cuda.is_available() else {"attn_implementation": "eager"}
     if not task.train:
-        return kind.from_pretrained(encoder)
+        return kind.from_pretrained(encoder, **attention)
     config = AutoConfig.from_pretrained(encoder)
     for key, value in setting.model.items():
         if hasattr(config, key):
@@ -159,7 +167,7 @@ def _with_head(encoder: Path, task: Task, setting: Setting) -> Any:
         config.label2id = {label: number for number, label in enumerate(task.labels)}
     elif task.kind == REGRESSION:
         config.num_labels, config.problem_type = 1, "regression"
-    model = kind.from_pretrained(encoder, config=config, ignore_mismatched_sizes=True)
+    model = kind.from_pretrained(encoder, config=config, ignore_mismatched_sizes=True, **attention)
     if hasattr(model, "classifier"):  # which a model of another task has already
         model.classifier.load_state_dict(kind.from_config(config).classifier.state_dict())
     return model
@@ -198,7 +206,7 @@ def _arguments(setting: Setting, seed: int, scratch: str, items: int) -> Trainin
     )
 
 
-def _encode(items: Sequence[Item], kind: str, labels: Sequence[str], tokenizer: Any, limit: int) -> list[dict[str, Any]]:
+def _encode(items: Sequence[Example], kind: str, labels: Sequence[str], tokenizer: Any, limit: int) -> list[dict[str, Any]]:
     """Tokenize items as a collator wants them, each with its `labels`."""
     if not items:
         return []
@@ -224,7 +232,7 @@ def _encode(items: Sequence[Item], kind: str, labels: Sequence[str], tokenizer: 
     ]
 
 
-def _encode_words(item: Item, labels: Sequence[str], tokenizer: Any, limit: int) -> dict[str, Any]:
+def _encode_words(item: Example, labels: Sequence[str], tokenizer: Any, limit: int) -> dict[str, Any]:
     """Tokenize words that stand apart by spaces, as text has them; the first token of each has the word's tag."""
     starts = [0, *accumulate(len(word) + 1 for word in item.texts)]
     encoded = tokenizer(" ".join(item.texts), truncation=True, max_length=limit, return_offsets_mapping=True)
@@ -236,7 +244,7 @@ def _encode_words(item: Item, labels: Sequence[str], tokenizer: Any, limit: int)
     return {**encoded, "labels": tags}
 
 
-def _predictions(logits: Any, targets: Any, task: Task, labels: Sequence[str], in_order: Sequence[int]) -> Predictions:
+def _predictions(logits: Any, targets: Any, task: LabelledTask, labels: Sequence[str], in_order: Sequence[int]) -> Predictions:
     """Return predictions in the order of the task's items, as numbers of labels; of tags, the entities that are right."""
     numbers = np.argsort(np.array(in_order))
     logits = (logits[0] if isinstance(logits, tuple) else logits)[numbers]

@@ -9,14 +9,14 @@ from omegaconf import MISSING
 
 from modernenc.evaluation.cells import Findings, Request
 from modernenc.evaluation.installed import check_installed
-from modernenc.evaluation.rankings import values_of
-from modernenc.evaluation.retrieval_sets import RetrievalSet
-from modernenc.evaluation.search import SearchCell, TrainedCell, cut_notes, search_cells
 from modernenc.evaluation.settings import read_settings
 from modernenc.frozen import frozen
+from modernenc.suites.rankings import values_of
+from modernenc.suites.retrieval_sets import RetrievalSet
+from modernenc.suites.search import SearchCell, TrainedCell, cut_notes, search_cells
 
 if TYPE_CHECKING:
-    from modernenc.evaluation.multi_vector import MultiVector
+    from modernenc.suites.multi_vector import MultiVector
 
 
 @frozen
@@ -71,7 +71,7 @@ class MultiVectorCell(TrainedCell):
 
     def trained(self) -> "MultiVector":
         """Return the model, after it is fine-tuned."""
-        from modernenc.evaluation.multi_vector import MultiVector  # PyLate takes seconds to import
+        from modernenc.suites.multi_vector import MultiVector  # PyLate takes seconds to import
 
         assert self.items
         model = MultiVector(self.model.folder, *(self.setting[key] for key in SCORING), seed=self.seed)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 
 from modernenc.evaluation.metrics import Predictions
-from modernenc.evaluation.retrieval_sets import RetrievalSet
+from modernenc.suites.retrieval_sets import RetrievalSet
 
 DEPTH = 100
 """How many texts of a ranking count."""

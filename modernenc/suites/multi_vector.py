@@ -12,17 +12,17 @@ import torch
 import transformers
 from datasets import Dataset
 from jaxtyping import Bool, Float
-from pylate.losses import CachedContrastive, Distillation
-from pylate.models import ColBERT
-from pylate.utils import ColBERTCollator
+from pylate.losses import CachedContrastive, Distillation  # pyright: ignore[reportMissingImports]
+from pylate.models import ColBERT  # pyright: ignore[reportMissingImports]
+from pylate.utils import ColBERTCollator  # pyright: ignore[reportMissingImports]
 from torch.nn.utils.rnn import pad_sequence
 
-from modernenc.evaluation.bm25 import pairs
-from modernenc.evaluation.colbert import MultiVectorSettings
 from modernenc.evaluation.models import know_mega, max_positions
-from modernenc.evaluation.rankings import Hits, merge, token_counts
-from modernenc.evaluation.retrieval_sets import Ranked, RetrievalSet
-from modernenc.evaluation.sentence_trainer import fit
+from modernenc.suites.bm25 import pairs
+from modernenc.suites.colbert import MultiVectorSettings
+from modernenc.suites.rankings import Hits, merge, token_counts
+from modernenc.suites.retrieval_sets import Ranked, RetrievalSet
+from modernenc.suites.sentence_trainer import fit
 
 TEXTS_AT_ONCE = 2_048
 """Texts of the corpus of which the vectors are held in memory."""

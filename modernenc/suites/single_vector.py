@@ -17,12 +17,12 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-from modernenc.evaluation.bm25 import pairs
 from modernenc.evaluation.models import know_mega, max_positions
-from modernenc.evaluation.rankings import Hits, merge, token_counts
-from modernenc.evaluation.retrieval import SingleVectorSettings
-from modernenc.evaluation.retrieval_sets import RetrievalSet
-from modernenc.evaluation.sentence_trainer import fit
+from modernenc.suites.bm25 import pairs
+from modernenc.suites.rankings import Hits, merge, token_counts
+from modernenc.suites.retrieval import SingleVectorSettings
+from modernenc.suites.retrieval_sets import RetrievalSet
+from modernenc.suites.sentence_trainer import fit
 
 TEXTS_AT_ONCE = 50_000
 """Texts of the corpus of which the vectors are held in memory."""
@@ -41,7 +41,8 @@ class SingleVector:
         else:
             encoder = Transformer(str(folder), model_kwargs=weights)
             self.model = SentenceTransformer(modules=[encoder, Pooling(encoder.get_embedding_dimension(), "mean")])
-        own = (self.model.max_seq_length or max_length, max_positions(self.model[0].auto_model.config))
+        first: Any = self.model[0]
+        own = (self.model.max_seq_length or max_length, max_positions(first.auto_model.config))
         self.limit = min(max_length, *own)
         """Tokens beyond which texts are cut."""
         self.model.max_seq_length = self.limit

@@ -6,18 +6,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from modernenc.evaluation import bm25
 from modernenc.evaluation.cells import Cell, Findings, Request
-from modernenc.evaluation.claims import wait_for
+from modernenc.evaluation.kept import TrainingCell, writing
 from modernenc.evaluation.models import Model
-from modernenc.evaluation.rankings import ALSO, MAIN, values_of
-from modernenc.evaluation.retrieval_sets import CODE_TO_TEXT, TEXT_TO_CODE, RetrievalSet, find_sets, read_set, reverse
+from modernenc.suites import bm25
+from modernenc.suites.rankings import ALSO, MAIN, values_of
+from modernenc.suites.retrieval_sets import CODE_TO_TEXT, TEXT_TO_CODE, RetrievalSet, find_sets, read_set, reverse
 
 CODE = "code"
 """The suite that takes sets in both directions."""
 BM25 = Model("BM25", Path(), f"bm25s k1={bm25.K1} b={bm25.B}")
-KEPT = "fine_tuned"
-"""Folder, in that of the results, of fine-tuned models that are to be saved."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Bm25Cell(SearchCell):
 
 
 @dataclass(frozen=True)
-class TrainedCell(SearchCell):
+class TrainedCell(SearchCell, TrainingCell):
     """What a model finds that is fine-tuned on the set first, where that has a split for it."""
 
     @staticmethod
@@ -55,22 +53,15 @@ class TrainedCell(SearchCell):
     def model_for(self, out: Path) -> Any:
         """Return the model, which is kept if it is wanted."""
         model = self.trained()
-        if self.keep and not (folder := self._folder(out)).is_dir():
-            partial = folder.with_name(f"{folder.name}.tmp")
-            model.save(partial)
-            partial.rename(folder)
+        if self.keep:
+            with writing(self.folder(out)) as partial:
+                model.save(partial)
         return model
 
-    def kept(self, out: Path) -> Path:
-        """Return the folder with the fine-tuned model, which is trained again if it was not kept."""
-        folder = self._folder(out)
-        with wait_for(folder):
-            if not folder.is_dir():
-                self.model_for(out)
-        return folder
-
-    def _folder(self, out: Path) -> Path:
-        return out / KEPT / self.name
+    def train(self, out: Path, folder: Path) -> None:
+        """Fine-tune the model for its own sake."""
+        with writing(folder) as partial:
+            self.trained().save(partial)
 
 
 def search_cells(
