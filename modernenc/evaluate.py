@@ -2,6 +2,7 @@
 
 A MODEL is a run folder, a checkpoint, a Hugging Face folder or a name on the hub; NAME=PATH names it in the tables. Suites:
 
+  mlm                loss on held-out text by source, length, position and context, and pseudo-perplexity
   glue, superglue    fine-tune on each task that --data has: a folder with train.tsv and dev.tsv (docs: evaluate)
   multiple_choice    the same for the layouts of SWAG, HellaSwag and COPA
   token              the same for words with tags, in CoNLL's layout
@@ -10,12 +11,13 @@ A MODEL is a run folder, a checkpoint, a Hugging Face folder or a name on the hu
   long_retrieval     the same, and by the length of the texts and of what is read of them
   code               the same for code, from text to code and from code to text
   colbert            the same by a vector of each token, with PyLate
+  efficiency         tokens a second to hidden states on this machine
 
 `python -m modernenc.evaluate --watch RUN_DIR [--once]` evaluates the checkpoints of a run as they appear, by the suites that
 its recipe names in evaluate.suites, and adds their scores to its report.
 
 Everything is kept in --out, cell by cell: the same command again goes on where it was, and several of them share the work.
-KEY=VALUE changes the settings of fine-tuning: lr=1e-4, epochs=3, tasks.CoLA.lr=3e-5.
+KEY=VALUE changes a suite's settings, which are in conf/evaluate: lr=1e-4, epochs=3, tasks.CoLA.lr=3e-5.
 """
 
 import argparse
@@ -31,6 +33,7 @@ SUITES = {
     **dict.fromkeys(("retrieval", "code"), ("retrieval", "single_vector")),
     "long_retrieval": ("retrieval", "single_vector_long"),
     "colbert": ("colbert", "multi_vector"),
+    "efficiency": ("efficiency", "efficiency"),
 }
 """For each suite the module of `modernenc.suites` that makes its cells, and the settings that it has by default."""
 WATCH = "--watch"

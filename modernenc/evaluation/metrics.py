@@ -5,7 +5,7 @@ weighted sums, so that a thousand resamples are a few matrix products.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -14,8 +14,25 @@ Predictions = dict[str, list[Any]]
 """What the metrics need of all items: `labels` and `predictions`; `counts` of right, predicted and true entities; or, of each
 document, its summed `loss` and the number of its `targets`."""
 Scores = dict[str, float]
-LOWER_IS_BETTER = ("loss",)
-"""Metrics in nats, where less is better; all others are fractions, where more is."""
+
+
+class Unit(NamedTuple):
+    """How the scores of a metric are written."""
+
+    name: str
+    scale: float
+    digits: int
+    over: str
+    """What the interval is over."""
+    lower_is_better: bool = False
+
+
+FRACTION = Unit("scores x 100", 100, 1, "held-out items")
+UNITS = {
+    "loss": Unit("nats per token", 1, 3, "documents", lower_is_better=True),
+    "tokens_per_s": Unit("tokens a second", 1, 0, "turns"),
+}
+"""Units of the metrics that are no fractions."""
 
 
 def scores_of(metrics: Sequence[str], of: Predictions) -> Scores:

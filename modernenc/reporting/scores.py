@@ -14,7 +14,7 @@ from rich.table import Table
 from modernenc.atomic import write_json
 from modernenc.evaluation.cells import Curve, Measurement
 from modernenc.evaluation.intervals import ScoreEstimate, average, difference, estimate
-from modernenc.evaluation.metrics import LOWER_IS_BETTER
+from modernenc.evaluation.metrics import FRACTION, UNITS, Unit
 from modernenc.evaluation.published import published_rows
 
 MEAN = "mean"
@@ -51,14 +51,15 @@ def tasks_of(rows: Sequence[Row]) -> list[str]:
 
 
 def with_mean(row: Row, tasks: Sequence[str]) -> dict[str, ScoreEstimate]:
-    """Return the estimates of a row, and their mean if there are several tasks and the row has all of them."""
-    whole = len(tasks) > 1 and all(task in row.estimates for task in tasks)
+    """Return the estimates of a row, and their mean if there are several tasks, all with fractions, and it has all of them."""
+    results = [result for best in row.best.values() for result in best]
+    whole = len(tasks) > 1 and all(task in row.estimates for task in tasks) and unit_of(results) == FRACTION
     return {**row.estimates, **({MEAN: average([row.estimates[task] for task in tasks])} if whole else {})}
 
 
-def in_nats(results: Sequence[Measurement]) -> bool:
-    """Return whether scores are losses in nats, which are better when they are lower; others are fractions."""
-    return results[0].metrics[0] in LOWER_IS_BETTER
+def unit_of(results: Sequence[Measurement]) -> Unit:
+    """Return the unit of the scores."""
+    return UNITS.get(results[0].metrics[0], FRACTION)
 
 
 def curves_of(results: Sequence[Measurement]) -> dict[str, dict[str, Curve]]:
@@ -80,19 +81,13 @@ def curves_of(results: Sequence[Measurement]) -> dict[str, dict[str, Curve]]:
 
 def table_of(suite: str, results: Sequence[Measurement]) -> tuple[str, list[str], dict[str, list[str]]]:
     """Return the title, the columns and, by model, the cells of the table of a suite."""
-    rows, nats = rows_of(results), in_nats(results)
+    rows, unit = rows_of(results), unit_of(results)
     tasks = tasks_of(rows)
-    columns = [*tasks, *([MEAN] if len(tasks) > 1 else [])]
-    lines = {row.model: [_cell(with_mean(row, tasks).get(column), nats) for column in columns] for row in rows}
+    columns = [*tasks, *([MEAN] if len(tasks) > 1 and unit == FRACTION else [])]
+    lines = {row.model: [_cell(with_mean(row, tasks).get(column), unit) for column in columns] for row in rows}
     seeds = max(one.seeds for row in rows for one in row.estimates.values())
-    over = (
-        "documents"
-        if nats
-        else f"{seeds} seeds and the held-out items"
-        if seeds > 1
-        else "the held-out items; there is one seed"
-    )
-    return f"{suite}: {'nats per token' if nats else 'scores x 100'} ± half of the 95 % interval over {over}", columns, lines
+    over = f"{seeds} seeds and the {unit.over}" if seeds > 1 else f"the {unit.over}"
+    return f"{suite}: {unit.name} ± half of the 95 % interval over {over}", columns, lines
 
 
 def show(suite: str, results: Sequence[Measurement]) -> None:
@@ -188,13 +183,13 @@ def _print(title: str, columns: Sequence[str], lines: dict[str, list[str]]) -> N
     Console(width=WIDTH).print(title, table, sep="\n", highlight=False)
 
 
-def _cell(one: ScoreEstimate | None, nats: bool) -> str:
+def _cell(one: ScoreEstimate | None, unit: Unit) -> str:
     if one is None:
         return "-"
-    return f"{one.score:.3f} ±{one.error:.3f}" if nats else f"{100 * one.score:.1f} ±{100 * one.error:.1f}"
+    return f"{unit.scale * one.score:,.{unit.digits}f} ±{unit.scale * one.error:,.{unit.digits}f}"
 
 
 def _goodness(result: Measurement) -> float:
     """Return a result's score as a number that is higher for a better one."""
     score = mean(result.scores[metric] for metric in result.metrics)
-    return -score if result.metrics[0] in LOWER_IS_BETTER else score
+    return -score if unit_of([result]).lower_is_better else score

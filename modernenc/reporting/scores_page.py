@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from modernenc.atomic import write_text
 from modernenc.evaluation.cells import Curve, Measurement
 from modernenc.reporting.plots import as_png
-from modernenc.reporting.scores import beside, curves_of, in_nats, notes_of, rows_of, table_of, tasks_of, verdicts, with_mean
+from modernenc.reporting.scores import beside, curves_of, notes_of, rows_of, table_of, tasks_of, unit_of, verdicts, with_mean
 
 
 def write(path: Path, suite: str, results: Sequence[Measurement]) -> None:
@@ -44,18 +44,18 @@ def write(path: Path, suite: str, results: Sequence[Measurement]) -> None:
 
 def _draw_scores(results: Sequence[Measurement], columns: Sequence[str]) -> Figure:
     """Plot each score with its interval: a row for each task, a mark for each model."""
-    rows, scale = rows_of(results), 1 if in_nats(results) else 100
+    rows, unit = rows_of(results), unit_of(results)
     tasks = tasks_of(rows)
     figure, axis = pyplot.subplots(figsize=(9, 1.2 + 0.25 * len(columns) * (1 + len(rows))), layout="constrained")
     for number, row in enumerate(rows):
         estimates = with_mean(row, tasks)
         mine = [(at, estimates[column]) for at, column in enumerate(columns) if column in estimates]
         places = [at + (number + 0.5) / len(rows) * 0.8 - 0.4 for at, _ in mine]
-        values, errors = [scale * one.score for _, one in mine], [scale * one.error for _, one in mine]
+        values, errors = [unit.scale * one.score for _, one in mine], [unit.scale * one.error for _, one in mine]
         axis.errorbar(values, places, xerr=errors, fmt="o", capsize=3, label=row.model)
     axis.set_yticks(range(len(columns)), columns)
     axis.set_ylim(len(columns) - 0.5, -0.5)
-    axis.set_xlabel("nats per token" if scale == 1 else "score x 100")
+    axis.set_xlabel(unit.name)
     axis.grid(axis="x", color="#ddd")
     axis.legend(frameon=False)
     return figure
