@@ -8,7 +8,7 @@ PYTEST := pytest --numprocesses auto --maxprocesses 4 --maxschedchunk 1
 # The tests that depend most on versions of libraries.
 OLDEST_TESTS := tests/model tests/hugging_face tests/bench/test_roofline.py tests/run_folder/test_checkpoints.py \
 	tests/data/test_store.py tests/data/test_mds.py tests/preparation/test_data_prep.py \
-	tests/evaluation/test_retrieval.py tests/evaluation/test_retrieval_sets.py
+	tests/evaluation
 
 .PHONY: help setup demo check docs test test-oldest
 

@@ -28,6 +28,8 @@ from modernenc.saved_config import load, own_modules, register_parent, trust
 
 Config = TypeVar("Config")
 
+_NOT_OF_A_RUN = ("corpus", "evaluate")
+"""Folders of conf/ with parts of other commands' configurations."""
 _ALLOW_CODE = "--allow-code"
 _TRACEBACK = "HYDRA_FULL_ERROR"
 _KINDS = {"Float": "a number", "Integer": "a whole number", "bool": "true or false"}
@@ -65,7 +67,7 @@ def run(
     folder = Path()
     take_allowed_code()
     if {"--help", "-h"} & set(sys.argv):  # Hydra's own takes seconds: it copies all recipes for each group
-        print(help_text(groups if schema is not Run else [group for group in parts() if group != "corpus"]))
+        print(help_text(groups if schema is not Run else [group for group in parts() if group not in _NOT_OF_A_RUN]))
         return
     verbose = os.environ.get(_TRACEBACK) == "1"
     os.environ[_TRACEBACK] = "1"  # so that Hydra raises errors instead of printing several lines

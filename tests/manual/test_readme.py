@@ -38,6 +38,7 @@ SHORT = {
         "phases.extend.tokens=10_000", "phases.decay.tokens=10_000",
         "validation.tokens_per_source=2048", "checkpoint.every_tokens=0",
     ],
+    "modernenc.evaluate": ["tokens_per_source=1000", "pseudo_targets=10", "mask_ratios=0.15", "shortest_context=512"],
 }  # fmt: skip
 """Settings that cut budgets, by module."""
 CAPITALS = re.compile(r"(?<![\w.])[A-Z]{3,}(?![\w=])")
@@ -86,7 +87,9 @@ def test_the_commands_run_in_order(tmp_path):
             assert result.returncode == 0, f"{content}\n{result.stderr}"
             ran.append((language, content))
     modules = {module_of(content) for language, content in ran if language == "bash"}
-    assert {f"modernenc.{name}" for name in ("train", "plan", "resume", "export", "compare", "report", "eta")} <= modules
+    assert {
+        f"modernenc.{name}" for name in ("train", "plan", "resume", "export", "evaluate", "compare", "report", "eta")
+    } <= modules
     assert {"data_prep", "data_prep.verify"} <= modules
 
 

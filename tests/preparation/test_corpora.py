@@ -29,7 +29,7 @@ def test_every_shipped_file_is_yaml_and_has_a_comment_on_its_purpose(path):
     if path.parent == RECIPES_DIR:
         assert path.read_text().startswith("# ")
     if path.parent not in (CONF_DIR, RECIPES_DIR):
-        assert path.parent.name in {*GROUPS, "corpus"}
+        assert path.parent.name in {*GROUPS, "corpus", "evaluate"}
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.parent.name in GROUPS], ids=lambda path: path.stem)
