@@ -63,7 +63,7 @@ def unit_of(results: Sequence[Measurement]) -> Unit:
 
 
 def curves_of(results: Sequence[Measurement]) -> dict[str, dict[str, Curve]]:
-    """Return the curves of a single seed by title, then by model."""
+    """Return the curves by title, then by model, of the first seed and setting."""
     titles = dict.fromkeys(
         (f"{one.task}: " if len({other.task for other in results}) > 1 else "", title)
         for one in results
@@ -71,12 +71,15 @@ def curves_of(results: Sequence[Measurement]) -> dict[str, dict[str, Curve]]:
     )
     return {
         prefix + title: {
-            one.model: one.found.curves[title]
-            for one in reversed(results)
-            if title in one.found.curves and prefix in ("", f"{one.task}: ")
+            model: next(one.found.curves[title] for one in results if one.model == model and _has(one, prefix, title))
+            for model in dict.fromkeys(one.model for one in results if _has(one, prefix, title))
         }
         for prefix, title in titles
     }
+
+
+def _has(result: Measurement, prefix: str, title: str) -> bool:
+    return title in result.found.curves and prefix in ("", f"{result.task}: ")
 
 
 def table_of(suite: str, results: Sequence[Measurement]) -> tuple[str, list[str], dict[str, list[str]]]:
@@ -108,13 +111,10 @@ def show_published(suite: str, results: Sequence[Measurement]) -> None:
 def show_curves(results: Sequence[Measurement]) -> None:
     """Print each curve as a table with a column for each model."""
     for title, curves in curves_of(results).items():
-        models = [result for result in dict.fromkeys(one.model for one in results) if result in curves]
-        points = [
-            dict(zip(curve.x, zip(curve.y, curve.error, strict=True), strict=True)) for curve in map(curves.__getitem__, models)
-        ]
+        points = [dict(zip(curve.x, zip(curve.y, curve.error, strict=True), strict=True)) for curve in curves.values()]
         places = dict.fromkeys(x for curve in curves.values() for x in curve.x)
         lines = {x: [f"{one[x][0]:.3f} ±{one[x][1]:.3f}" if x in one else "-" for one in points] for x in places}
-        _print(title, models, lines)
+        _print(title, list(curves), lines)
 
 
 def beside(rows: Sequence[Row]) -> list[str]:

@@ -57,7 +57,7 @@ def _draw_scores(results: Sequence[Measurement], columns: Sequence[str]) -> Figu
     axis.set_ylim(len(columns) - 0.5, -0.5)
     axis.set_xlabel(unit.name)
     axis.grid(axis="x", color="#ddd")
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -72,5 +72,5 @@ def _draw_curves(curves: dict[str, Curve]) -> Figure:
         axis.errorbar(places, curve.y, yerr=curve.error, fmt="o-" if ordered else "o", capsize=3, label=model)
     axis.set_xticks(range(len(names)), names, rotation=20 if len(names) > 6 else 0, ha="right" if len(names) > 6 else "center")
     axis.grid(axis="y", color="#ddd")
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure

@@ -115,12 +115,12 @@ class Losses:
         return cls(*predictor.losses(sequences), positions, np.repeat([one.document for one in sequences], counts))
 
     def curve(self, bins: Bins, of: str = "loss", less: Float[np.ndarray, " targets"] | float = 0.0) -> Curve:
-        """Return the mean loss (or fraction right) of each bin that has targets. The error is that of the mean minus `less`."""
-        values = getattr(self, of)
-        means = [
-            (name, values[mine].mean(), _error((values - less)[mine], self.document[mine])) for name, mine in bins if mine.any()
+        """Return the mean loss (or fraction right) of each bin that has targets, minus the mean of `less`."""
+        values = getattr(self, of) - less
+        points = [
+            (name, float(values[mine].mean()), _error(values[mine], self.document[mine])) for name, mine in bins if mine.any()
         ]
-        return Curve([name for name, _, _ in means], [float(mean) for _, mean, _ in means], [error for _, _, error in means])
+        return Curve([name for name, _, _ in points], [mean for _, mean, _ in points], [error for _, _, error in points])
 
     def all(self) -> Bool[np.ndarray, " targets"]:
         """Return a bin of all targets."""
@@ -165,9 +165,9 @@ def measure(predictor: "Predictor", documents: dict[str, list[str]], settings: S
 
 
 def _in_full_contexts(predictor: "Predictor", full: Sequence["Masked"], length: int, shortest: int) -> dict[str, Curve]:
-    """Return the loss in contexts of the model's full length by position, and of the same targets in shorter contexts.
+    """Return the loss in contexts of the model's full length by position, and what shorter ones add.
 
-    A shorter context is a piece of the full one, with the same tokens masked. Its error is that of the difference to the full
+    A shorter context is a piece of the full one, with the same tokens masked. What counts is the difference to the full
     context, in which the difficulty of the targets cancels.
     """
     whole = Losses.of(predictor, full)
@@ -182,9 +182,7 @@ def _in_full_contexts(predictor: "Predictor", full: Sequence["Masked"], length: 
         curves.append(losses.curve([(f"{context:,}", losses.all())], less=whole.loss))
     return {
         f"loss by position in contexts of {length:,}": by_position,
-        "loss of the same tokens by length of the context": _joined(
-            [*curves, whole.curve([(f"{length:,}", whole.all())], less=whole.loss)]
-        ),
+        **({f"loss added by a shorter context than {length:,}": _joined(curves)} if curves else {}),
     }
 
 
