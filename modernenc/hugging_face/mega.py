@@ -58,4 +58,8 @@ class MegaConverter(Converter):
         """Load an exported model with the code in its folder, not with the classes of this process."""
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-        return get_class_from_dynamic_module(f"modeling_mega.MegaFor{kind}", str(folder)).from_pretrained(folder)
+        from modernenc.hugging_face.modeling_mega import register
+
+        model = get_class_from_dynamic_module(f"modeling_mega.MegaFor{kind}", str(folder)).from_pretrained(folder)
+        register()  # the code in the folder has registered its own classes
+        return model

@@ -364,9 +364,17 @@ AUTO_MAP = {
 }
 """Class in this file for each of transformers' automatic ones, as config.json names them."""
 
-# `exist_ok`, since transformers 4 has a MEGA, which cannot read sequences of some lengths. The mapping rather than AutoConfig
-# registers the types, because AutoConfig demands one class for each.
-for _type in (MegaEncoderConfig.model_type, OWN_TYPE):
-    transformers.CONFIG_MAPPING.register(_type, MegaEncoderConfig, exist_ok=True)
-for _auto, _model in _MODELS.items():
-    getattr(transformers, _auto).register(MegaEncoderConfig, _model, exist_ok=True)
+
+def register() -> None:
+    """Make the automatic classes of transformers choose the classes here, over those of any other copy of this file.
+
+    transformers 4 has a MEGA, which cannot read sequences of some lengths. The mapping rather than AutoConfig registers the
+    types, because AutoConfig demands one class for each.
+    """
+    for kind in (MegaEncoderConfig.model_type, OWN_TYPE):
+        transformers.CONFIG_MAPPING.register(kind, MegaEncoderConfig, exist_ok=True)
+    for auto, model in _MODELS.items():
+        getattr(transformers, auto).register(MegaEncoderConfig, model, exist_ok=True)
+
+
+register()

@@ -24,7 +24,7 @@ from modernenc.evaluation.cells import Cell, Curve, Findings, Request
 from modernenc.evaluation.intervals import NORMAL
 from modernenc.evaluation.settings import read_settings
 from modernenc.frozen import frozen
-from modernenc.suites.documents import read_documents
+from modernenc.suites.held_out import read_documents
 
 if TYPE_CHECKING:
     from modernenc.suites.predictor import Masked, Predictor

@@ -103,6 +103,10 @@ class _Trainer(Trainer):
         items: Any = self.eval_dataset
         return self.accelerator.prepare(DataLoader(items, self.args.per_device_eval_batch_size, collate_fn=self.data_collator))
 
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Leave out the norm that transformers 5 would compute after each step for logs that are not written."""
+        return grad_norm
+
 
 class _Best(TrainerCallback):
     """Keeps the predictions of the best epoch, and ends training after some epochs without a better one."""

@@ -16,6 +16,7 @@ from modernenc.evaluation.settings import FineTuning, read_fine_tuning
 from modernenc.suites import fine_tuning
 from modernenc.suites.tasks import read_task
 from support.encoders import LEARN, write_encoder, write_tasks
+from support.runs import train
 
 
 @pytest.fixture(scope="module")
@@ -202,3 +203,20 @@ def test_models_are_named_and_mistaken_ones_are_one_clear_line(encoder, tmp_path
     twin = random_twin(encoder, tmp_path)
     assert twin.name == f"{encoder.name} (random)" and twin.fingerprint != encoder.fingerprint
     assert json.loads((twin.folder / "config.json").read_text())["hidden_size"] == 32
+
+
+def test_a_checkpoint_of_mega_is_fine_tuned_and_its_twin_too(small_run, tasks, tmp_path):
+    run_dir = train(
+        small_run("phases.stable.tokens=3000", "phases.extend.tokens=1000", "phases.decay.tokens=1000", recipe="demo_mega")
+    )
+    (model,) = find_models([f"mega={run_dir}"], tmp_path)
+    changes = [*LEARN, "epochs=1"]
+    request = Request(
+        "classify", [model, random_twin(model, tmp_path)], tasks, ("fox", "ending"), "cramming", changes, keep=True
+    )
+    made, _ = fine_tuning.make_cells(request)
+    (tmp_path / cells.CELLS).mkdir()
+    cells.run(made, tmp_path, lambda result, left: None)
+    scores = {(cell.task, cell.model.name): _read(cell, tmp_path).scores["accuracy"] for cell in made}
+    assert min(scores["ending", "mega"], scores["ending", "mega (random)"]) > 0.7
+    assert all((folder / "modeling_mega.py").is_file() for folder in save_best(made, tmp_path, tmp_path / "saved"))

@@ -13,7 +13,7 @@ from modernenc.evaluation.models import find_models
 from modernenc.evaluation.settings import read_settings
 from modernenc.model.load import load_masked_lm
 from modernenc.suites import masked_lm
-from modernenc.suites.documents import read_documents
+from modernenc.suites.held_out import read_documents
 from modernenc.suites.masked_lm import Losses, Settings, measure
 from modernenc.suites.predictor import Predictor
 from support.corpora import WORDS, write_jsonl
