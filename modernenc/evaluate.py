@@ -42,7 +42,7 @@ WATCH = "--watch"
 def main() -> None:
     """Evaluate what the command line names."""
     take_allowed_code()
-    if WATCH in sys.argv:
+    if any(argument.partition("=")[0] == WATCH for argument in sys.argv):
         _watch()
         return
     parser = argparse.ArgumentParser(
@@ -83,6 +83,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from modernenc.reporting import scores, scores_page
 
     check_installed("evaluate")
+    if arguments.seeds < 1 or arguments.jobs < 0:
+        raise ValueError(f"--seeds {arguments.seeds} --jobs {arguments.jobs}: expected 1 seed or more, and 0 jobs or more")
+    if arguments.suite == "efficiency" and arguments.jobs > 1:
+        raise ValueError(f"--jobs {arguments.jobs}: speeds are measured one at a time; leave it out")
     name, settings = SUITES[arguments.suite]
     suite = import_module(f"modernenc.suites.{name}")
     keys = tuple(f"{key}{mark}" for key in suite.SCHEMA.__annotations__ for mark in "=.")
@@ -101,6 +105,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         bool(arguments.save),
     )
     made, notes = suite.make_cells(request)
+    made = list({(cell.name, cell.model.name): cell for cell in made}.values())
     for note in () if workers.is_copy() else notes:
         print(note)
     if not made:

@@ -119,7 +119,10 @@ def read(cell: Cell, out: Path) -> Measurement | None:
     path = out / CELLS / f"{cell.name}.json"
     if not path.is_file():
         return None
-    content = json.loads(path.read_text())
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; delete it, and it is done again") from error
     curves = {title: Curve(**curve) for title, curve in content["curves"].items()}
     found = Findings(content["predictions"], tuple(content["notes"]), curves)
     return Measurement(

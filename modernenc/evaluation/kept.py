@@ -1,5 +1,6 @@
 """Fine-tuned models that are kept: those that other cells begin with, and those that the user wants."""
 
+import re
 import shutil
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -68,6 +69,6 @@ def save_best(done: Sequence[TrainingCell], out: Path, target: Path) -> list[Pat
     folders = []
     for key in dict.fromkeys((cell.model.name, cell.task) for cell in done):
         best = best_of([cell for cell in done if (cell.model.name, cell.task) == key], out)
-        folders.append(target.joinpath(*key))
+        folders.append(target.joinpath(*(re.sub(r"[^\w()-]+", "-", name).strip("-") for name in key)))
         shutil.copytree(best.kept(out), folders[-1], dirs_exist_ok=True)
     return folders

@@ -45,7 +45,7 @@ def scores_of(metrics: Sequence[str], of: Predictions) -> Scores:
         return 2 * right / max(1, predicted + true)
 
     labels, predictions = of.get("labels", []), of.get("predictions", [])
-    constant = len(set(predictions)) == 1
+    constant = len(set(predictions)) == 1 or not np.isfinite(np.array(predictions, np.float64)).all()
     functions = {
         "accuracy": lambda: sklearn.accuracy_score(labels, predictions),
         "f1": lambda: sklearn.f1_score(labels, predictions, zero_division=0),  # pyright: ignore[reportArgumentType]
@@ -56,7 +56,13 @@ def scores_of(metrics: Sequence[str], of: Predictions) -> Scores:
         "entity_f1": entity_f1,
         "loss": lambda: sum(of["loss"]) / sum(of["targets"]),
     }
-    return {metric: float(functions[metric]()) if metric in functions else float(np.mean(of[metric])) for metric in metrics}
+    scores = {metric: float(functions[metric]()) if metric in functions else float(np.mean(of[metric])) for metric in metrics}
+    return {metric: score if np.isfinite(score) else _worst(metric) for metric, score in scores.items()}
+
+
+def _worst(metric: str) -> float:
+    """Return the score of predictions that are no numbers, as those of a model that has diverged."""
+    return np.inf if UNITS.get(metric, FRACTION).lower_is_better else 0.0
 
 
 def resampled(metric: str, of: Predictions, weights: Float[np.ndarray, "resamples items"]) -> Float[np.ndarray, " resamples"]:
@@ -70,11 +76,11 @@ def resampled(metric: str, of: Predictions, weights: Float[np.ndarray, "resample
         return _correlation(metric, of, weights)
     if metric not in ("accuracy", "f1", "macro_f1", "matthews"):
         return weights @ np.array(of[metric], np.float64) / weights.sum(1)
+    if metric == "accuracy":  # without a table of all pairs of labels, of which there may be many
+        return weights @ (np.array(of["labels"]) == np.array(of["predictions"])) / weights.sum(1)
     confusion = _confusion(of, weights)
     right, true, predicted = confusion.diagonal(axis1=1, axis2=2), confusion.sum(2), confusion.sum(1)
     total = true.sum(1)
-    if metric == "accuracy":
-        return right.sum(1) / total
     if metric == "matthews":  # Gorodkin 2004, equation 8
         covariance = right.sum(1) * total - (true * predicted).sum(1)
         spread = (total**2 - (true**2).sum(1)) * (total**2 - (predicted**2).sum(1))
@@ -102,6 +108,8 @@ def _correlation(
     from scipy.stats import rankdata
 
     x, y = (np.array(of[key], np.float64) for key in ("labels", "predictions"))
+    if not np.isfinite(y).all():
+        return np.zeros(len(weights))
     if metric == "spearman":
         x, y = rankdata(x), rankdata(y)
     x, y = x - x.mean(), y - y.mean()

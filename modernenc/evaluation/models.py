@@ -1,5 +1,6 @@
 """The models that are evaluated: what a command line names becomes a Hugging Face folder, which every suite reads."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,18 @@ from modernenc.saved_config import CONFIG
 CACHE = "models"
 """Folder, in that of the results, of exported checkpoints and of twins with random weights."""
 RANDOM = " (random)"
-_CONTENT = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.py", "*/config.json", "*_Dense/*.safetensors")
+_CONTENT = (
+    "*.json",
+    "*.safetensors",
+    "*.bin",
+    "*.txt",
+    "*.model",
+    "*.py",
+    "*/config.json",
+    "*_Dense/*.safetensors",
+    "*_Dense/*.bin",
+)
+_TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 
 
 @dataclass(frozen=True)
@@ -85,7 +97,23 @@ def _find(argument: str, out: Path) -> Model:
         raise ValueError(f"{path}: neither a run folder, a checkpoint, nor a Hugging Face folder (which has a config.json)")
     else:
         folder, parts = _downloaded(str(path)), path.parts[-1:]
+    _check_known(folder)
     return Model(name if equals else "/".join(parts), folder, _fingerprint(folder))
+
+
+def _check_known(folder: Path) -> None:
+    """Raise ValueError for a model that needs code of its own, which is not run, and for one without a tokenizer."""
+    from transformers import CONFIG_MAPPING
+
+    know_mega(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is no JSON: {error}") from error
+    if config.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(f"{folder}: transformers has no model_type {config.get('model_type')}; code in a folder is not run")
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise FileNotFoundError(f"{folder}: no tokenizer ({', '.join(_TOKENIZERS)}); save it with save_pretrained")
 
 
 def _exported(path: Path, out: Path) -> Path:
@@ -117,8 +145,8 @@ def _downloaded(name: str) -> Path:
 def _fingerprint(folder: Path) -> str:
     """Hash the names and the contents of a model's files; of weights in two formats, safetensors count."""
     files = sorted(path for pattern in _CONTENT for path in folder.glob(pattern) if path.is_file())
-    if any(path.suffix == ".safetensors" for path in files):
-        files = [path for path in files if path.suffix != ".bin"]
+    safe = {path.parent for path in files if path.suffix == ".safetensors"}
+    files = [path for path in files if path.suffix != ".bin" or path.parent not in safe]
     if not any(path.suffix in (".safetensors", ".bin") for path in files):
         raise FileNotFoundError(f"{folder}: no weights (model.safetensors); save the model with save_pretrained")
     digest = xxhash.xxh3_64()

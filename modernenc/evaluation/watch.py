@@ -39,46 +39,61 @@ def watch(run_dir: Path, once: bool) -> None:
             "+evaluate.suites.mlm='--data data/demo'"
         )
     os.nice(_NICE - os.nice(0))
-    last = checkpoints.name_at_end(list(run.phases)[-1])
+    last, failed = checkpoints.name_at_end(list(run.phases)[-1]), set[tuple[str, str]]()
     while True:
-        for checkpoint in due(run, Path(run.run_dir)):
-            evaluate(run, checkpoint)
-        if once or any(row["checkpoint"] == last for row in Table(Path(run.run_dir) / TABLE).read()):
-            return
+        for checkpoint, suite in due(run, Path(run.run_dir)):
+            if (checkpoint.stem, suite) not in failed and not evaluate(run, checkpoint, suite):
+                failed.add((checkpoint.stem, suite))
+        done = {row["suite"] for row in Table(Path(run.run_dir) / TABLE).read() if row["checkpoint"] == last}
+        done |= {suite for checkpoint, suite in failed if checkpoint == last}
+        if once or done >= set(run.evaluate.suites):
+            break
         time.sleep(_POLL_S)
+    if failed:
+        raise ValueError(f"{run_dir}: failed, with messages above: {', '.join(f'{suite} of {name}' for name, suite in failed)}")
 
 
-def due(run: Run, run_dir: Path) -> Iterator[Path]:
-    """Yield the finished checkpoints that are to be evaluated and were not: at the ends of phases, and every so many tokens."""
+def due(run: Run, run_dir: Path) -> Iterator[tuple[Path, str]]:
+    """Yield each finished checkpoint at the end of a phase or every so many tokens, and each suite that it lacks."""
     rows = Table(run_dir / TABLE).read()
-    done, every = {int(row["step"]) for row in rows}, run.evaluate.every_tokens
+    done, every = {(int(row["step"]), row["suite"]) for row in rows}, run.evaluate.every_tokens
+    chosen = {int(row["step"]) for row in rows}
     reached = max((int(row["tokens_seen"]) for row in rows), default=0)
     finished = (path for path in (run_dir / checkpoints.FOLDER).glob("*.ckpt") if checkpoints.is_finished(path))
     for path in sorted(finished, key=checkpoints.sort_key):
         manifest = checkpoints.read_manifest(path)
-        tokens = manifest["tokens_seen"]
-        if manifest["step"] not in done and (manifest["boundary"] or (every and tokens // every > reached // every)):
+        step, tokens = manifest["step"], manifest["tokens_seen"]
+        if manifest["boundary"] or step in chosen or (every and tokens // every > reached // every):
             reached = max(reached, tokens)
-            done.add(manifest["step"])
-            yield path
+            chosen.add(step)
+            wanted = [suite for suite in run.evaluate.suites if (step, suite) not in done]
+            done |= {(step, suite) for suite in wanted}
+            yield from ((path, suite) for suite in wanted)
 
 
-def evaluate(run: Run, checkpoint: Path) -> None:
-    """Run the suites on a checkpoint and add their scores to the table.
+def evaluate(run: Run, checkpoint: Path, suite: str) -> bool:
+    """Run a suite on a checkpoint, add its scores to the table, and return whether it succeeded.
 
-    A suite that fails, as one does whose checkpoint was pruned meanwhile, is reported and left out.
+    One whose checkpoint was pruned meanwhile does not.
     """
     run_dir, manifest = Path(run.run_dir), checkpoints.read_manifest(checkpoint)
-    for suite, arguments in run.evaluate.suites.items():
-        command = [sys.executable, "-m", "modernenc.evaluate", suite, f"{checkpoint.stem}={checkpoint}"]
-        ended = subprocess.run([*command, *shlex.split(arguments), "--out", str(run_dir / FOLDER)], check=False)
-        if ended.returncode:
-            log.warning("%s of %s failed; its message is above", suite, checkpoint)
-            continue
-        found = json.loads((run_dir / FOLDER / f"{suite}.json").read_text())["rows"]
-        rows = [row for row in found if row["model"] == checkpoint.stem]  # and not what it is held against, such as BM25
-        at = {"step": manifest["step"], "tokens_seen": manifest["tokens_seen"], "checkpoint": checkpoint.stem, "suite": suite}
-        errors = ((row, (row["seed_error"] ** 2 + row["item_error"] ** 2) ** 0.5) for row in rows)
-        Table(run_dir / TABLE).append(
-            *({**at, "task": row["task"], "score": row["score"], "error": error} for row, error in errors)
+    command = [sys.executable, "-m", "modernenc.evaluate", suite, f"{checkpoint.stem}={checkpoint}"]
+    arguments = shlex.split(run.evaluate.suites[suite])
+    if subprocess.run([*command, *arguments, "--out", str(run_dir / FOLDER)], check=False).returncode:
+        log.warning("%s of %s failed; its message is above", suite, checkpoint)
+        return False
+    rows = json.loads((run_dir / FOLDER / f"{suite}.json").read_text())["rows"]
+    at = {"step": manifest["step"], "tokens_seen": manifest["tokens_seen"], "checkpoint": checkpoint.stem, "suite": suite}
+    Table(run_dir / TABLE).append(
+        *(
+            {
+                **at,
+                "task": row["task"],
+                "score": row["score"],
+                "error": (row["seed_error"] ** 2 + row["item_error"] ** 2) ** 0.5,
+            }
+            for row in rows
+            if row["model"] == checkpoint.stem
         )
+    )
+    return True

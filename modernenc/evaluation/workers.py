@@ -39,8 +39,8 @@ def sharing(jobs: int) -> Iterator[None]:
     os.environ.update(_on_gpu(gpus, 0))  # before CUDA is first used; transformers would otherwise split batches over all GPUs
     if jobs > 1:
         torch.set_num_threads(threads)
-    command = [sys.executable, "-m", "modernenc.evaluate", *sys.argv[1:]]
-    copies = [subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL) for environment in environments[1:]]
+    # `sys.argv` has lost what was taken off it, such as --allow-code.
+    copies = [subprocess.Popen(sys.orig_argv, env=environment, stdin=subprocess.DEVNULL) for environment in environments[1:]]
     try:
         yield
         for copy in copies:

@@ -97,7 +97,7 @@ def show(suite: str, results: Sequence[Measurement]) -> None:
     """Print the table of a suite, and what it can and cannot tell."""
     _print(*table_of(suite, results))
     for line in [*beside(rows_of(results)), *verdicts(rows_of(results)), *notes_of(results)]:
-        Console(width=WIDTH).print(line, highlight=False)
+        Console(width=WIDTH, markup=False).print(line, highlight=False)
 
 
 def show_published(suite: str, results: Sequence[Measurement]) -> None:
@@ -133,6 +133,8 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     apart, noise = [], []
     for task in tasks_of(rows) if len(rows) > 1 else ():
         having = sorted((row for row in rows if task in row.best), key=lambda row: mean(map(_goodness, row.best[task])))
+        if len(having) < 2:
+            continue
         last, first = having[0].best[task], having[-1].best[task]
         gap = difference(first[0].metrics, *([one.found.predictions for one in group] for group in (first, last)))
         (apart if abs(gap.score) > gap.error else noise).append(task)
@@ -180,7 +182,7 @@ def _print(title: str, columns: Sequence[str], lines: dict[str, list[str]]) -> N
         table.add_column(name, justify="right", overflow="fold")
     for name, cells in lines.items():
         table.add_row(name, *cells)
-    Console(width=WIDTH).print(title, table, sep="\n", highlight=False)
+    Console(width=WIDTH, markup=False).print(title, table, sep="\n", highlight=False)
 
 
 def _cell(one: ScoreEstimate | None, unit: Unit) -> str:

@@ -17,6 +17,7 @@ from modernenc.reporting.scores import beside, curves_of, notes_of, rows_of, tab
 def write(path: Path, suite: str, results: Sequence[Measurement]) -> None:
     """Write the page."""
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a name may hold a dollar
     title, columns, lines = table_of(suite, results)
     values = {
         "suite": suite,

@@ -4,7 +4,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator
 from functools import cache
-from itertools import chain, repeat
+from itertools import chain
 from typing import Any
 
 from modernenc.suites.rankings import DEPTH, Hits
@@ -52,13 +52,18 @@ def hard_negatives(items: RetrievalSet, count: int) -> dict[str, list[str]]:
     mined = {}
     for query, relevant in items.train.items():
         hits = (text for _, text in searched.get(query, []))
-        drawn = (ids[chance.randrange(len(ids))] for _ in repeat(None))
+        drawn = (ids[chance.randrange(len(ids))] for _ in range(_DRAWS))
         candidates = chain(given[query], hits, drawn)  # any texts, where too few have a word of the query
+        right = {items.text(text) for text in relevant}  # a copy of it is no negative
         wanted: dict[str, None] = {}
         for text in candidates:
             if len(wanted) == count:
                 break
-            if text not in relevant and not (text in items.corpus and items.is_itself(query, text)):
+            if (
+                text not in relevant
+                and items.text(text) not in right
+                and not (text in items.corpus and items.is_itself(query, text))
+            ):
                 wanted[text] = None
         mined[query] = list(wanted)
     return mined
@@ -71,6 +76,10 @@ def pairs(items: RetrievalSet, negatives: int) -> Iterator[dict[str, str]]:
         for document in relevant:
             row = {"query": items.queries[query], "positive": items.text(document)}
             yield row | {f"negative_{number}": items.text(text) for number, text in enumerate(mined.get(query, []), 1)}
+
+
+_DRAWS = 100_000
+"""Texts that are drawn at most for a query, in a set most of whose texts are copies of relevant ones."""
 
 
 @cache

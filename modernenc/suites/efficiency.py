@@ -62,7 +62,7 @@ def make_cells(request: Request) -> tuple[list[EfficiencyCell], list[str]]:
     cells, notes = [], []
     for model in request.models:
         know_mega(model.folder)
-        longest = max_positions(AutoConfig.from_pretrained(model.folder))
+        longest = max_positions(AutoConfig.from_pretrained(model.folder, trust_remote_code=False))
         for length in settings.lengths:
             if length > longest:
                 notes.append(f"{model.name} reads {longest:,} tokens: {length:,} are left out")
@@ -78,11 +78,13 @@ def make_cells(request: Request) -> tuple[list[EfficiencyCell], list[str]]:
 def time_turns(folder: Path, length: int, kind: str, settings: EfficiencySettings) -> list[float]:
     """Return tokens a second of each turn, without padding."""
     import torch
-    from transformers import AutoModel
+    from transformers import AutoModel, logging
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     know_mega(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = AutoModel.from_pretrained(folder).eval().to(device)
+    model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval().to(device)
     batches = [
         {key: value.to(device) for key, value in batch.items()}
         for batch in _batches(lengths_of(length, kind, settings.tokens), settings.batch_tokens, model.config.vocab_size)

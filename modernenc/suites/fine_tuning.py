@@ -43,6 +43,7 @@ def make_cells(request: Request) -> tuple[list[FineTuningCell], list[str]]:
     settings = read_fine_tuning(request.settings, request.changes)
     tasks = {folder.name: read_task(folder) for folder in find_tasks(request.data, request.tasks)}
     sources = {name: next((other for other in tasks if is_source(settings, name, other)), "") for name in tasks}
+    sources = {name: source if source and (tasks[source].train or sources[source]) else "" for name, source in sources.items()}
     notes = []
     for name, task in tasks.items():
         if not task.train and not sources[name]:
@@ -51,6 +52,7 @@ def make_cells(request: Request) -> tuple[list[FineTuningCell], list[str]]:
             )
         elif settings.source_of(name) and not sources[name]:
             notes.append(f"{name} begins with the encoder itself: {settings.source_of(name)} is not among the tasks")
+    _check_sources(tasks, sources)
     made: dict[tuple[str, str, int], tuple[FineTuningCell, ...]] = {}
 
     def of_task(model: Model, name: str, seed: int) -> tuple[FineTuningCell, ...]:
@@ -83,6 +85,30 @@ def make_cells(request: Request) -> tuple[list[FineTuningCell], list[str]]:
         for model in request.models
         for cell in of_task(model, name, seed)
     ], notes
+
+
+def _check_sources(tasks: dict[str, LabelledTask], sources: dict[str, str]) -> None:
+    """Raise ValueError for tasks that begin with each other, and for one without training whose source has other labels."""
+    for name, source in sources.items():
+        chain = [name]
+        while source and source not in chain:
+            chain.append(source)
+            source = sources[source]
+        if source:
+            raise ValueError(f"start_from.{name}={chain[1]}: it leads back to {source}; let one of them begin with the encoder")
+    for name, task in tasks.items():
+        other = tasks.get(sources[name])
+        if task.train or other is None:
+            continue
+        labels = (
+            {label for item in task.dev for label in ([item.label] if isinstance(item.label, str) else item.label)}
+            if other.labels
+            else set()
+        )
+        if other.kind != task.kind or labels - set(other.labels):
+            raise ValueError(
+                f"start_from.{name}={sources[name]}: the tasks have different labels, so its model cannot score {name}"
+            )
 
 
 def is_source(settings: FineTuning, name: str, other: str) -> bool:

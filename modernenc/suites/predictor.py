@@ -33,9 +33,10 @@ class Predictor:
     """A masked-LM model with its tokenizer. Raises ValueError, naming the folder, where the tokenizer has no mask token."""
 
     def __init__(self, folder: Path, batch_tokens: int, precision: str) -> None:
+        logging.set_verbosity_error()
         logging.disable_progress_bar()
         know_mega(folder)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         specials = (self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.tokenizer.mask_token_id)
         if None in specials:
             raise ValueError(f"{folder}: its tokenizer has no cls, sep or mask token, which masked LM needs")
@@ -43,7 +44,11 @@ class Predictor:
         self.roles = Roles(cls, sep, self.tokenizer.pad_token_id or 0, mask, self.tokenizer.unk_token_id or 0)
         self._ordinary_ids = np.setdiff1d(np.arange(len(self.tokenizer)), self.tokenizer.all_special_ids)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model: Any = AutoModelForMaskedLM.from_pretrained(folder).eval().to(device)
+        options: Any = {"dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
+        model, loaded = AutoModelForMaskedLM.from_pretrained(folder, **options)
+        if missing := sorted(loaded["missing_keys"]):
+            raise ValueError(f"{folder} has no weights for {missing[0]}: it does not predict tokens, which mlm measures")
+        self.model: Any = model.eval().to(device)
         self.longest = min(max_positions(self.model.config), self.tokenizer.model_max_length)
         self._batch_tokens = batch_tokens
         self._autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")

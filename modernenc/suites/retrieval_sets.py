@@ -84,7 +84,10 @@ def find_sets(root: Path, names: Iterable[str] = ()) -> list[Path]:
             f"--data {root}: no set; expected folders that hold corpus.jsonl, queries.jsonl and qrels/test.tsv, or files as"
             " MLDR or CoSQA has them"
         )
-    found = [path for name in names for path in folders if same_task(path.name, name)]
+    called = [path.name for path in folders]
+    if twice := sorted({name for name in called if called.count(name) > 1}):
+        raise ValueError(f"--data {root}: there are two sets called {twice[0]}; rename the folder of one")
+    found = list(dict.fromkeys(path for name in names for path in folders if same_task(path.name, name)))
     for name in names:
         if not any(same_task(path.name, name) for path in found):
             raise FileNotFoundError(f"--tasks {name}: {root} has {', '.join(path.name for path in folders)}")

@@ -37,7 +37,7 @@ class SingleVector:
         know_mega(folder)
         weights = {"dtype": torch.float32}  # whatever they were saved as: training updates them
         if (folder / "modules.json").is_file():
-            self.model = SentenceTransformer(str(folder), model_kwargs=weights)
+            self.model = SentenceTransformer(str(folder), model_kwargs=weights, trust_remote_code=False)
         else:
             encoder = Transformer(str(folder), model_kwargs=weights)
             self.model = SentenceTransformer(modules=[encoder, Pooling(encoder.get_embedding_dimension(), "mean")])

@@ -89,7 +89,7 @@ def find_tasks(root: Path, names: Iterable[str] = ()) -> list[Path]:
         mine = [path for path in folders if same_task(path.name, name)]
         if not mine:
             raise FileNotFoundError(f"--tasks {name}: {root} has {', '.join(path.name for path in folders)}")
-        found += mine
+        found += [path for path in mine if path not in found]
     return found
 
 
@@ -117,9 +117,13 @@ def read_task(folder: Path) -> LabelledTask:
             )
         if len(labels) < 2:
             raise ValueError(f"{_file_of(folder, 'train')}: all items have the label {labels[0]}; expected two labels or more")
-    metrics = next((metrics for name, metrics in METRICS.items() if same_task(name, folder.name)), METRICS_OF_KIND[kind])
+    if len({len(item.texts) for item in [*train, *dev]}) > 1 and kind == CHOICES:
+        raise ValueError(f"{folder}: questions with different numbers of answers; expected as many for each")
+    metrics = next(
+        (metrics for name, metrics in METRICS.items() if same_task(name, folder.resolve().name)), METRICS_OF_KIND[kind]
+    )
     content = xxhash.xxh3_64(json.dumps([[item.texts, item.label] for item in [*train, *dev]]).encode()).hexdigest()
-    return LabelledTask(folder.name, kind, train, dev, tuple(labels), metrics, content)
+    return LabelledTask(folder.resolve().name, kind, train, dev, tuple(labels), metrics, content)
 
 
 def _labels(items: list[Example]) -> Iterator[str]:
@@ -174,6 +178,8 @@ def _read_split(folder: Path, split: str) -> Iterator[tuple[str, Example]]:
 def _read_rows(path: Path) -> Iterator[tuple[str, Example]]:
     for place, row in _rows(path):
         where = f"{path}, line {place}"
+        if "ending0" in row and "sent1" not in row:
+            raise ValueError(f"{where}: no column sent1 beside ending0; expected SWAG's columns")
         if "ending0" in row:
             endings = [value for key, value in sorted(row.items()) if key.startswith("ending")]
             second = row.get("sent2", "")
@@ -196,6 +202,8 @@ def _read_rows(path: Path) -> Iterator[tuple[str, Example]]:
 
 
 def _choice(where: str, context: str, endings: list[str], label: Any) -> Example:
+    if not isinstance(endings, list) or not all(isinstance(ending, str) for ending in endings) or len(endings) < 2:
+        raise ValueError(f"{where}: the answers are {endings}; expected a list of two texts or more")
     if str(label) not in [str(number) for number in range(len(endings))]:
         raise ValueError(f"{where}: label={label}; expected 0 to {len(endings) - 1}, the number of the right ending")
     return Example((context, *endings), int(label))
@@ -212,13 +220,16 @@ def _classified(where: str, row: dict[str, Any]) -> Example:
     names = next((names for names in TEXT_COLUMNS if all(name in row for name in names)), tuple(others))
     if not 1 <= len(names) <= 2:
         raise ValueError(f"{where}: {len(names)} columns of text ({', '.join(names)}); expected one or two beside {key}")
-    return Example(tuple(str(row[name]) for name in names), label)
+    for name in names:
+        if not isinstance(row[name], str):
+            raise ValueError(f"{where}: {name}={row[name]}: expected text")
+    return Example(tuple(row[name] for name in names), label)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the number of the line and the fields of each row of a table or of JSON lines."""
     open_text = gzip.open if path.name.endswith(".gz") else open
-    with open_text(path, "rt", encoding="utf-8", newline="") as file:
+    with open_text(path, "rt", encoding="utf-8-sig", newline="") as file:
         if ".jsonl" in path.name:
             for number, line in enumerate(file, 1):
                 if line.strip():

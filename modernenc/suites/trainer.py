@@ -59,13 +59,16 @@ def fine_tune(encoder: Path, task: LabelledTask, setting: Setting, seed: int, ke
     transformers.logging.disable_progress_bar()
     transformers.set_seed(seed)  # of the head's weights, and of dropout
     know_mega(encoder)
-    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    tokenizer = AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
     model = _with_head(encoder, task, setting)
     limit = min(setting.max_length, tokenizer.model_max_length, max_positions(model.config))
     labels = task.labels or tuple(model.config.id2label.values())
-    train, dev = (_encode(items, task.kind, labels, tokenizer, limit) for items in (task.train, task.dev))
+    (train, train_cut), (dev, dev_cut) = (
+        _encode(items, task.kind, labels, tokenizer, limit) for items in (task.train, task.dev)
+    )
+    words = [_encode_words(item, labels, tokenizer, limit)[1] for item in task.dev] if task.kind == TAGS else []
     in_order = sorted(range(len(dev)), key=lambda number: -len(dev[number]["input_ids"]))  # batches of like lengths
-    best = _Best(task, labels, in_order, model, setting.patience, bool(keep))
+    best = _Best(task, labels, in_order, words, model, setting.patience, bool(keep))
     with tempfile.TemporaryDirectory() as scratch:
         trainer = _Trainer(
             model,
@@ -88,7 +91,7 @@ def fine_tune(encoder: Path, task: LabelledTask, setting: Setting, seed: int, ke
         with writing(keep) as partial:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-    cut = sum(len(one["input_ids"]) == limit for one in [*train, *dev]) if task.kind != CHOICES else 0
+    cut = train_cut + dev_cut
     note = f"{cut / (len(train) + len(dev)):.1%} of the texts are cut at {limit} tokens"
     epochs = [str(epoch + 1) for epoch in range(len(best.history))]
     curve = Curve(epochs, best.history, [0.0] * len(epochs))
@@ -116,6 +119,7 @@ class _Best(TrainerCallback):
         task: LabelledTask,
         labels: Sequence[str],
         in_order: Sequence[int],
+        words: Sequence[Sequence[int]],
         model: torch.nn.Module,
         patience: int,
         keep: bool,
@@ -123,6 +127,8 @@ class _Best(TrainerCallback):
         self.task = task
         self.labels = labels
         self.in_order = in_order
+        self.words = words
+        """For tags, the number of the word that each labelled token of an item begins."""
         self.model = model
         self.patience = patience
         self.keep = keep
@@ -132,7 +138,7 @@ class _Best(TrainerCallback):
 
     def score(self, output: Any) -> dict[str, float]:
         """Note the predictions if they are the best so far, and the weights if they are wanted."""
-        predictions = _predictions(output.predictions, output.label_ids, self.task, self.labels, self.in_order)
+        predictions = _predictions(output.predictions, output.label_ids, self.task, self.labels, self.in_order, self.words)
         scores = scores_of(self.task.metrics, predictions)
         score = float(np.mean(list(scores.values())))
         if not self.history or score > max(self.history):
@@ -159,10 +165,11 @@ def _with_head(encoder: Path, task: LabelledTask, setting: Setting) -> Any:
     """Load the model with the settings' values in its configuration, and with a new head if it is to be trained."""
     kind = CLASSES_OF_MODELS[task.kind]
     # On a CPU the backward pass of torch's attention takes a third of the time of a step of short texts.
-    attention: Any = {} if torch.cuda.is_available() else {"attn_implementation": "eager"}
+    options: Any = {} if torch.cuda.is_available() else {"attn_implementation": "eager"}
+    options |= {"dtype": torch.float32, "trust_remote_code": False}  # whatever they were saved as: training updates them
     if not task.train:
-        return kind.from_pretrained(encoder, **attention)
-    config = AutoConfig.from_pretrained(encoder)
+        return kind.from_pretrained(encoder, **options)
+    config = AutoConfig.from_pretrained(encoder, trust_remote_code=False)
     for key, value in setting.model.items():
         if hasattr(config, key):
             setattr(config, key, value)
@@ -171,7 +178,7 @@ def _with_head(encoder: Path, task: LabelledTask, setting: Setting) -> Any:
         config.label2id = {label: number for number, label in enumerate(task.labels)}
     elif task.kind == REGRESSION:
         config.num_labels, config.problem_type = 1, "regression"
-    model = kind.from_pretrained(encoder, config=config, ignore_mismatched_sizes=True, **attention)
+    model = kind.from_pretrained(encoder, config=config, ignore_mismatched_sizes=True, **options)
     if hasattr(model, "classifier"):  # which a model of another task has already
         model.classifier.load_state_dict(kind.from_config(config).classifier.state_dict())
     return model
@@ -210,45 +217,62 @@ def _arguments(setting: Setting, seed: int, scratch: str, items: int) -> Trainin
     )
 
 
-def _encode(items: Sequence[Example], kind: str, labels: Sequence[str], tokenizer: Any, limit: int) -> list[dict[str, Any]]:
-    """Tokenize items as a collator wants them, each with its `labels`."""
+def _encode(
+    items: Sequence[Example], kind: str, labels: Sequence[str], tokenizer: Any, limit: int
+) -> tuple[list[dict[str, Any]], int]:
+    """Tokenize items as a collator wants them, each with its `labels`; return with them how many texts are cut."""
     if not items:
-        return []
+        return [], 0
     if kind == TAGS:
-        return [_encode_words(item, labels, tokenizer, limit) for item in items]
+        coded = [_encode_words(item, labels, tokenizer, limit) for item in items]
+        return [one for one, _, _ in coded], sum(cut for _, _, cut in coded)
     if kind == CHOICES:
         tokenizer.truncation_side = "left"  # what is nearest to the endings is kept
         counts = [len(item.texts) - 1 for item in items]
         pairs = [(item.texts[0], ending) for item in items for ending in item.texts[1:]]
         encoded = tokenizer([one for one, _ in pairs], [two for _, two in pairs], truncation="longest_first", max_length=limit)
         starts = [0, *accumulate(counts)]
-        return [
+        cut = [bool(one.overflowing) for one in encoded.encodings]
+        examples = [
             {**{key: encoded[key][start : start + count] for key in encoded}, "labels": item.label}
             for item, start, count in zip(items, starts, counts, strict=False)
         ]
+        return examples, sum(any(cut[start : start + count]) for start, count in zip(starts, counts, strict=False))
     encoded = tokenizer(
         *(list(texts) for texts in zip(*(item.texts for item in items), strict=True)), truncation=True, max_length=limit
     )
     number_of = {label: number for number, label in enumerate(labels)}
-    return [
+    examples = [
         {**{key: encoded[key][at] for key in encoded}, "labels": item.label if kind == REGRESSION else number_of[item.label]}
         for at, item in enumerate(items)
     ]
+    return examples, sum(bool(one.overflowing) for one in encoded.encodings)
 
 
-def _encode_words(item: Example, labels: Sequence[str], tokenizer: Any, limit: int) -> dict[str, Any]:
-    """Tokenize words that stand apart by spaces, as text has them; the first token of each has the word's tag."""
+def _encode_words(item: Example, labels: Sequence[str], tokenizer: Any, limit: int) -> tuple[dict[str, Any], list[int], bool]:
+    """Tokenize words that stand apart by spaces, as text has them; the first token of each has the word's tag.
+
+    Returns with it the numbers of the words that have a token, which not all need to have, and whether the text is cut.
+    """
     starts = [0, *accumulate(len(word) + 1 for word in item.texts)]
     encoded = tokenizer(" ".join(item.texts), truncation=True, max_length=limit, return_offsets_mapping=True)
-    tags, seen = [], -1
+    tags, words = [], []
     for start, end in encoded.pop("offset_mapping"):
-        word = bisect_right(starts, end - 1) - 1 if end > start else seen
-        tags.append(labels.index(item.label[word]) if word > seen else IGNORED)
-        seen = max(seen, word)
-    return {**encoded, "labels": tags}
+        word = bisect_right(starts, end - 1) - 1 if end > start else -1
+        first = word >= 0 and word not in words[-1:]
+        tags.append(labels.index(item.label[word]) if first else IGNORED)
+        words += [word] if first else []
+    return {**encoded, "labels": tags}, words, bool(encoded.encodings[0].overflowing)
 
 
-def _predictions(logits: Any, targets: Any, task: LabelledTask, labels: Sequence[str], in_order: Sequence[int]) -> Predictions:
+def _predictions(
+    logits: Any,
+    targets: Any,
+    task: LabelledTask,
+    labels: Sequence[str],
+    in_order: Sequence[int],
+    words: Sequence[Sequence[int]],
+) -> Predictions:
     """Return predictions in the order of the task's items, as numbers of labels; of tags, the entities that are right."""
     numbers = np.argsort(np.array(in_order))
     logits = (logits[0] if isinstance(logits, tuple) else logits)[numbers]
@@ -259,9 +283,11 @@ def _predictions(logits: Any, targets: Any, task: LabelledTask, labels: Sequence
     if task.kind == CLASSES:
         return {"labels": [labels.index(item.label) for item in task.dev], "predictions": logits.argmax(-1).tolist()}
     counts = []
-    for item, best, target in zip(task.dev, logits.argmax(-1), targets[numbers], strict=True):
-        tags = [str(labels[number]) for number in best[target != IGNORED]]
-        counts.append(_entity_counts(item.label, [*tags, *["O"] * (len(item.label) - len(tags))]))
+    for item, best, target, mine in zip(task.dev, logits.argmax(-1), targets[numbers], words, strict=True):
+        tags = ["O"] * len(item.label)
+        for word, number in zip(mine, best[target != IGNORED], strict=True):
+            tags[word] = str(labels[number])
+        counts.append(_entity_counts(item.label, tags))
     return {"counts": counts}
 
 

@@ -220,3 +220,83 @@ def test_a_checkpoint_of_mega_is_fine_tuned_and_its_twin_too(small_run, tasks, t
     scores = {(cell.task, cell.model.name): _read(cell, tmp_path).scores["accuracy"] for cell in made}
     assert min(scores["ending", "mega"], scores["ending", "mega (random)"]) > 0.7
     assert all((folder / "modeling_mega.py").is_file() for folder in save_best(made, tmp_path, tmp_path / "saved"))
+
+
+def test_weights_are_trained_in_single_precision_whatever_they_were_saved_as(encoder, tasks, tmp_path):
+    from transformers import AutoModelForMaskedLM
+
+    from modernenc.suites.predictor import Predictor
+    from modernenc.suites.trainer import _with_head
+
+    half = tmp_path / "half"
+    AutoModelForMaskedLM.from_pretrained(encoder.folder).bfloat16().save_pretrained(half)
+    setting = read_fine_tuning("cramming", LEARN).of_task("fox")[0]
+    (half / "tokenizer.json").write_bytes((encoder.folder / "tokenizer.json").read_bytes())
+    (half / "tokenizer_config.json").write_bytes((encoder.folder / "tokenizer_config.json").read_bytes())
+    trained = _with_head(half, read_task(tasks / "fox"), setting)
+    assert {weight.dtype for weight in [*trained.parameters(), *Predictor(half, 512, "fp32").model.parameters()]} == {
+        torch.float32
+    }
+
+
+def test_words_without_tokens_move_no_tag(encoder):
+    from transformers import AutoTokenizer
+
+    from modernenc.suites.tasks import Example
+    from modernenc.suites.trainer import _encode_words, _predictions
+
+    tokenizer = AutoTokenizer.from_pretrained(encoder.folder)
+    item, labels = Example(("the", "\u2003", "fox", "dog"), ("O", "O", "B-A", "O")), ("B-A", "O")  # a space is no word to it
+    coded, words, _ = _encode_words(item, labels, tokenizer, 32)
+    assert words == [0, 2, 3]
+    targets = np.array([coded["labels"]])
+    logits = np.eye(2)[np.where(targets < 0, 0, targets)]
+    task = replace(read_task_of(item), dev=[item], labels=labels)
+    assert _predictions(logits, targets, task, labels, [0], [words]) == {"counts": [[1, 1, 1]]}
+
+
+def read_task_of(item):
+    from modernenc.suites.tasks import TAGS, LabelledTask
+
+    return LabelledTask("tags", TAGS, [], [item], (), ("entity_f1",), "")
+
+
+def test_names_with_marks_are_shown_as_they_are(encoder, tasks, tmp_path, capsys):
+    from modernenc.reporting import scores, scores_page
+
+    models = [replace(encoder, name="base[b] $x^$ [/b]")]
+    made, _ = fine_tuning.make_cells(Request("classify", models, tasks, ("fox",), "cramming", [*LEARN, "epochs=1"]))
+    results, _ = _results(tmp_path, made)
+    scores.show("classify", list(results.values()))
+    scores_page.write(tmp_path / "page.html", "classify", list(results.values()))
+    assert "base[b] $x^$ [/b]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (["start_from.a=b", "start_from.b=a"], "leads back to"),
+        (["start_from.unlabelled=a"], "the tasks have different labels"),
+    ],
+)
+def test_a_start_that_cannot_be_is_one_clear_line(encoder, tmp_path, changes, message):
+    for name in ("a", "b", "unlabelled"):
+        (tmp_path / name).mkdir()
+        labels = ("yes", "no") if name != "unlabelled" else ("1", "0")
+        for split in ("train", "dev") if name != "unlabelled" else ("dev",):
+            (tmp_path / name / f"{split}.tsv").write_text("label\tsentence\n" + "".join(f"{label}\tfox\n" for label in labels))
+    with pytest.raises(ValueError, match=message):
+        fine_tuning.make_cells(Request("classify", [encoder], tmp_path, (), "cramming", changes))
+
+
+def test_a_model_that_needs_code_of_its_own_is_refused_and_a_damaged_cell_named(encoder, tasks, tmp_path):
+    folder = write_encoder(tmp_path / "remote")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "evil", "auto_map": {"AutoConfig": "evil.C"}}))
+    with pytest.raises(ValueError, match="transformers has no model_type evil; code in a folder is not run"):
+        find_models([str(folder)], tmp_path)
+    made, _ = fine_tuning.make_cells(Request("classify", [encoder], tasks, ("fox",), "cramming", [*LEARN, "epochs=1"]))
+    (tmp_path / cells.CELLS).mkdir()
+    (tmp_path / cells.CELLS / f"{made[0].name}.json").write_text("{")
+    with pytest.raises(ValueError, match=rf"{made[0].name}.json is damaged: .*; delete it"):
+        cells.read(made[0], tmp_path)

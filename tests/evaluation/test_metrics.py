@@ -73,3 +73,15 @@ def test_models_are_compared_item_by_item():
     gap = difference(["accuracy"], [one], [other])
     assert gap.score == pytest.approx(better.mean() - worse.mean())
     assert gap.error < gap.score < estimate(["accuracy"], [one]).error  # neither interval alone could tell
+
+
+def test_a_model_that_has_diverged_has_the_worst_score():
+    diverged = {"labels": [1.0, 2.0, 3.0], "predictions": [float("nan")] * 3}
+    assert scores_of(["pearson", "spearman"], diverged) == {"pearson": 0.0, "spearman": 0.0}
+    assert resampled("pearson", diverged, np.ones((2, 3))).tolist() == [0.0, 0.0]
+    assert scores_of(["loss"], {"loss": [float("nan")], "targets": [1]})["loss"] == np.inf
+
+
+def test_accuracy_of_many_labels_needs_no_table_of_all_pairs():
+    of = {"labels": list(range(3_000)), "predictions": [0] * 3_000}
+    assert resampled("accuracy", of, np.ones((2, 3_000))) == pytest.approx(1 / 3_000)

@@ -257,3 +257,18 @@ def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.M
         match=r"numpy is too old, as PyLate holds it back; in another environment: pip",
     ):
         installed.check_installed("retrieval")
+
+
+def test_two_sets_of_one_name_are_one_clear_line_and_a_set_named_twice_counts_once(beir: Path, tmp_path: Path) -> None:
+    assert find_sets(beir.parents[1], ["small", "small"]) == find_sets(beir.parents[1], ["small"])
+    write_beir(tmp_path / "more" / "small")
+    with pytest.raises(ValueError, match="there are two sets called small; rename the folder of one"):
+        find_sets(tmp_path)
+
+
+def test_a_copy_of_a_relevant_text_is_no_negative(beir: Path) -> None:
+    items = read_set(beir)
+    copies = {f"copy-{number}": text for number, text in items.corpus.items()}
+    doubled = replace(items, corpus={**items.corpus, **copies})
+    rows = list(bm25.pairs(doubled, 2))
+    assert rows and all(row["positive"] not in (row["negative_1"], row["negative_2"]) for row in rows)

@@ -63,6 +63,11 @@ def test_tags_are_read_from_columns(tmp_path):
     assert (task.labels, task.metrics) == (("B-ORG", "B-PER", "O"), ("entity_f1",))
 
 
+def test_a_file_of_a_spreadsheet_begins_with_a_mark_that_is_no_text(tmp_path):
+    table = "\ufefflabel,text\nyes,a\nno,b\n"
+    assert read_task(_write(tmp_path / "own", train_csv=table, dev_csv=table)).labels == ("no", "yes")
+
+
 GOOD = "label\tsentence\n1\ta\n0\tb\n"
 
 
@@ -76,12 +81,15 @@ GOOD = "label\tsentence\n1\ta\n0\tb\n"
         (dict(train_tsv=GOOD, dev_tsv="label\tsentence\n-1\ta\n"), "dev.tsv, line 2: label=-1: expected a label"),
         (dict(train_tsv=GOOD, dev_tsv="label\tsentence\n2\ta\n"), "dev.tsv: label 2 is none of those in .*train.tsv: 0, 1"),
         (dict(train_tsv="label\tsentence\n1\ta\n", dev_tsv="label\tsentence\n1\ta\n"), "have the label 1; expected two"),
-        (dict(train_tsv=GOOD, dev_jsonl='{"question": "a", "choices": ["b"], "label": 0}'), "choices and classes in one task"),
+        (dict(train_tsv=GOOD, dev_jsonl='{"question": "a", "choices": ["b", "c"], "label": 0}'), "choices and classes"),
         (dict(train_tsv=GOOD, dev_tsv=GOOD, dev_csv=GOOD), "dev.csv, dev.tsv: expected one file of the dev split"),
         (dict(train_tsv=GOOD, dev_jsonl="[1]"), "dev.jsonl, line 1: expected a JSON object"),
         (dict(train_tsv=GOOD, dev_jsonl="{"), "dev.jsonl, after item 0: "),
         (dict(train_tsv="label\ta\tb\tc\n1\tx\ty\tz\n", dev_tsv=GOOD), r"3 columns of text \(a, b, c\); expected one or two"),
         (dict(dev_jsonl='{"question": "a", "choices": ["b", "c"], "label": 2}'), "line 1: label=2; expected 0 to 1"),
+        (dict(dev_jsonl='{"question": "a", "choices": null, "label": 2}'), "line 1: the answers are None; expected a list"),
+        (dict(dev_csv="label,ending0,ending1\n0,a,b\n"), "line 2: no column sent1 beside ending0"),
+        (dict(dev_jsonl='{"text": null, "label": "a"}'), "line 1: text=None: expected text"),
         (dict(train_conll="EU NNP\n", dev_conll="EU B-ORG\n"), "train.conll, line 1: EU NNP: expected a word first and a tag"),
     ],
 )  # fmt: skip

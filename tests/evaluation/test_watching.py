@@ -33,8 +33,8 @@ def test_checkpoints_are_evaluated_once_and_reported(small_run, tmp_path):
 
 def test_checkpoints_between_boundaries_are_due_every_so_many_tokens(small_run):
     run_dir = train(small_run("checkpoint.every_tokens=512", "checkpoint.keep_last=99"))
-    spaced = small_run("evaluate.every_tokens=3000")
-    names = [path.stem for path in due(spaced, run_dir)]
+    spaced = small_run("evaluate.every_tokens=3000", "+evaluate.suites.mlm=x")
+    names = [path.stem for path, _ in due(spaced, run_dir)]
     assert (
         {"end-of-stable", "end-of-extend", "end-of-decay"}
         < set(names)
@@ -42,10 +42,17 @@ def test_checkpoints_between_boundaries_are_due_every_so_many_tokens(small_run):
     )
     row = {"step": 1, "tokens_seen": 10**9, "checkpoint": "a", "suite": "mlm", "task": "loss", "score": 1.0, "error": 0.1}
     Table(run_dir / "evaluations.csv").append(row)
-    assert [path.stem for path in due(spaced, run_dir)] == ["end-of-stable", "end-of-extend", "end-of-decay"]
+    assert [path.stem for path, _ in due(spaced, run_dir)] == ["end-of-stable", "end-of-extend", "end-of-decay"]
 
 
 def test_a_run_that_names_no_suites_is_one_clear_line(small_run):
     run_dir = train(small_run("phases.stable.tokens=3000"))
     with pytest.raises(ValueError, match=r"evaluate\.suites is empty; name suites"):
         watch(run_dir, once=True)
+
+
+def test_a_suite_that_fails_keeps_no_other_from_its_scores(small_run, tmp_path):
+    run_dir = train(small_run(f'+evaluate.suites.mlm="--data {tmp_path / "absent"}"', "phases.stable.tokens=3000"))
+    with pytest.raises(ValueError, match=r"failed, with messages above: .*mlm of end-of-decay"):
+        watch(run_dir, once=False)  # ends, though the last checkpoint has no score
+    assert not Table(run_dir / "evaluations.csv").read()
