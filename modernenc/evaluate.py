@@ -21,6 +21,7 @@ KEY=VALUE changes a suite's settings, which are in conf/evaluate: lr=1e-4, epoch
 """
 
 import argparse
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -90,8 +91,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     name, settings = SUITES[arguments.suite]
     suite = import_module(f"modernenc.suites.{name}")
     keys = tuple(f"{key}{mark}" for key in suite.SCHEMA.__annotations__ for mark in "=.")
-    changes = [one for one in arguments.models if one.startswith(keys)]
-    found = models.find_models([one for one in arguments.models if one not in changes], arguments.out)
+    changes = [one for one in arguments.models if one.startswith(keys) and "=" in one]
+    named = [one for one in arguments.models if one not in changes]
+    for one in named:
+        if re.fullmatch(r"[^/]+=([\d.e+-]+|\[.*\]|true|false)", one):
+            raise ValueError(f"{one}: {arguments.suite} has no such setting; it has {', '.join(suite.SCHEMA.__annotations__)}")
+    found = models.find_models(named, arguments.out)
     if arguments.random:
         found = [twin for model in found for twin in (model, models.random_twin(model, arguments.out))]
     request = cells.Request(
@@ -105,6 +110,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         bool(arguments.save),
     )
     made, notes = suite.make_cells(request)
+    for option, given in (("--save", arguments.save), ("--tasks", arguments.tasks)):
+        if given and name in ("masked_lm", "efficiency"):
+            raise ValueError(f"{option} {given}: {arguments.suite} has neither tasks nor models that it trains; leave it out")
     made = list({(cell.name, cell.model.name): cell for cell in made}.values())
     for note in () if workers.is_copy() else notes:
         print(note)

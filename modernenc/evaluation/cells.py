@@ -131,6 +131,11 @@ def read(cell: Cell, out: Path) -> Measurement | None:
     )  # fmt: skip
 
 
+def is_done(cell: Cell, out: Path) -> bool:
+    """Return whether a cell is done."""
+    return (out / CELLS / f"{cell.name}.json").is_file()
+
+
 def run(
     cells: Sequence[Cell], out: Path, report: Callable[[Measurement, int], None], go_on: Callable[[], bool] = lambda: True
 ) -> None:
@@ -139,11 +144,11 @@ def run(
     `report` is called with each result that this process found, and the number of cells that are left. Between cells the work
     ends early when `go_on` says so.
     """
-    left = [cell for cell in cells if read(cell, out) is None]
+    left = [cell for cell in cells if not is_done(cell, out)]
     while left and go_on():
         before = len(left)
         for cell in list(left):
-            if _try(cell, out, lambda result: report(result, sum(read(other, out) is None for other in cells))):
+            if _try(cell, out, lambda result: report(result, sum(not is_done(other, out) for other in cells))):
                 left.remove(cell)
             if not go_on():
                 return
@@ -154,14 +159,14 @@ def run(
 def _try(cell: Cell, out: Path, report: Callable[[Measurement], None]) -> bool:
     """Do a cell if it can be done now, and return whether it is done, by whomever."""
     path = out / CELLS / f"{cell.name}.json"
-    if path.is_file():
+    if is_done(cell, out):
         return True
-    if any(read(other, out) is None for other in cell.after):
+    if not all(is_done(other, out) for other in cell.after):
         return False
     with claim(path) as mine:
         if not mine:
             return False
-        if path.is_file():  # done between the two looks
+        if is_done(cell, out):  # done between the two looks
             return True
         start = time.monotonic()
         found = cell.work(out)

@@ -70,5 +70,9 @@ def save_best(done: Sequence[TrainingCell], out: Path, target: Path) -> list[Pat
     for key in dict.fromkeys((cell.model.name, cell.task) for cell in done):
         best = best_of([cell for cell in done if (cell.model.name, cell.task) == key], out)
         folders.append(target.joinpath(*(re.sub(r"[^\w()-]+", "-", name).strip("-") for name in key)))
-        shutil.copytree(best.kept(out), folders[-1], dirs_exist_ok=True)
+        partial = folders[-1].with_name(f"{folders[-1].name}.tmp")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(best.kept(out), partial)
+        shutil.rmtree(folders[-1], ignore_errors=True)  # of an earlier evaluation
+        partial.rename(folders[-1])
     return folders

@@ -1,18 +1,22 @@
 """The models that are evaluated: what a command line names becomes a Hugging Face folder, which every suite reads."""
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
+from safetensors import SafetensorError, safe_open
 
 from modernenc.evaluation.claims import wait_for
 from modernenc.hashing import hash_file
 from modernenc.model.export import export
 from modernenc.run_folder.load import locate
 from modernenc.saved_config import CONFIG
+
+log = logging.getLogger(__name__)
 
 CACHE = "models"
 """Folder, in that of the results, of exported checkpoints and of twins with random weights."""
@@ -52,6 +56,9 @@ def find_models(arguments: Sequence[str], out: Path) -> list[Model]:
         same = [other for other in models[:number] if other.name == model.name]
         if same and same[0].fingerprint != model.fingerprint:
             raise ValueError(f"{arguments[number]}: another model is called {model.name} too; name it: NAME={model.folder}")
+    for number, model in enumerate(models):
+        if first := next((other for other in models[:number] if other.fingerprint == model.fingerprint), None):
+            log.warning("%s has the files of %s: it is evaluated once", model.name, first.name)
     return list({model.fingerprint: model for model in reversed(models)}.values())[::-1]
 
 
@@ -112,6 +119,12 @@ def _check_known(folder: Path) -> None:
         raise ValueError(f"{folder / 'config.json'} is no JSON: {error}") from error
     if config.get("model_type") not in CONFIG_MAPPING:
         raise ValueError(f"{folder}: transformers has no model_type {config.get('model_type')}; code in a folder is not run")
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}; save the model again") from error
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise FileNotFoundError(f"{folder}: no tokenizer ({', '.join(_TOKENIZERS)}); save it with save_pretrained")
 

@@ -96,6 +96,10 @@ def read_fine_tuning(name: str, changes: Sequence[str]) -> FineTuning:
     settings = read_settings(FineTuning, name, changes)
     known = set(Setting.__annotations__)
     for task, values in settings.tasks.items():
+        if not isinstance(values, dict):
+            raise ValueError(f"--settings {name}: tasks.{task}={values}: expected keys of a setting, as tasks.{task}.lr=1e-4")
+        if empty := [key for key in ("lr", "weight_decay", "epochs") if values.get(key) == []]:
+            raise ValueError(f"--settings {name}: tasks.{task}.{empty[0]} is empty; expected a value or more")
         if wrong := sorted(set(values) - known):
             raise ValueError(f"--settings {name}: tasks.{task}.{wrong[0]}: unknown key; there are {', '.join(sorted(known))}")
         settings.of_task(task)

@@ -103,7 +103,10 @@ def show(suite: str, results: Sequence[Measurement]) -> None:
 def show_published(suite: str, results: Sequence[Measurement]) -> None:
     """Print what others have published for the same tasks, with the sources."""
     tasks = tasks_of(rows_of(results))
-    for source, group in groupby(published_rows(suite, tasks), lambda row: (row.source, row.note)):
+    rows = published_rows(suite, tasks)
+    if not rows:
+        print(f"--published: nothing is on record of {suite} for {', '.join(tasks)}")
+    for source, group in groupby(rows, lambda row: (row.source, row.note)):
         lines = {row.model: [f"{100 * row.scores[task]:.1f}" if task in row.scores else "-" for task in tasks] for row in group}
         _print(f"published: {source[0]} ({source[1]})", tasks, lines)
 

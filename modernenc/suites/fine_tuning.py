@@ -42,6 +42,10 @@ def make_cells(request: Request) -> tuple[list[FineTuningCell], list[str]]:
     """
     settings = read_fine_tuning(request.settings, request.changes)
     tasks = {folder.name: read_task(folder) for folder in find_tasks(request.data, request.tasks)}
+    for change in request.changes:
+        group, _, task = change.partition("=")[0].partition(".")
+        if group in ("tasks", "start_from") and not any(same_task(name, task.partition(".")[0]) for name in tasks):
+            raise ValueError(f"{change}: there is no such task; there are {', '.join(tasks)}")
     sources = {name: next((other for other in tasks if is_source(settings, name, other)), "") for name in tasks}
     sources = {name: source if source and (tasks[source].train or sources[source]) else "" for name, source in sources.items()}
     notes = []

@@ -3,11 +3,10 @@
 import gzip
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import zstandard
 from tokenizers import Tokenizer
 
 from modernenc.data.blocks import MANIFEST, VALIDATION, Corpus
@@ -72,18 +71,19 @@ def _of_files(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    import zstandard
-
-    with ExitStack() as stack:
-        if path.suffix == ".zst":
-            file: Any = stack.enter_context(zstandard.open(path, "rt", encoding="utf-8"))
-        else:
-            file = stack.enter_context((gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8"))
-        for number, line in enumerate(islice(file, None), 1):
-            try:
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise ValueError(f'{path}, line {number}: expected an object with a "text"')
-            yield row
+                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                    raise ValueError(f'{path}, line {number}: expected an object with a "text"')
+                yield row
+    except (json.JSONDecodeError, UnicodeDecodeError, EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        raise ValueError(f"{path}, line {number}: {error}") from error
+
+
+def _open(path: Path) -> IO[str]:
+    if path.suffix == ".zst":
+        return zstandard.open(path, "rt", encoding="utf-8")
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")

@@ -122,6 +122,10 @@ def read_task(folder: Path) -> LabelledTask:
     metrics = next(
         (metrics for name, metrics in METRICS.items() if same_task(name, folder.resolve().name)), METRICS_OF_KIND[kind]
     )
+    if "f1" in metrics and labels and labels != ["0", "1"]:
+        raise ValueError(
+            f"{folder}: its official score has the F1 of label 1; expected the labels 0 and 1, not {', '.join(labels)}"
+        )
     content = xxhash.xxh3_64(json.dumps([[item.texts, item.label] for item in [*train, *dev]]).encode()).hexdigest()
     return LabelledTask(folder.resolve().name, kind, train, dev, tuple(labels), metrics, content)
 

@@ -170,6 +170,8 @@ def test_settings_are_a_grid_for_each_task():
         ("cramming", ["lr=fast"], "fast"),
         ("cramming", ["lr=-1"], r"tasks.CoLA: lr=-1|lr=-1.0: expected more than 0"),
         ("cramming", ["tasks.CoLA.rate=1"], "tasks.CoLA.rate: unknown key; there are batch_size"),
+        ("cramming", ["tasks.CoLA=3"], "tasks.CoLA=3: expected keys of a setting"),
+        ("cramming", ["tasks.CoLA.lr=[]"], "tasks.CoLA.lr is empty"),
         ("cramming", ["schedule=step", "tasks.CoLA.lr=1e-5"], "tasks.CoLA.schedule=step: expected one of linear, cosine"),
     ],
 )  # fmt: skip
@@ -276,6 +278,7 @@ def test_names_with_marks_are_shown_as_they_are(encoder, tasks, tmp_path, capsys
     "changes, message",
     [
         (["start_from.a=b", "start_from.b=a"], "leads back to"),
+        (["tasks.c.lr=1"], "tasks.c.lr=1: there is no such task; there are a, b, unlabelled"),
         (["start_from.unlabelled=a"], "the tasks have different labels"),
     ],
 )
@@ -300,3 +303,23 @@ def test_a_model_that_needs_code_of_its_own_is_refused_and_a_damaged_cell_named(
     (tmp_path / cells.CELLS / f"{made[0].name}.json").write_text("{")
     with pytest.raises(ValueError, match=rf"{made[0].name}.json is damaged: .*; delete it"):
         cells.read(made[0], tmp_path)
+
+
+def test_damaged_weights_and_a_missing_tokenizer_are_one_clear_line(tmp_path):
+    folder = write_encoder(tmp_path / "encoder")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged: .*; save the model again"):
+        find_models([str(folder)], tmp_path)
+    (folder / "model.safetensors").write_bytes(weights)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer \(tokenizer\.json"):
+        find_models([str(folder)], tmp_path)
+
+
+def test_the_f1_of_an_official_task_needs_its_labels(tmp_path):
+    (tmp_path / "MRPC").mkdir()
+    for split in ("train", "dev"):
+        (tmp_path / "MRPC" / f"{split}.tsv").write_text("label\tsentence1\tsentence2\nequivalent\ta\tb\nnot_equivalent\ta\tb\n")
+    with pytest.raises(ValueError, match="expected the labels 0 and 1, not equivalent, not_equivalent"):
+        read_task(tmp_path / "MRPC")

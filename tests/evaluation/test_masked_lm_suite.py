@@ -150,6 +150,13 @@ def test_what_is_no_text_is_one_clear_line(tmp_path, content, message):
         read_documents(tmp_path, 100)
 
 
+def test_damaged_compressed_text_is_one_clear_line(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl.zst", ["the quick brown fox"] * 999)
+    (tmp_path / "a.jsonl.zst").write_bytes(b"\x28" + (tmp_path / "a.jsonl.zst").read_bytes()[5:])
+    with pytest.raises(ValueError, match=r"a\.jsonl\.zst, line 0: "):
+        read_documents(tmp_path, 100)
+
+
 def test_models_that_predict_no_tokens_are_left_out(tmp_path):
     from transformers import AutoModel
 
