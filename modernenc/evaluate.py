@@ -23,6 +23,7 @@ KEY=VALUE changes a suite's settings, which are in conf/evaluate: lr=1e-4, epoch
 import argparse
 import re
 import sys
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
@@ -90,12 +91,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--jobs {arguments.jobs}: speeds are measured one at a time; leave it out")
     name, settings = SUITES[arguments.suite]
     suite = import_module(f"modernenc.suites.{name}")
-    keys = tuple(f"{key}{mark}" for key in suite.SCHEMA.__annotations__ for mark in "=.")
+    names = [field.name for field in fields(suite.SCHEMA)]
+    keys = tuple(f"{key}{mark}" for key in names for mark in "=.")
     changes = [one for one in arguments.models if one.startswith(keys) and "=" in one]
     named = [one for one in arguments.models if one not in changes]
     for one in named:
         if re.fullmatch(r"[^/]+=([\d.e+-]+|\[.*\]|true|false)", one):
-            raise ValueError(f"{one}: {arguments.suite} has no such setting; it has {', '.join(suite.SCHEMA.__annotations__)}")
+            raise ValueError(f"{one}: {arguments.suite} has no such setting; it has {', '.join(names)}")
     found = models.find_models(named, arguments.out)
     if arguments.random:
         found = [twin for model in found for twin in (model, models.random_twin(model, arguments.out))]

@@ -170,13 +170,12 @@ def _try(cell: Cell, out: Path, report: Callable[[Measurement], None]) -> bool:
             return True
         start = time.monotonic()
         found = cell.work(out)
+        about = {"suite": cell.suite, "model": cell.model.name, "fingerprint": cell.model.fingerprint, "task": cell.task}
         scores = scores_of(cell.metrics, found.predictions)
-        content = {
-            "suite": cell.suite, "model": cell.model.name, "fingerprint": cell.model.fingerprint, "task": cell.task,
-            "setting": cell.setting, "seed": cell.seed, "scores": scores, "seconds": time.monotonic() - start,
-            **asdict(found), "machine": platform.node(), "versions": {**versions(), "transformers": version("transformers")},
-        }  # fmt: skip
+        made = {"setting": cell.setting, "seed": cell.seed, "scores": scores, "seconds": time.monotonic() - start}
+        where = {"machine": platform.node(), "versions": {**versions(), "transformers": version("transformers")}}
+        content = {**about, **made, **asdict(found), **where}
         write_json(path, content)
-        seconds, also = content["seconds"], scores_of(cell.also, found.predictions)
-        report(Measurement(cell.model.name, cell.task, cell.setting, cell.seed, cell.metrics, scores, found, seconds, also))
+        if result := read(cell, out):
+            report(result)
         return True

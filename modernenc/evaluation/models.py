@@ -27,7 +27,6 @@ _CONTENT = (
     "*.bin",
     "*.txt",
     "*.model",
-    "*.py",
     "*/config.json",
     "*_Dense/*.safetensors",
     "*_Dense/*.bin",

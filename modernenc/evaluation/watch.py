@@ -90,7 +90,7 @@ def evaluate(run: Run, checkpoint: Path, suite: str) -> bool:
                 **at,
                 "task": row["task"],
                 "score": row["score"],
-                "error": (row["seed_error"] ** 2 + row["item_error"] ** 2) ** 0.5,
+                "error": row["error"],
             }
             for row in rows
             if row["model"] == checkpoint.stem

@@ -165,6 +165,7 @@ def write(path: Path, suite: str, results: Sequence[Measurement]) -> None:
             "model": row.model,
             "task": task,
             **asdict(one),
+            "error": one.error,
             "setting": row.best[task][0].setting,
             "scores": [result.scores for result in row.best[task]],
             "also": [result.also for result in row.best[task]],

@@ -2,9 +2,9 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
-from annotated_types import Ge, Gt, Interval, MinLen
+from annotated_types import Ge, Gt
 from omegaconf import MISSING
 
 from modernenc.evaluation.cells import Findings, Request
@@ -13,39 +13,24 @@ from modernenc.evaluation.settings import read_settings
 from modernenc.frozen import frozen
 from modernenc.suites.rankings import values_of
 from modernenc.suites.retrieval_sets import RetrievalSet
-from modernenc.suites.search import SearchCell, TrainedCell, cut_notes, search_cells
+from modernenc.suites.search import SearchCell, SearchSettings, TrainedCell, cut_notes, search_cells
 
 if TYPE_CHECKING:
     from modernenc.suites.multi_vector import MultiVector
 
 
 @frozen
-class MultiVectorSettings:
-    """How a model is fine-tuned, on a teacher's scores where the set has them, and scored; each learning rate is tried."""
+class MultiVectorSettings(SearchSettings):
+    """Settings of models with a vector for each token; a teacher's scores are learned where the set has them."""
 
-    lr: Annotated[list[Annotated[float, Gt(0)]], MinLen(1)] = MISSING
-    """Peak learning rates of AdamW without weight decay; they fall linearly to 0."""
-    epochs: Annotated[int, Ge(0)] = MISSING
-    """0 scores a model as it is, such as one that PyLate trained."""
-    batch_size: Annotated[int, Ge(2)] = MISSING
-    """Queries in a step; without a teacher, all their texts are negatives of each other."""
-    mini_batch_size: Annotated[int, Ge(1)] = MISSING
-    """Texts that are computed at once, in scoring and in training without a teacher."""
-    warmup: Annotated[float, Interval(ge=0, lt=1)] = MISSING
-    """Fraction of the steps in which the learning rate rises."""
     ways: Annotated[int, Ge(2)] = MISSING
     """Texts of each query that the teacher's scores are learned of: the first ones of its line."""
     temperature: Annotated[float, Gt(0)] = MISSING
     """What scores are divided by in the loss without a teacher."""
-    negatives: Annotated[int, Ge(0)] = MISSING
-    """Without a teacher, hard negatives of a pair: texts that the set gives, or that BM25 finds."""
     query_length: Annotated[int, Ge(8)] = MISSING
     """Tokens of a query, to which shorter ones are filled up with mask tokens."""
     train_length: Annotated[int, Ge(8)] = MISSING
-    """Tokens beyond which texts are cut in training; the model's own limit holds too."""
-    max_length: Annotated[int, Ge(8)] = MISSING
-    """The same in scoring."""
-    precision: Annotated[str, Literal["bf16", "fp32"]] = MISSING
+    """Tokens beyond which texts are cut in training, where `max_length` holds in scoring."""
 
 
 SCHEMA = MultiVectorSettings

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
-from annotated_types import Ge, Gt, Interval, MinLen
+from annotated_types import Gt
 from omegaconf import MISSING
 
 from modernenc.evaluation.cells import Curve, Findings, Request
@@ -17,7 +17,7 @@ from modernenc.evaluation.settings import read_settings
 from modernenc.frozen import frozen
 from modernenc.suites.rankings import MAIN, values_of
 from modernenc.suites.retrieval_sets import RetrievalSet
-from modernenc.suites.search import SearchCell, TrainedCell, cut_notes, search_cells
+from modernenc.suites.search import SearchCell, SearchSettings, TrainedCell, cut_notes, search_cells
 
 if TYPE_CHECKING:
     from modernenc.suites.single_vector import SingleVector
@@ -29,26 +29,11 @@ SHORTEST_CUT = 512
 
 
 @frozen
-class SingleVectorSettings:
-    """How a model is fine-tuned and scored; each learning rate is tried."""
+class SingleVectorSettings(SearchSettings):
+    """Settings of models with one vector for each text."""
 
-    lr: Annotated[list[Annotated[float, Gt(0)]], MinLen(1)] = MISSING
-    """Peak learning rates of AdamW without weight decay; they fall linearly to 0."""
-    epochs: Annotated[int, Ge(0)] = MISSING
-    """0 scores a model as it is, such as one that sentence-transformers trained."""
-    batch_size: Annotated[int, Ge(2)] = MISSING
-    """Pairs of a query and a text in a step, all texts of which are negatives of the other queries."""
-    mini_batch_size: Annotated[int, Ge(1)] = MISSING
-    """Texts that are computed at once, in training and in scoring."""
-    warmup: Annotated[float, Interval(ge=0, lt=1)] = MISSING
-    """Fraction of the steps in which the learning rate rises."""
     scale: Annotated[float, Gt(0)] = MISSING
     """What cosines are multiplied by in the loss: the inverse of its temperature."""
-    negatives: Annotated[int, Ge(0)] = MISSING
-    """Hard negatives of a pair: texts that the set gives, or that BM25 finds."""
-    max_length: Annotated[int, Ge(8)] = MISSING
-    """Tokens beyond which queries and texts are cut; the model's own limit holds too."""
-    precision: Annotated[str, Literal["bf16", "fp32"]] = MISSING
 
 
 SCHEMA = SingleVectorSettings

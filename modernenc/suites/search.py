@@ -4,11 +4,15 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Interval, MinLen
+from omegaconf import MISSING
 
 from modernenc.evaluation.cells import Cell, Findings, Request
 from modernenc.evaluation.kept import TrainingCell, writing
 from modernenc.evaluation.models import Model
+from modernenc.frozen import frozen
 from modernenc.suites import bm25
 from modernenc.suites.rankings import ALSO, MAIN, values_of
 from modernenc.suites.retrieval_sets import CODE_TO_TEXT, TEXT_TO_CODE, RetrievalSet, find_sets, read_set, reverse
@@ -16,6 +20,27 @@ from modernenc.suites.retrieval_sets import CODE_TO_TEXT, TEXT_TO_CODE, Retrieva
 CODE = "code"
 """The suite that takes sets in both directions."""
 BM25 = Model("BM25", Path(), f"bm25s k1={bm25.K1} b={bm25.B}")
+
+
+@frozen
+class SearchSettings:
+    """How a model is fine-tuned and scored, whatever vectors it makes; each learning rate is tried."""
+
+    lr: Annotated[list[Annotated[float, Gt(0)]], MinLen(1)] = MISSING
+    """Peak learning rates of AdamW without weight decay; they fall linearly to 0."""
+    epochs: Annotated[int, Ge(0)] = MISSING
+    """0 scores a model as it is, such as one that was trained for retrieval."""
+    batch_size: Annotated[int, Ge(2)] = MISSING
+    """Pairs of a query and a text in a step. Without a teacher's scores, the texts are negatives of the other queries."""
+    mini_batch_size: Annotated[int, Ge(1)] = MISSING
+    """Texts that are computed at once, in scoring and in training without a teacher."""
+    warmup: Annotated[float, Interval(ge=0, lt=1)] = MISSING
+    """Fraction of the steps in which the learning rate rises."""
+    negatives: Annotated[int, Ge(0)] = MISSING
+    """Without a teacher, hard negatives of a pair: texts that the set gives, or that BM25 finds."""
+    max_length: Annotated[int, Ge(8)] = MISSING
+    """Tokens beyond which texts are cut; the model's own limit holds too."""
+    precision: Annotated[str, Literal["bf16", "fp32"]] = MISSING
 
 
 @dataclass(frozen=True)

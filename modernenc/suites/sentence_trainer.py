@@ -9,7 +9,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from transformers import PrinterCallback, ProgressCallback
 
-from modernenc.suites import colbert, retrieval
+from modernenc.suites.search import SearchSettings
 from modernenc.suites.trainer import QuietProgress
 
 
@@ -24,7 +24,7 @@ def fit(
     model: SentenceTransformer,
     data: Dataset,
     loss: torch.nn.Module,
-    setting: "retrieval.SingleVectorSettings | colbert.MultiVectorSettings",
+    setting: SearchSettings,
     seed: int,
     sampler: str,
     collator: Any = None,

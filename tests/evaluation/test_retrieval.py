@@ -6,18 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modernenc.evaluation import cells, installed
+from modernenc.evaluation import cells
 from modernenc.evaluation.cells import Measurement, Request
 from modernenc.evaluation.models import Model, find_models
 from modernenc.suites import retrieval
 from modernenc.suites.retrieval_sets import read_set, reverse
 from support.encoders import write_encoder
 from support.retrieval import WORDS, write_beir, write_lines, write_topics
-
-pytestmark = pytest.mark.skipif(
-    not installed.is_there("sentence_transformers/sentence_transformer"),
-    reason="no new sentence-transformers",
-)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +36,7 @@ def evaluate(suite: str, model: Path, data: Path, out: Path, *changes: str, keep
 
 
 def test_scores_equal_those_of_sentence_transformers_evaluator(encoder: Path, beir: Path, tmp_path: Path) -> None:
-    st = pytest.importorskip("sentence_transformers.sentence_transformer.evaluation")
+    import sentence_transformers.sentence_transformer.evaluation as st
     from sentence_transformers import SentenceTransformer
 
     items = read_set(beir)

@@ -3,7 +3,6 @@
 import gzip
 import json
 import math
-import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +15,11 @@ from modernenc.evaluation import installed
 from modernenc.suites import bm25
 from modernenc.suites.rankings import merge, values_of
 from modernenc.suites.retrieval_sets import RetrievalSet, find_sets, read_set
+from support.commands import ROOT
 from support.retrieval import WORDS, write_beir, write_lines, write_qrels
 
-DATA = Path(os.environ.get("MODERNENC_EVAL_DATA", "data/eval")) / "retrieval"
-"""Cranfield and others in BEIR's layout, with the figures of whoever prepared them."""
+DATA = ROOT.parent / "shared" / "data" / "eval" / "retrieval"
+"""Cranfield and others in BEIR's layout, whose figures under BM25 are known."""
 
 
 @pytest.fixture
@@ -177,7 +177,8 @@ def graded(items: RetrievalSet) -> RetrievalSet:
 
 
 def test_values_equal_those_of_pytrec_eval_and_of_the_formula(tmp_path: Path) -> None:
-    pytrec_eval = pytest.importorskip("pytrec_eval")
+    import pytrec_eval
+
     items = graded(read_set(write_beir(tmp_path / "large", texts=300)))
     run = random_run(items)
     values = values_of(items, run)
@@ -218,7 +219,7 @@ def test_a_query_that_finds_nothing_counts_as_nothing(beir: Path) -> None:
     assert values == {"ndcg_at_10": [0.0] * 20, "recall_at_100": [0.0] * 20}
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"no folder {DATA}; MODERNENC_EVAL_DATA names the one above it")
+@pytest.mark.skipif(not DATA.is_dir(), reason="these sets are not ours to distribute")
 @pytest.mark.parametrize(
     ("name", "ndcg", "recall"),
     [
