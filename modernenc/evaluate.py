@@ -21,6 +21,7 @@ KEY=VALUE changes a suite's settings, which are in conf/evaluate: lr=1e-4, epoch
 """
 
 import argparse
+import os
 import re
 import sys
 from dataclasses import fields
@@ -39,6 +40,8 @@ SUITES = {
 }
 """For each suite the module of `modernenc.suites` that makes its cells, and the settings that it has by default."""
 WATCH = "--watch"
+_LOWEST = 19
+"""Priority of the process that watches, so that training has the cores first."""
 
 
 def main() -> None:
@@ -52,9 +55,7 @@ def main() -> None:
     )
     parser.add_argument("suite", choices=SUITES, metavar="SUITE")
     parser.add_argument("models", nargs="+", metavar="MODEL", help="models, and settings as KEY=VALUE")
-    parser.add_argument(
-        "--data", type=Path, default=Path("data/eval"), help="folder of the tasks, or of one task (%(default)s)"
-    )
+    parser.add_argument("--data", default="data/eval", help="folder of the tasks, or of one, or hub:OWNER/NAME (%(default)s)")
     parser.add_argument("--tasks", default="", help="tasks to take, separated by commas; all by default")
     parser.add_argument("--settings", default="", help="settings: a name of conf/evaluate, or a YAML file")
     parser.add_argument("--seeds", type=int, default=3, help="how many times each cell is done (%(default)s)")
@@ -73,6 +74,7 @@ def _watch() -> None:
     parser.add_argument(WATCH, type=Path, metavar="RUN_DIR", help="evaluate its checkpoints as they appear")
     parser.add_argument("--once", action="store_true", help="only those that are there now")
     arguments = parser.parse_args()
+    os.nice(_LOWEST - os.nice(0))
     with one_line_errors():
         from modernenc.evaluation.watch import watch
 
@@ -80,7 +82,7 @@ def _watch() -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from modernenc.evaluation import cells, kept, models, workers  # torch takes seconds to import
+    from modernenc.evaluation import cells, hub, kept, models, workers  # torch takes seconds to import
     from modernenc.evaluation.installed import check_installed
     from modernenc.reporting import scores, scores_page
 
@@ -99,13 +101,15 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         if re.fullmatch(r"[^/]+=([\d.e+-]+|\[.*\]|true|false)", one):
             raise ValueError(f"{one}: {arguments.suite} has no such setting; it has {', '.join(names)}")
     found = models.find_models(named, arguments.out)
+    tasks = tuple(filter(None, arguments.tasks.split(",")))
+    data = hub.local_folder(arguments.data, tasks, arguments.out)
     if arguments.random:
         found = [twin for model in found for twin in (model, models.random_twin(model, arguments.out))]
     request = cells.Request(
         arguments.suite,
         found,
-        arguments.data,
-        tuple(filter(None, arguments.tasks.split(","))),
+        data,
+        tasks,
         arguments.settings or settings,
         changes,
         arguments.seeds,
@@ -116,6 +120,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         if given and name in ("masked_lm", "efficiency"):
             raise ValueError(f"{option} {given}: {arguments.suite} has neither tasks nor models that it trains; leave it out")
     made = list({(cell.name, cell.model.name): cell for cell in made}.values())
+    if str(data) != arguments.data:
+        notes = [f"{arguments.data} is in {data}", *notes]
     for note in () if workers.is_copy() else notes:
         print(note)
     if not made:

@@ -4,8 +4,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGES = {
-    "evaluate": ("accelerate", "scipy", "seqeval", "sklearn"),
-    "retrieval": ("bm25s", "datasets", "pytrec_eval", "sentence_transformers/sentence_transformer"),
+    "evaluate": ("accelerate", "datasets", "scipy", "seqeval", "sklearn"),
+    "retrieval": ("bm25s", "pytrec_eval", "sentence_transformers/sentence_transformer"),
     "colbert": ("bm25s", "pylate", "pytrec_eval"),
 }
 """Folders of packages, by extra. The folder inside sentence-transformers is that of the versions that this code is for."""

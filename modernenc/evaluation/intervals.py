@@ -10,7 +10,7 @@ from statistics import mean, stdev
 
 import numpy as np
 
-from modernenc.evaluation.metrics import Predictions, resampled, scores_of
+from modernenc.evaluation.metrics import Predictions, draw, resampled, scores_of
 
 RESAMPLES = 1_000
 NORMAL = 1.96
@@ -80,6 +80,5 @@ def _seed_error(scores: Sequence[float]) -> float:
 
 def _resample(metrics: Sequence[str], runs: Sequence[Predictions]) -> np.ndarray:
     """Return the mean score over runs under each resample. The resamples of as many items are the same at every call."""
-    items = len(next(iter(runs[0].values())))
-    weights = np.random.default_rng(items).multinomial(items, np.full(items, 1 / items), RESAMPLES).astype(np.float64)
+    weights = draw(runs[0], RESAMPLES)
     return np.mean([[resampled(metric, run, weights) for metric in metrics] for run in runs], axis=(0, 1))

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 
 Predictions = dict[str, list[Any]]
-"""What the metrics need of all items: `labels` and `predictions`; `counts` of right, predicted and true entities; or, of each
-document, its summed `loss` and the number of its `targets`."""
+"""What the metrics need of all items: `labels` and `predictions`, and the `groups` of those that belong together; `counts` of
+right, predicted and true entities; or, of each document, its summed `loss` and the number of its `targets`."""
 Scores = dict[str, float]
 
 
@@ -55,9 +55,25 @@ def scores_of(metrics: Sequence[str], of: Predictions) -> Scores:
         "spearman": lambda: 0.0 if constant else spearmanr(labels, predictions)[0],
         "entity_f1": entity_f1,
         "loss": lambda: sum(of["loss"]) / sum(of["targets"]),
+        "exact_match": lambda: float(_exact(of)[0].mean()),
     }
     scores = {metric: float(functions[metric]()) if metric in functions else float(np.mean(of[metric])) for metric in metrics}
     return {metric: score if np.isfinite(score) else _worst(metric) for metric, score in scores.items()}
+
+
+def draw(of: Predictions, resamples: int) -> Float[np.ndarray, "resamples items"]:
+    """Return the weights of resamples, the same for as many items. Items of a group are drawn together."""
+    group_of = np.unique(of["groups"], return_inverse=True)[1] if "groups" in of else np.arange(len(next(iter(of.values()))))
+    count = int(group_of.max()) + 1
+    weights = np.random.default_rng(count).multinomial(count, np.full(count, 1 / count), resamples)
+    return weights.astype(np.float64)[:, group_of]
+
+
+def _exact(of: Predictions) -> tuple[Float[np.ndarray, " groups"], Integer[np.ndarray, " groups"]]:
+    """Return for each group whether all of its predictions are right, and its first item."""
+    _, first, group_of = np.unique(of["groups"], return_index=True, return_inverse=True)
+    wrong = np.bincount(group_of, np.array(of["labels"]) != np.array(of["predictions"]))
+    return (wrong == 0).astype(np.float64), first
 
 
 def _worst(metric: str) -> float:
@@ -74,6 +90,9 @@ def resampled(metric: str, of: Predictions, weights: Float[np.ndarray, "resample
         return weights @ np.array(of["loss"]) / (weights @ np.array(of["targets"]))
     if metric in ("pearson", "spearman"):
         return _correlation(metric, of, weights)
+    if metric == "exact_match":
+        exact, first = _exact(of)
+        return weights[:, first] @ exact / weights[:, first].sum(1)
     if metric not in ("accuracy", "f1", "macro_f1", "matthews"):
         return weights @ np.array(of[metric], np.float64) / weights.sum(1)
     if metric == "accuracy":  # without a table of all pairs of labels, of which there may be many

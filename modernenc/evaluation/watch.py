@@ -6,15 +6,18 @@ its loggers. What is evaluated stands in the recipe: `evaluate.suites` and `eval
 
 import json
 import logging
-import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from modernenc.config import Run
+from modernenc.evaluation.models import CACHE
 from modernenc.run_folder import checkpoints
 from modernenc.run_folder.load import locate
 from modernenc.run_folder.tables import Table
@@ -23,8 +26,6 @@ log = logging.getLogger(__name__)
 
 TABLE, FOLDER = "evaluations.csv", "evaluations"
 _POLL_S = 10
-_NICE = 19
-"""Priority of the evaluation, the lowest, so that training has the cores first."""
 
 
 def watch(run_dir: Path, once: bool) -> None:
@@ -38,12 +39,13 @@ def watch(run_dir: Path, once: bool) -> None:
             f"{run_dir}: evaluate.suites is empty; name suites and their arguments in the recipe, or when resuming the run, as "
             "+evaluate.suites.mlm='--data data/demo'"
         )
-    os.nice(_NICE - os.nice(0))
     last, failed = checkpoints.name_at_end(list(run.phases)[-1]), set[tuple[str, str]]()
     while True:
-        for checkpoint, suite in due(run, Path(run.run_dir)):
-            if (checkpoint.stem, suite) not in failed and not evaluate(run, checkpoint, suite):
-                failed.add((checkpoint.stem, suite))
+        for checkpoint, wanted in groupby(due(run, Path(run.run_dir)), key=itemgetter(0)):
+            for _, suite in wanted:
+                if (checkpoint.stem, suite) not in failed and not evaluate(run, checkpoint, suite):
+                    failed.add((checkpoint.stem, suite))
+            shutil.rmtree(Path(run.run_dir) / FOLDER / CACHE, ignore_errors=True)  # a copy of each checkpoint would stay
         done = {row["suite"] for row in Table(Path(run.run_dir) / TABLE).read() if row["checkpoint"] == last}
         done |= {suite for checkpoint, suite in failed if checkpoint == last}
         if once or done >= set(run.evaluate.suites):

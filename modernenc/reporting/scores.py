@@ -144,7 +144,7 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     if apart:
         lines.append(f"tell the best model from the worst: {', '.join(apart)}")
     if noise:
-        lines.append(f"do not, the difference is within the noise: {', '.join(noise)}")
+        lines.append(f"cannot tell these models apart, the difference is within the noise: {', '.join(noise)}")
     deviations = {task: max(row.estimates[task].deviation for row in rows if task in row.estimates) for task in tasks_of(rows)}
     if any(deviations.values()):
         lines.append(
@@ -154,8 +154,12 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
 
 
 def notes_of(results: Sequence[Measurement]) -> list[str]:
-    """Return what the user should know of each model and task."""
-    return list(dict.fromkeys(f"{one.model}, {one.task}: {note}" for one in results for note in one.found.notes))
+    """Return what the user should know, each with the tasks and models that it is about."""
+    about: dict[str, dict[str, None]] = {}
+    for one in results:
+        for note in one.found.notes:
+            about.setdefault(note, {})[f"{one.task} of {one.model}"] = None
+    return [f"{note}: {', '.join(of)}" for note, of in about.items()]
 
 
 def write(path: Path, suite: str, results: Sequence[Measurement]) -> None:

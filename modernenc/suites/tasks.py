@@ -1,29 +1,18 @@
-"""Tasks for fine-tuning, read from a folder each: `train*` and `dev*`, `val*` or `validation*`, as TSV, CSV, JSONL or CoNLL.
+"""Tasks for fine-tuning, read from a folder each: `train*` and `dev*`, `val*` or `validation*`, in any layout of `examples`."""
 
-- One text or a pair of texts, and a `label`: TSV with a header and without quoting, as GLUE has it, CSV, or JSON lines. Labels
-  are words, or numbers with a decimal point, which are regressed.
-- Multiple choice: CSV with SWAG's columns, JSON lines with HellaSwag's keys (`ctx`, `endings`, `label`), with COPA's
-  (`premise`, `choice1`, `choice2`, `question`, `label`), or with `question`, `choices` and `label`.
-- Words with a tag each: CoNLL's columns, a word and its tag first and last on a line, and an empty line between sentences.
-"""
-
-import csv
-import gzip
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
 from modernenc.evaluation.settings import same_task
+from modernenc.suites.examples import CHOICES, CLASSES, ENDINGS, REGRESSION, TAGS, Example, read_examples
 
-CLASSES, REGRESSION, CHOICES, TAGS = "classes", "regression", "choices", "tags"
-"""Kinds of tasks."""
 METRICS = {
     "CoLA": ("matthews",), "MRPC": ("accuracy", "f1"), "QQP": ("accuracy", "f1"), "STS-B": ("pearson", "spearman"),
-    "CB": ("accuracy", "macro_f1"),
+    "CB": ("accuracy", "macro_f1"), "MultiRC": ("f1", "exact_match"),
 }  # fmt: skip
 """The official metrics of a task, of which its score is the mean: Wang et al. 2019, arXiv:1804.07461 and 1905.00537. Other
 tasks have those of their kind."""
@@ -32,24 +21,6 @@ METRICS_OF_KIND = {
 }  # fmt: skip
 SPLITS = {"train": ("train",), "dev": ("dev_matched", "dev", "val", "test")}
 """How the name of a split's file begins; the first that is there counts."""
-ENDINGS = (".tsv", ".csv", ".jsonl", ".jsonl.gz", ".conll", ".txt")
-LABEL_COLUMNS = ("label", "gold_label", "score", "is_duplicate")
-TEXT_COLUMNS = (
-    ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
-    ("question", "passage"), ("sentence",), ("text",),
-)  # fmt: skip
-ID_COLUMNS = ("", "id", "idx", "index", "guid", "pairID", "genre")
-COPA_QUESTIONS = {"cause": "What was the cause?", "effect": "What happened as a result?"}
-
-
-@dataclass(frozen=True)
-class Example:
-    """Something to be labelled."""
-
-    texts: tuple[str, ...]
-    """One text or two; for a choice, the context and its endings; for tags, the words."""
-    label: Any
-    """The label as the file has it; for a choice the number of the right ending, for tags a tuple of them."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +97,8 @@ def read_task(folder: Path) -> LabelledTask:
         raise ValueError(
             f"{folder}: its official score has the F1 of label 1; expected the labels 0 and 1, not {', '.join(labels)}"
         )
-    content = xxhash.xxh3_64(json.dumps([[item.texts, item.label] for item in [*train, *dev]]).encode()).hexdigest()
+    parts = [[item.texts, item.label, *([item.group] if item.group else [])] for item in [*train, *dev]]
+    content = xxhash.xxh3_64(json.dumps(parts).encode()).hexdigest()
     return LabelledTask(folder.resolve().name, kind, train, dev, tuple(labels), metrics, content)
 
 
@@ -167,107 +139,4 @@ def _read_split(folder: Path, split: str) -> Iterator[tuple[str, Example]]:
         raise FileNotFoundError(
             f"{folder}: no file dev*, val* or test*, so nothing to score; expected one of {', '.join(ENDINGS)}"
         )
-    count = 0
-    try:
-        read = _read_conll if path.name.endswith((".conll", ".txt")) else _read_rows
-        for kind, item in read(path):
-            yield kind, item
-            count += 1
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}, after item {count}: {error}") from error
-    if not count:
-        raise ValueError(f"{path} has no items")
-
-
-def _read_rows(path: Path) -> Iterator[tuple[str, Example]]:
-    for place, row in _rows(path):
-        where = f"{path}, line {place}"
-        if "ending0" in row and "sent1" not in row:
-            raise ValueError(f"{where}: no column sent1 beside ending0; expected SWAG's columns")
-        if "ending0" in row:
-            endings = [value for key, value in sorted(row.items()) if key.startswith("ending")]
-            second = row.get("sent2", "")
-            yield CHOICES, _choice(where, row["sent1"], [f"{second} {ending}".strip() for ending in endings], row.get("label"))
-        elif "endings" in row:
-            yield CHOICES, _choice(where, row.get("ctx", row.get("question", "")), row["endings"], row.get("label"))
-        elif "choices" in row:
-            question = row.get("question", "")
-            yield (
-                CHOICES,
-                _choice(
-                    where, f"{question} {COPA_QUESTIONS.get(row.get('kind', ''), '')}".strip(), row["choices"], row.get("label")
-                ),
-            )
-        elif "choice1" in row:
-            context = f"{row.get('premise', '')} {COPA_QUESTIONS.get(row.get('question', ''), '')}".strip()
-            yield CHOICES, _choice(where, context, [row["choice1"], row.get("choice2", "")], row.get("label"))
-        else:
-            yield CLASSES, _classified(where, row)
-
-
-def _choice(where: str, context: str, endings: list[str], label: Any) -> Example:
-    if not isinstance(endings, list) or not all(isinstance(ending, str) for ending in endings) or len(endings) < 2:
-        raise ValueError(f"{where}: the answers are {endings}; expected a list of two texts or more")
-    if str(label) not in [str(number) for number in range(len(endings))]:
-        raise ValueError(f"{where}: label={label}; expected 0 to {len(endings) - 1}, the number of the right ending")
-    return Example((context, *endings), int(label))
-
-
-def _classified(where: str, row: dict[str, Any]) -> Example:
-    key = next((name for name in LABEL_COLUMNS if name in row), None)
-    if key is None:
-        raise ValueError(f"{where}: no column label; there are {', '.join(row)}")
-    label = str(row[key]).strip() if not isinstance(row[key], bool) else str(int(row[key]))
-    if label in ("", "-1", "None"):
-        raise ValueError(f"{where}: {key}={label or 'nothing'}: expected a label; a split without labels cannot be scored")
-    others = [name for name in row if name != key and name not in ID_COLUMNS]
-    names = next((names for names in TEXT_COLUMNS if all(name in row for name in names)), tuple(others))
-    if not 1 <= len(names) <= 2:
-        raise ValueError(f"{where}: {len(names)} columns of text ({', '.join(names)}); expected one or two beside {key}")
-    for name in names:
-        if not isinstance(row[name], str):
-            raise ValueError(f"{where}: {name}={row[name]}: expected text")
-    return Example(tuple(row[name] for name in names), label)
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the number of the line and the fields of each row of a table or of JSON lines."""
-    open_text = gzip.open if path.name.endswith(".gz") else open
-    with open_text(path, "rt", encoding="utf-8-sig", newline="") as file:
-        if ".jsonl" in path.name:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError(f"{path}, line {number}: expected a JSON object")
-                    yield number, row
-            return
-        style: Any = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-        csv.field_size_limit(1 << 30)
-        reader = csv.reader(file, **style)
-        header = next(reader, [])
-        for fields in reader:
-            if len(fields) != len(header):
-                raise ValueError(
-                    f"{path}, line {reader.line_num}: {len(fields)} fields; expected {len(header)}: {', '.join(header)}"
-                )
-            yield reader.line_num, dict(zip(header, fields, strict=True))
-
-
-def _read_conll(path: Path) -> Iterator[tuple[str, Example]]:
-    words: list[str] = []
-    tags: list[str] = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate([*file, ""], 1):
-            columns = line.split()
-            if not columns or columns[0] == "-DOCSTART-":
-                if words:
-                    yield TAGS, Example(tuple(words), tuple(tags))
-                words, tags = [], []
-            elif len(columns) < 2 or not (columns[-1] == "O" or columns[-1][1:2] == "-"):
-                raise ValueError(
-                    f"{path}, line {number}: {line.strip()}: expected a word first and a tag such as B-PER or O last"
-                )
-            else:
-                words.append(columns[0])
-                tags.append(columns[-1])
+    yield from read_examples(path)

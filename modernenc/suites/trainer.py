@@ -34,7 +34,8 @@ from modernenc.evaluation.kept import writing
 from modernenc.evaluation.metrics import Predictions, scores_of
 from modernenc.evaluation.models import know_mega, max_positions
 from modernenc.evaluation.settings import Setting
-from modernenc.suites.tasks import CHOICES, CLASSES, REGRESSION, TAGS, Example, LabelledTask
+from modernenc.suites.examples import CHOICES, CLASSES, REGRESSION, TAGS, Example
+from modernenc.suites.tasks import LabelledTask
 
 CLASSES_OF_MODELS = {
     CLASSES: AutoModelForSequenceClassification, REGRESSION: AutoModelForSequenceClassification,
@@ -281,7 +282,8 @@ def _predictions(
     if task.kind == CHOICES:
         return {"labels": [item.label for item in task.dev], "predictions": logits.argmax(-1).tolist()}
     if task.kind == CLASSES:
-        return {"labels": [labels.index(item.label) for item in task.dev], "predictions": logits.argmax(-1).tolist()}
+        groups = {"groups": [item.group for item in task.dev]} if task.dev[0].group else {}
+        return {"labels": [labels.index(item.label) for item in task.dev], "predictions": logits.argmax(-1).tolist(), **groups}
     counts = []
     for item, best, target, mine in zip(task.dev, logits.argmax(-1), targets[numbers], words, strict=True):
         tags = ["O"] * len(item.label)

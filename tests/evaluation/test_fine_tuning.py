@@ -244,7 +244,7 @@ def test_weights_are_trained_in_single_precision_whatever_they_were_saved_as(enc
 def test_words_without_tokens_move_no_tag(encoder):
     from transformers import AutoTokenizer
 
-    from modernenc.suites.tasks import Example
+    from modernenc.suites.examples import Example
     from modernenc.suites.trainer import _encode_words, _predictions
 
     tokenizer = AutoTokenizer.from_pretrained(encoder.folder)
@@ -258,7 +258,8 @@ def test_words_without_tokens_move_no_tag(encoder):
 
 
 def read_task_of(item):
-    from modernenc.suites.tasks import TAGS, LabelledTask
+    from modernenc.suites.examples import TAGS
+    from modernenc.suites.tasks import LabelledTask
 
     return LabelledTask("tags", TAGS, [], [item], (), ("entity_f1",), "")
 

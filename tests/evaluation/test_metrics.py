@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from modernenc.evaluation.intervals import average, difference, estimate
-from modernenc.evaluation.metrics import resampled, scores_of
+from modernenc.evaluation.metrics import draw, resampled, scores_of
 
 
 def _predictions(kind: str, items: int, seed: int) -> dict[str, list]:
@@ -46,6 +46,16 @@ def test_predictions_without_a_difference_have_a_score_of_zero():
     assert resampled("pearson", same, np.ones((1, 4))).tolist() == [0.0]
     one = {"labels": [0, 1, 1, 0], "predictions": [1] * 4}
     assert scores_of(["matthews"], one)["matthews"] == resampled("matthews", one, np.ones((1, 4)))[0] == 0.0
+
+
+def test_an_exact_match_is_a_question_of_which_all_answers_are_right():
+    of = {"labels": [1, 0, 1, 1, 0], "predictions": [1, 0, 1, 0, 0], "groups": ["b", "b", "a", "a", "c"]}
+    assert scores_of(["exact_match"], of) == {"exact_match": pytest.approx(2 / 3)}
+    weights = draw(of, 500)
+    assert (weights[:, 0] == weights[:, 1]).all() and (weights[:, 2] == weights[:, 3]).all()  # drawn together
+    weight_a, weight_b, weight_c = weights[:, 2], weights[:, 0], weights[:, 4]
+    assert (weight_a + weight_b + weight_c == 3).all()
+    assert resampled("exact_match", of, weights) == pytest.approx((weight_b + weight_c) / 3)
 
 
 def test_intervals_are_students_over_seeds_and_binomial_over_items():

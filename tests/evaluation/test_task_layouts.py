@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from modernenc.suites.tasks import CHOICES, CLASSES, REGRESSION, TAGS, Example, find_tasks, read_task
+from modernenc.suites.examples import CHOICES, CLASSES, REGRESSION, TAGS, Example
+from modernenc.suites.tasks import find_tasks, read_task
 
 SWAG = ",video-id,fold-ind,startphrase,sent1,sent2,gold-source,ending0,ending1,ending2,ending3,label\n"
 
@@ -36,6 +37,46 @@ def test_texts_pairs_and_numbers_are_read_from_tables(tmp_path):
                 '{"premise": "a", "hypothesis": "b", "label": true}\n{"premise": "a", "hypothesis": "b", "label": false}\n'
             )
     assert read_task(folder).labels == ("0", "1")
+
+
+MULTIRC = {
+    "idx": 7,
+    "passage": {
+        "text": "It rained.",
+        "questions": [
+            {"question": "Wet?", "answers": [{"text": "yes", "label": 1}, {"text": "no", "label": 0}], "idx": 3},
+            {"question": "Dry?", "answers": [{"text": "no", "label": 1}], "idx": 4},
+        ],
+    },
+}
+WIC = dict(word="bank", sentence1="The bank is closed.", sentence2="A river bank.", start1=4, end1=8, start2=8, end2=12)
+SPANS = dict(span1_index=0, span1_text="Mark", span2_index=4, span2_text="he")
+
+
+def test_tasks_of_superglue_are_read_as_its_authors_and_as_the_hub_have_them(tmp_path):
+    flat = [
+        dict(paragraph="It rained.", question=question, answer=answer, idx=dict(paragraph=7, question=number), label=label)
+        for question, answer, number, label in (("Wet?", "yes", 0, 1), ("Wet?", "no", 0, 0), ("Dry?", "no", 1, 1))
+    ]
+    answers = [
+        Example(("It rained.", "Wet? yes"), "1", "7-0"),
+        Example(("It rained.", "Wet? no"), "0", "7-0"),
+        Example(("It rained.", "Dry? no"), "1", "7-1"),
+    ]
+    for name, rows in (("authors", [MULTIRC]), ("hub", flat)):
+        task = read_task(_write(tmp_path / name / "MultiRC", dev_jsonl="\n".join(map(json.dumps, rows))))
+        assert task.dev == answers and task.metrics == ("f1", "exact_match")
+    task = read_task(_write(tmp_path / "WiC", dev_jsonl=json.dumps({**WIC, "label": False})))
+    assert task.dev == [Example(("The *bank* is closed.", "A river *bank*."), "0")]
+    text = {"text": "Mark told Pete that he, too, won.", "label": True}
+    for name, row in (("authors", {**text, "target": SPANS}), ("hub", {**text, **SPANS})):
+        task = read_task(_write(tmp_path / name / "WSC", dev_jsonl=json.dumps(row)))
+        assert task.dev == [Example(("Mark told Pete that *he*, too, won.", "Mark"), "1")]
+
+
+def test_labels_of_opinions_may_be_negative(tmp_path):
+    table = "label\ttext\n-1\tbad\n0\tso\n1\tgood\n"
+    assert read_task(_write(tmp_path / "own", train_tsv=table, dev_tsv=table)).labels == ("-1", "0", "1")
 
 
 def test_choices_are_read_in_all_layouts(tmp_path):
@@ -78,7 +119,7 @@ GOOD = "label\tsentence\n1\ta\n0\tb\n"
         (dict(train_tsv="sentence\na\n", dev_tsv=GOOD), "train.tsv, line 2: no column label; there are sentence"),
         (dict(train_tsv="label\tsentence\n", dev_tsv=GOOD), "train.tsv has no items"),
         (dict(train_tsv=GOOD, dev_tsv=""), "dev.tsv has no items"),
-        (dict(train_tsv=GOOD, dev_tsv="label\tsentence\n-1\ta\n"), "dev.tsv, line 2: label=-1: expected a label"),
+        (dict(train_tsv=GOOD, dev_tsv="label\tsentence\n-1\ta\n"), "dev.tsv: label=-1 on each line: expected labels"),
         (dict(train_tsv=GOOD, dev_tsv="label\tsentence\n2\ta\n"), "dev.tsv: label 2 is none of those in .*train.tsv: 0, 1"),
         (dict(train_tsv="label\tsentence\n1\ta\n", dev_tsv="label\tsentence\n1\ta\n"), "have the label 1; expected two"),
         (dict(train_tsv=GOOD, dev_jsonl='{"question": "a", "choices": ["b", "c"], "label": 0}'), "choices and classes"),
@@ -90,6 +131,10 @@ GOOD = "label\tsentence\n1\ta\n0\tb\n"
         (dict(dev_jsonl='{"question": "a", "choices": null, "label": 2}'), "line 1: the answers are None; expected a list"),
         (dict(dev_csv="label,ending0,ending1\n0,a,b\n"), "line 2: no column sent1 beside ending0"),
         (dict(dev_jsonl='{"text": null, "label": "a"}'), "line 1: text=None: expected text"),
+        (dict(dev_jsonl='{"text": "a", "label": null}'), "line 1: label=None: expected a label"),
+        (dict(dev_jsonl='{"passage": {"text": "a", "entities": []}, "qas": []}'), "ReCoRD's layout is not read; leave"),
+        (dict(dev_jsonl='{"idx": 0, "passage": {"text": "a", "questions": [{}]}}'), "line 1: KeyError.*expected MultiRC's"),
+        (dict(dev_jsonl=json.dumps({"text": "I won.", "label": 1, **SPANS})), "word 4 of the text is not span2_text=he"),
         (dict(train_conll="EU NNP\n", dev_conll="EU B-ORG\n"), "train.conll, line 1: EU NNP: expected a word first and a tag"),
     ],
 )  # fmt: skip

@@ -29,6 +29,7 @@ def test_checkpoints_are_evaluated_once_and_reported(small_run, tmp_path):
     assert Table(run_dir / "evaluations.csv").read() == rows
     assert "scores of checkpoints over the tokens seen" in write(run).read_text()
     assert all(Path(run_dir / "evaluations" / name).exists() for name in ("mlm.html", "mlm.json"))
+    assert not Path(run_dir / "evaluations" / "models").exists()  # no copy of a checkpoint stays
 
 
 def test_checkpoints_between_boundaries_are_due_every_so_many_tokens(small_run):
