@@ -23,7 +23,7 @@ from modernenc.evaluation.models import Model
 from modernenc.run_folder.lineage import versions
 
 CELLS = "cells"
-FORMAT = 1
+FORMAT = 2
 """Number of the format and of the meaning of a cell; a cell of another one is done anew."""
 _POLL_S = 0.5
 

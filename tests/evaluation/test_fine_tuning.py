@@ -241,6 +241,23 @@ def test_weights_are_trained_in_single_precision_whatever_they_were_saved_as(enc
     }
 
 
+def test_batches_of_training_mix_texts_of_all_lengths(encoder, tasks, tmp_path):
+    """Where the length of a text says something about its label, batches of like lengths teach worse."""
+    from modernenc.suites.trainer import _arguments, _Trainer, _with_head
+
+    setting = read_fine_tuning("cramming", LEARN).of_task("fox")[0]
+    model = _with_head(encoder.folder, read_task(tasks / "fox"), setting)
+    items = [{"input_ids": [1] * length, "labels": 0} for length in [4] * 100 + [40] * 100]
+    trainer = _Trainer(
+        model,
+        _arguments(setting, 0, str(tmp_path), len(items)),
+        data_collator=lambda rows: {"lengths": torch.tensor([len(row["input_ids"]) for row in rows])},
+        train_dataset=items,  # pyright: ignore[reportArgumentType]
+    )
+    batches = [set(batch["lengths"].tolist()) for batch in trainer.get_train_dataloader()]
+    assert len(batches) == 13 and batches[:12] == [{4, 40}] * 12
+
+
 def test_words_without_tokens_move_no_tag(encoder):
     from transformers import AutoTokenizer
 
