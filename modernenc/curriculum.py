@@ -20,6 +20,8 @@ from modernenc.schedules import LR_CURVES
 
 MASKED_LM = "masked_lm"
 """The objective that reads text; the others are tasks."""
+CAUSAL_LM = "causal_lm"
+"""What takes its place in the first steps of a phase with a `causal_share`: each token is predicted from those before it."""
 CHOICES = 4
 """Endings of a multiple-choice item, each of which takes a row."""
 _MOST_STAGES = 1_000
@@ -81,13 +83,13 @@ class StepSpec:
     step: int
     phase: str
     objective: str
-    """Objective that the step trains."""
+    """Objective that the step trains: one of the phase's, or causal LM in place of masked LM."""
     step_tokens: int
     """Row capacity of the step."""
     first_row: int
     """Number of the first row of text that this or a later step reads, counted from the start of the phase."""
     first_item: int
-    """Number of a task's first item, counted from the start of the run; 0 for masked LM."""
+    """Number of a task's first item, counted from the start of the run; 0 for text."""
     lr: float
     """Learning rate on the scale of `optim.lr`."""
     peak_lr: float
@@ -164,15 +166,17 @@ class Curriculum:
         objective = stage.cycle[step % len(stage.cycle)]
         task = self.tasks.get(objective)
         peak_lr = phase.lr * (task.lr_factor if task else 1)
+        into_phase = tokens_seen - self.start_of(stage.phase)
+        is_causal = objective == MASKED_LM and into_phase < phase.causal_share * phase.tokens
         return StepSpec(
             tokens_seen=tokens_seen,
             step=stage.first_step + step,
             phase=stage.phase,
-            objective=objective,
+            objective=CAUSAL_LM if is_causal else objective,
             step_tokens=stage.sizes[step % len(stage.sizes)],
             first_row=self._rows_before(stage) + stage.steps_of(MASKED_LM, step) * stage.batch_rows,
             first_item=(stage.before[objective] + stage.steps_of(objective, step)) * task.batch_items if task else 0,
-            lr=peak_lr * _lr_factor(phase, tokens_seen - self.start_of(stage.phase)),
+            lr=peak_lr * _lr_factor(phase, into_phase),
             peak_lr=peak_lr,
             weight_decay=phase.weight_decay,
             batch_rows=stage.batch_rows,
@@ -189,7 +193,7 @@ class Curriculum:
             tokens_seen += spec.step_tokens
 
     def steps_by_objective(self, phase: str) -> dict[str, int]:
-        """Return how many steps of a phase train each objective."""
+        """Return how many steps of a phase train each of its objectives; those of causal LM count as masked LM."""
         stages = self.stages_of(phase)
         return {name: sum(stage.steps_of(name, stage.steps) for stage in stages) for name in dict.fromkeys(stages[0].cycle)}
 
@@ -302,6 +306,7 @@ def _check(name: str, phase: Phase) -> None:
         require(phase.batch_rows == 0, "batch_rows", phase.batch_rows, f"0, {why}")
         require(not any(phase.mix.values()), "mix", phase.mix, f"{{}}, {why}")
         require(not ramp.tokens, "ramp.tokens", ramp.tokens, f"0, {why}")
+        require(not phase.causal_share, "causal_share", phase.causal_share, f"0, {why}")
     require(phase.lr_curve in LR_CURVES, "lr_curve", phase.lr_curve, f"one of {', '.join(LR_CURVES)}")
     require(phase.warmup_tokens <= phase.tokens, "warmup_tokens", phase.warmup_tokens, "at most the phase's tokens")
     if ramp.tokens:
@@ -320,13 +325,15 @@ def _check_tasks(phases: dict[str, Phase], tasks: dict[str, Task]) -> None:
     """Raise ValueError for a task with invalid settings, one that no phase trains, or an objective that is no task."""
     wanted = {objective: name for name, phase in phases.items() for objective in objectives_of(phase)}
     for name, phase in wanted.items():
+        if name == CAUSAL_LM:
+            raise ValueError(f"phases.{phase}.objectives.{name}: is no objective of a cycle; give phases.{phase}.causal_share")
         if name not in (MASKED_LM, *tasks):
             raise ValueError(
                 f"phases.{phase}.objectives.{name}: there is no such task; expected {', '.join((MASKED_LM, *tasks))}, or say "
                 f"what it is in tasks.{name}"
             )
     for name, task in tasks.items():
-        if name in (MASKED_LM, "all") or not _NAME.fullmatch(name):
+        if name in (MASKED_LM, CAUSAL_LM, "all") or not _NAME.fullmatch(name):
             raise ValueError(f"tasks.{name}: the name is taken, or has other signs than letters, digits, `_`, `-` and `.`")
         if name not in wanted:
             raise ValueError(f"tasks.{name} is in the objectives of no phase; name it there, or leave it out")

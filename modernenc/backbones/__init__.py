@@ -33,11 +33,13 @@ class Backbone(Protocol):
         cu_seqlens: Int[Tensor, " docs_plus_1"],
         max_seqlen: int,
         positions: Int[Tensor, " some"] | None = None,
+        causal: bool = False,
     ) -> Float[Tensor, "_ hidden"]:
         """Return hidden states of packed documents, at all tokens or at `positions`.
 
-        `cu_seqlens` may lie on the CPU, as in a `MicroBatch`, so that its values are known without waiting for a GPU. With
-        `positions`, the last layer may skip what only other tokens need. Raises ValueError when a document is longer than
+        If `causal`, those of a token depend on no later one, as in a decoder; a backbone without this argument trains masked LM
+        alone. `cu_seqlens` may lie on the CPU, as in a `MicroBatch`, so that its values are known without waiting for a GPU.
+        With `positions`, the last layer may skip what only other tokens need. Raises ValueError when a document is longer than
         `max_position`.
         """
         ...

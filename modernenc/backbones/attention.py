@@ -57,25 +57,36 @@ def use_flash_attention_3(device: torch.device) -> None:
 
 
 class VarlenInfo:
-    """The ends of packed documents on the device of the tokens, and what the backends derive from them once per batch."""
+    """The ends of packed documents on the device of the tokens, and what the backends derive from them once per batch.
 
-    def __init__(self, cu_seqlens: Int[Tensor, " docs_plus_1"], max_seqlen: int, tokens: int, device: torch.device) -> None:
+    If `causal`, no token sees those after it.
+    """
+
+    def __init__(
+        self, cu_seqlens: Int[Tensor, " docs_plus_1"], max_seqlen: int, tokens: int, device: torch.device, causal: bool = False
+    ) -> None:
         self.cu_seqlens = cu_seqlens if cu_seqlens.device == device else to_device(cu_seqlens.numpy(), device)
         self.max_seqlen = max_seqlen
         self.tokens = tokens
+        self.causal = causal
         self._on_cpu = cu_seqlens
         self._tiles: dict[tuple[int | None, torch.dtype], TileLayout] = {}
         numbers = torch.arange(len(cu_seqlens) - 1, dtype=torch.int32, device=device)
         # The document of each token: made here and not on demand, since then it would be in the graph of one layer alone.
         self.documents = torch.repeat_interleave(numbers, self.cu_seqlens.diff(), output_size=tokens)
 
+    def reach(self, half_window: int | None) -> tuple[int, int]:
+        """Return how many tokens before and after itself each token sees; -1 for all."""
+        side = -1 if half_window is None else half_window
+        return side, 0 if self.causal else side
+
     def tiles(self, half_window: int | None, dtype: torch.dtype) -> TileLayout:
         """Return the tiles of the `tiled` backend, which all layers with the same window share."""
         if (half_window, dtype) not in self._tiles:
             if half_window is None:
-                tiles = TileLayout.of_documents(lengths_of(self._on_cpu), dtype, self.cu_seqlens.device)
+                tiles = TileLayout.of_documents(lengths_of(self._on_cpu), dtype, self.cu_seqlens.device, self.causal)
             else:
-                tiles = TileLayout.of_windows(self.documents, half_window, dtype)
+                tiles = TileLayout.of_windows(self.documents, half_window, dtype, self.causal)
             self._tiles[half_window, dtype] = tiles
         return self._tiles[half_window, dtype]
 
@@ -143,7 +154,7 @@ def window(qkv: QKV, rotation: Rotation, varlen_info: VarlenInfo, half_window: i
     assert half_window is not None, "the kernel is for a window"
     from modernenc.kernels.window_attention_triton import window_attention
 
-    out, _ = window_attention(qkv, rotation.cos, rotation.sin, varlen_info.documents, half_window, half_window)
+    out, _ = window_attention(qkv, rotation.cos, rotation.sin, varlen_info.documents, *varlen_info.reach(half_window))
     return out
 
 
@@ -159,5 +170,4 @@ def _call_kernel(
         q, k, v = qkv.unbind(1)
         q, k = rotate(q, rotation), rotate(k, rotation)
     ends, longest = varlen_info.cu_seqlens, varlen_info.max_seqlen
-    sides = (-1, -1) if half_window is None else (half_window, half_window)
-    return kernel(q, k, v, ends, ends, longest, longest, window_size=sides, **settings)
+    return kernel(q, k, v, ends, ends, longest, longest, window_size=varlen_info.reach(half_window), **settings)

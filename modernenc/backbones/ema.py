@@ -66,18 +66,24 @@ class MultiDimensionDampedEMA(nn.Module):
         """Return the output in fp32 at least: powers of a q next to 1 need it, whatever the precision of the input."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-            ema = scan(x, self.coefficients(x.dtype), documents)
+            ema = scan(x, self.coefficients(x.dtype, documents.causal), documents)
             return F.silu(ema + x * self.residual_weight.to(x.dtype))
 
-    def coefficients(self, dtype: torch.dtype) -> EMACoefficients:
-        """Compute decays and gains; eta is scaled by 1/sqrt(states), as the published code does."""
+    def coefficients(self, dtype: torch.dtype, causal: bool = False) -> EMACoefficients:
+        """Compute decays and gains; eta is scaled by 1/sqrt(states), as the published code does.
+
+        If `causal`, the direction that looks ahead has no gain.
+        """
         alpha = self.damping_factor.squeeze(-1).to(dtype).sigmoid()
         # The clamp keeps q above 0, whose logarithm would be -inf, and log1p keeps the bits of a q next to 1, which is what
         # long memories are made of: log(1 - alpha delta) is off by 1e-3 after 16,384 tokens.
         forgotten = (alpha * self.decay_factor.squeeze(-1).to(dtype).sigmoid()).clamp(max=1 - 1e-7)
         log_decay = torch.log1p(-forgotten)
         gain = alpha * self.ema_expansion_matrix.squeeze(-1).to(dtype) * self.kernel_projection_matrix.to(dtype)
-        return EMACoefficients(log_decay.unflatten(0, (2, -1)), (gain / math.sqrt(gain.shape[-1])).unflatten(0, (2, -1)))
+        gain = (gain / math.sqrt(gain.shape[-1])).unflatten(0, (2, -1))
+        if causal:
+            gain = gain * torch.tensor([1.0, 0.0], device=gain.device, dtype=dtype)[:, None, None]
+        return EMACoefficients(log_decay.unflatten(0, (2, -1)), gain)
 
 
 def scan(x: Float[Tensor, "tokens hidden"], ema: EMACoefficients, documents: Documents) -> Float[Tensor, "tokens hidden"]:

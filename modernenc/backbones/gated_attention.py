@@ -77,7 +77,7 @@ class GatedAttention(nn.Module):
         v = self.hidden_dropout(F.silu(self.v_proj(x)))
         x_ema = self.dropout(self.ema_gate(x, documents))
         phi, z, gamma, candidate_input = self._project(x_ema, positions)
-        o = select_positions(self.attend(F.silu(z), v, chunks), positions)
+        o = select_positions(self.attend(F.silu(z), v, chunks, documents.causal), positions)
         stream = select_positions(stream, positions)
         candidate = F.silu(candidate_input + self.h_proj(o * F.silu(gamma)))
         # Equation 21 as X + phi (h - X), one fused operation.
@@ -96,26 +96,36 @@ class GatedAttention(nn.Module):
         return [F.linear(x, weight, bias) for x, weight, bias in maps]
 
     def attend(
-        self, z: Float[Tensor, "tokens shared"], v: Float[Tensor, "tokens values"], chunks: Buckets
+        self, z: Float[Tensor, "tokens shared"], v: Float[Tensor, "tokens values"], chunks: Buckets, causal: bool
     ) -> Float[Tensor, "tokens values"]:
-        """Let each token attend to its chunk: equation 17."""
+        """Let each token attend to its chunk, or to the part up to itself: equation 17."""
         # Autocast would take softmax to fp32 and back, at three times the cost.
         with torch.autocast(v.device.type, enabled=False):
             buckets = zip(*(chunks.gather(x) for x in (*self._query_and_key(z), v)), chunks.masks, strict=True)
-            return chunks.scatter(self.attention_dropout(self.probs(q, k, mask)) @ values for q, k, values, mask in buckets)
+            return chunks.scatter(
+                self.attention_dropout(self.probs(q, k, mask, causal)) @ values for q, k, values, mask in buckets
+            )
 
     def probs(
-        self, q: Float[Tensor, "chunks length shared"], k: Float[Tensor, "chunks length shared"], valid: Tensor | None
+        self,
+        q: Float[Tensor, "chunks length shared"],
+        k: Float[Tensor, "chunks length shared"],
+        valid: Tensor | None,
+        causal: bool = False,
     ) -> Float[Tensor, "chunks length length"]:
         """Compute how much each token attends to each token of its chunk; `valid` tells tokens from padding."""
-        bias = self.rel_pos_bias(q.shape[1]).to(q.dtype)
+        length = q.shape[1]
+        bias = self.rel_pos_bias(length).to(q.dtype)
+        seen = None if valid is None else valid[:, None]
+        if causal:  # padding comes after all tokens, which so do not see it
+            seen = torch.ones(1, length, length, dtype=torch.bool, device=q.device).tril_()
         if self.attention_activation == "laplace":  # its tau is the number of keys, since nothing normalises its sum
-            tokens = q.shape[1] if valid is None else valid.sum(1)[:, None, None]
-            probs = _laplace(q @ k.transpose(1, 2) / tokens + bias)
-            return probs if valid is None else probs * valid[:, None]
+            keys = length if seen is None else seen.sum(-1, keepdim=True)
+            probs = _laplace(q @ k.transpose(1, 2) / keys + bias)
+            return probs if seen is None else probs * seen
         scores = torch.baddbmm(bias, q, k.transpose(1, 2))
-        if valid is not None:
-            scores = scores.masked_fill(~valid[:, None], torch.finfo(scores.dtype).min)
+        if seen is not None:
+            scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
         return scores.softmax(-1)
 
     def _query_and_key(self, z: Float[Tensor, "tokens shared"]) -> tuple[Tensor, Tensor]:

@@ -108,12 +108,16 @@ class Mega(nn.Module):
         cu_seqlens: Int[Tensor, " docs_plus_1"],
         max_seqlen: int,
         positions: Int[Tensor, " some"] | None = None,
+        causal: bool = False,
     ) -> Float[Tensor, "_ hidden"]:
-        """Return hidden states at all tokens or at `positions`; ValueError when a document exceeds `max_position`."""
+        """Return hidden states at all tokens or at `positions`, each computed from the tokens up to it if `causal`.
+
+        Raises ValueError when a document exceeds `max_position`.
+        """
         if max_seqlen > self.max_position:
             raise ValueError(f"a document of {max_seqlen} tokens exceeds backbone.max_position={self.max_position}")
         stream = self.embedding_layer.word_embeddings(input_ids)
-        documents = Documents(lengths_of(cu_seqlens), input_ids.device)
+        documents = Documents(lengths_of(cu_seqlens), input_ids.device, causal)
         chunks = chunks_of(documents, self.chunk_size, self.is_compiled)
         for layer in self.layers[:-1]:
             stream = layer(stream, documents, chunks)

@@ -97,11 +97,15 @@ class ModernBERT(nn.Module):
         cu_seqlens: Int[Tensor, " docs_plus_1"],
         max_seqlen: int,
         positions: Int[Tensor, " some"] | None = None,
+        causal: bool = False,
     ) -> Float[Tensor, "_ hidden"]:
-        """Return hidden states at all tokens or at `positions`; ValueError when a document exceeds `max_position`."""
+        """Return hidden states at all tokens or at `positions`, each computed from the tokens up to it if `causal`.
+
+        Raises ValueError when a document exceeds `max_position`.
+        """
         if max_seqlen > self.max_position:
             raise ValueError(f"a document of {max_seqlen} tokens exceeds backbone.max_position={self.max_position}")
-        varlen_info = VarlenInfo(cu_seqlens, max_seqlen, len(input_ids), input_ids.device)
+        varlen_info = VarlenInfo(cu_seqlens, max_seqlen, len(input_ids), input_ids.device, causal)
         # Positions start at 0 in every document. A phase may raise theta to extend the context: Xiong et al. 2023,
         # arXiv:2309.16039.
         places = positions_of(varlen_info.cu_seqlens, len(input_ids))

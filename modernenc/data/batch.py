@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int, Integer
 from torch import Tensor
 
-from modernenc.curriculum import MASKED_LM
+from modernenc.curriculum import CAUSAL_LM, MASKED_LM
 
 MULTIPLE = 64
 """The numbers of tokens and of target positions are padded to a multiple of this."""
@@ -29,10 +29,11 @@ class MicroBatch:
     """Start of each document, then the total; int32. Padding is further documents at the end, none longer than a real one."""
     max_seqlen: int
     target_positions: Int[Tensor, " padded_positions"]
-    """Where hidden states are needed: at each predicted token; for a task, at the first token of each choice. Padding points at
-    token 0, and its hidden states are to be ignored."""
+    """Where hidden states are needed: at each predicted token, in causal LM before it; for a task, at the first token of each
+    choice. Padding points at token 0, and its hidden states are to be ignored."""
     targets: Int[Tensor, " targets"]
-    """Labels, without padding: the original token at each position, or the index of each item's correct choice."""
+    """Labels, without padding: the original token at each position, the token after it, or the index of each item's correct
+    choice."""
     num_tokens: int
     """Tokens of the documents, without padding."""
     first_row: int
@@ -72,7 +73,8 @@ class MicroBatch:
         For a task, the positions are those of the first token of every document.
         """
         ends = self.cu_seqlens[self.cu_seqlens <= self.num_tokens]
-        positions = len(self.targets) if self.objective == MASKED_LM else (len(ends) - 1 if len(self.targets) else 0)
+        is_text = self.objective in (MASKED_LM, CAUSAL_LM)
+        positions = len(self.targets) if is_text else (len(ends) - 1 if len(self.targets) else 0)
         return replace(
             self,
             input_ids=self.input_ids[: self.num_tokens],

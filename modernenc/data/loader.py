@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from modernenc.config import Run
-from modernenc.curriculum import MASKED_LM, Curriculum, StepSpec, items_per_micro_batch, reads_text
+from modernenc.curriculum import CAUSAL_LM, MASKED_LM, Curriculum, StepSpec, items_per_micro_batch, reads_text
 from modernenc.data.batch import MicroBatch
 from modernenc.data.blocks import Corpus
 from modernenc.data.choices import Choices
 from modernenc.data.lanes import Lane, LaneState, Mix, Row
 from modernenc.data.masking import Masker
+from modernenc.data.next_token import next_token_batch
 from modernenc.data.state import DataState, TokenCounts
 from modernenc.hashing import hash_file
 
@@ -61,7 +62,7 @@ class Steps:
         lanes = self._restore_lanes(state)
         for spec in self.curriculum.steps(state.tokens_seen):
             counts = state.token_counts.setdefault(spec.phase, TokenCounts())
-            if spec.objective == MASKED_LM:
+            if spec.objective in (MASKED_LM, CAUSAL_LM):
                 lanes = self._enter_phase(spec.phase, state, lanes)
                 micro_batches = self._text_batches(spec, lanes, counts)
             else:
@@ -131,8 +132,14 @@ class Steps:
         return row
 
     def _text_batches(self, spec: StepSpec, lanes: dict[int, Lane], counts: TokenCounts) -> list[MicroBatch]:
-        """Return the micro-batches of a masked-LM step."""
+        """Return the micro-batches of a step that reads text."""
         masker = Masker(self.corpus.roles, self.corpus.ordinary_ids, spec.mask_ratio)
+
+        def batch(rows: list[Row], seeds: list[tuple[int, ...]], first_row: int) -> MicroBatch:
+            if spec.objective == CAUSAL_LM:
+                return next_token_batch(rows, self.corpus.roles, first_row)
+            return masker.batch(rows, seeds, first_row)
+
         phase = list(self.run.phases).index(spec.phase)
         all_rows = range(spec.first_row, spec.first_row + spec.batch_rows)
         numbers = [row for row in all_rows if row % self.run.data.lanes in lanes]
@@ -141,15 +148,13 @@ class Steps:
             counts.add_row(row, spec.seq_len)
         seeds = [(self.run.seed, phase, number) for number in numbers]
         size = max(1, self.run.trainer.micro_batch_tokens // spec.seq_len)
-        micro_batches = [
-            masker.batch(rows[at : at + size], seeds[at : at + size], numbers[at]) for at in range(0, len(rows), size)
-        ]
+        micro_batches = [batch(rows[at : at + size], seeds[at : at + size], numbers[at]) for at in range(0, len(rows), size)]
         # All ranks run the same number of micro-batches, even where one has a row less: the collectives of a forward pass
         # (FSDP2 gathers weights in it) must pair up.
         ranks = np.array(all_rows) % self.run.data.lanes % self.world_size
         most_rows = int(np.bincount(ranks).max())
         idle = -(-most_rows // size) - len(micro_batches)
-        return micro_batches + [masker.batch([], [], first_row=0)] * idle
+        return micro_batches + [batch([], [], 0)] * idle
 
     def _task_batches(self, spec: StepSpec, counts: TokenCounts) -> list[MicroBatch]:
         """Return the micro-batches of a step that trains a task."""

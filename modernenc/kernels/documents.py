@@ -20,11 +20,12 @@ class Documents:
 
     All that is derived here depends on lengths alone, and is computed on the CPU so that a GPU never has to be waited for. On a
     GPU, no choice of code depends on lengths, so that one compiled graph serves all: tokens always move to slots, and states
-    always pass.
+    always pass. If `causal`, no token is to see those after it.
     """
 
-    def __init__(self, lengths: list[int], device: torch.device) -> None:
+    def __init__(self, lengths: list[int], device: torch.device, causal: bool = False) -> None:
         self.lengths = lengths
+        self.causal = causal
         self.device = device
         on_gpu = use_gpu_kernels(device)
         counts = [-(-length // SEGMENT) for length in lengths]

@@ -7,6 +7,8 @@ sees a window. Here attention is cut into *tiles*, each the product of one range
   two neighbours, so a tile is w x 3w and the cost is linear in the number of tokens. A mask hides what is too far away or
   belongs to another document.
 - Without a window, documents are sorted into buckets of similar length, and a tile is one document: length x length.
+- If no token sees those after it, a window's tile is w x 2w, and of a document each range of queries takes the keys before its
+  end alone.
 
 Tiles of one shape form a group, which could be a single batched product. But the scores of a whole group would be written to
 memory and read back three times: by the mask, by softmax and by the product with the values. So a group is worked off in
@@ -34,13 +36,15 @@ SCORES_PER_THREAD = 1 << 20
 """About how many attention scores a thread works on at a time, so that they stay in its cache."""
 MIN_HEADS = 2
 """At least this many heads per piece: oneDNN is five times slower at a product with one transposed matrix than with several."""
+CAUSAL_QUERIES = 128
+"""At most this many queries of a document at a time if they see no later keys: the fewer, the less is computed in vain."""
 MAX_SAVED_KEYS = 512
 """Tiles with at most this many keys save their probabilities for the backward pass; larger ones recompute them."""
 
 
 @dataclass(frozen=True)
 class TileGroup:
-    """Equally shaped tiles side by side. If `keys > queries`, the keys extend equally far to both sides of the queries."""
+    """Equally shaped tiles side by side."""
 
     start: int
     """Slot of the first query."""
@@ -51,6 +55,9 @@ class TileGroup:
     mask: Float[Tensor, "count _ last_keys"] | None
     """Additive mask for the last keys of each tile: 0 where a query may see one, the dtype's minimum elsewhere. Keys before
     those are visible to all queries; None means that all keys are."""
+    causal: bool = False
+    """Whether queries see no key after their own. The mask is then that of any range of queries and as many keys, the last
+    ones that it takes."""
 
     def query_view(self, x: Float[Tensor, "heads slots head_dim"]) -> Float[Tensor, "heads count queries head_dim"]:
         """View the query ranges of all tiles."""
@@ -79,10 +86,26 @@ class TileGroup:
         some_heads = ceil(heads / head_groups)
         some_tiles = max(1, scores // (some_heads * tile_scores))
         rows = MULTIPLE * ceil(self.queries / ceil(some_heads * tile_scores / scores) / MULTIPLE)
-        ranges = [slice(first, first + rows) for first in range(0, self.queries, rows)]
+        rows = min(rows, CAUSAL_QUERIES) if self.causal else rows
+        ranges = [slice(first, min(first + rows, self.queries)) for first in range(0, self.queries, rows)]
         for head in range(0, heads, some_heads):
             for first in range(0, self.count, some_tiles):
                 yield slice(head, head + some_heads), slice(first, first + some_tiles), ranges
+
+    def seen_by(self, queries: slice) -> slice:
+        """Return the keys that a range of queries takes."""
+        return slice(queries.stop) if self.causal else slice(None)
+
+    def probs(self, q: Tensor, k: Tensor, tiles: slice, queries: slice) -> Tensor:
+        """Compute the attention probabilities of a range of queries, in some tiles, over the keys that it takes."""
+        scores = q @ k.transpose(1, 2)
+        if self.mask is not None:
+            rows = queries.stop - queries.start
+            some = self.mask[:, :rows, :rows] if self.causal else self.mask[tiles]
+            if not self.causal and some.shape[1] > 1:
+                some = some[:, queries]
+            scores.unflatten(0, (-1, len(some)))[..., -some.shape[-1] :].add_(some)
+        return scores.softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -100,26 +123,35 @@ class TileLayout:
     """The slot of each token."""
 
     @classmethod
-    def of_documents(cls, lengths: list[int], dtype: torch.dtype, device: torch.device) -> "TileLayout":
+    def of_documents(cls, lengths: list[int], dtype: torch.dtype, device: torch.device, causal: bool = False) -> "TileLayout":
         """Lay out whole documents, in buckets of similar length."""
         buckets = Buckets(lengths, device)
         groups, start = [], 0
         for valid, shortest in zip(buckets.valid, buckets.shortest, strict=True):
             count, length = valid.shape
-            mask = None if shortest == length else _make_additive_mask(valid[:, None, shortest:], dtype)
-            groups.append(TileGroup(start, count, length, length, mask))
+            if causal:  # padding comes after all tokens, which so do not see it
+                some = min(length, CAUSAL_QUERIES)
+                mask = _make_additive_mask(torch.ones(1, some, some, dtype=torch.bool, device=device).tril_(), dtype)
+            else:
+                mask = None if shortest == length else _make_additive_mask(valid[:, None, shortest:], dtype)
+            groups.append(TileGroup(start, count, length, length, mask, causal))
             start += count * length
         return cls(groups, start, 0, buckets.index, buckets.inverse)
 
     @classmethod
-    def of_windows(cls, documents: Int[Tensor, " tokens"], half: int, dtype: torch.dtype) -> "TileLayout":
-        """Lay out query ranges of `half` a window, whose keys reach as far again to both sides, given each token's document."""
+    def of_windows(cls, documents: Int[Tensor, " tokens"], half: int, dtype: torch.dtype, causal: bool = False) -> "TileLayout":
+        """Lay out query ranges of `half` a window, whose keys reach as far again to both sides, given each token's document.
+
+        If `causal`, they reach to the left alone.
+        """
         device = documents.device
         documents = F.pad(documents, (0, -len(documents) % half), value=-1)  # queries beyond the last token
-        keys = F.pad(documents, (half, half), value=-2).unfold(0, 3 * half, half)[:, None, :]
-        distance = torch.arange(half, device=device)[:, None] + half - torch.arange(3 * half, device=device)
-        seen = (documents.view(-1, half, 1) == keys) & (distance.abs() <= half)
-        group = TileGroup(0, len(seen), half, 3 * half, _make_additive_mask(seen, dtype))
+        right = 0 if causal else half
+        width = 2 * half + right
+        keys = F.pad(documents, (half, right), value=-2).unfold(0, width, half)[:, None, :]
+        distance = torch.arange(half, device=device)[:, None] + half - torch.arange(width, device=device)  # to the left
+        seen = (documents.view(-1, half, 1) == keys) & (distance <= half) & (distance >= -right)
+        group = TileGroup(0, len(seen), half, width, _make_additive_mask(seen, dtype))
         return cls([group], len(documents), half, None, None)
 
 
@@ -165,9 +197,9 @@ class _TiledAttention(torch.autograd.Function):
                 for h, n, ranges in group.pieces(heads, ctx.scores):
                     k_tiles, v_tiles = keys[h, n].flatten(0, 1).contiguous(), values[h, n].flatten(0, 1).contiguous()
                     for r in ranges:
-                        q_tiles = queries[h, n, r]
-                        probs = _probs(q_tiles.flatten(0, 1), k_tiles, group.mask, n, r)
-                        outs[h, n, r] = (probs @ v_tiles).view(q_tiles.shape)
+                        q_tiles, seen = queries[h, n, r], group.seen_by(r)
+                        probs = group.probs(q_tiles.flatten(0, 1), k_tiles[:, seen], n, r)
+                        outs[h, n, r] = (probs @ v_tiles[:, seen]).view(q_tiles.shape)
                         if group.keys <= MAX_SAVED_KEYS and any(ctx.needs_input_grad):
                             saved_probs.append(probs)
             ctx.save_for_backward(q, k, v, cos, sin, *saved_probs)
@@ -198,18 +230,22 @@ class _TiledAttention(torch.autograd.Function):
                     sums: list[Tensor] = []  # dK and dV of these tiles, over all ranges of their queries
                     for r in ranges:
                         q_tiles, out_grad = queries[h, n, r].flatten(0, 1), out_grads[h, n, r].flatten(0, 1)
+                        seen = group.seen_by(r)
                         if group.keys <= MAX_SAVED_KEYS:
                             probs = next(saved_probs)
                         else:
-                            probs = _probs(q_tiles, k_tiles, group.mask, n, r)
-                        dprobs = out_grad @ v_tiles.transpose(1, 2)
+                            probs = group.probs(q_tiles, k_tiles[:, seen], n, r)
+                        dprobs = out_grad @ v_tiles[:, seen].transpose(1, 2)
                         dscores = torch.ops.aten._softmax_backward_data(dprobs, probs, -1, probs.dtype)
-                        dqueries[h, n, r] = (dscores @ k_tiles).view(queries[h, n, r].shape)
+                        dqueries[h, n, r] = (dscores @ k_tiles[:, seen]).view(queries[h, n, r].shape)
                         parts = dscores.transpose(1, 2) @ q_tiles, probs.transpose(1, 2) @ out_grad
-                        if not sums:  # many bf16 terms are summed in fp32, or the sum would lose too much
-                            sums = list(parts) if len(ranges) == 1 else [part.to(wide) for part in parts]
-                        else:
-                            sums = [total.add_(part) for total, part in zip(sums, parts, strict=True)]
+                        if len(ranges) == 1:
+                            sums = list(parts)
+                            break
+                        # Many bf16 terms are summed in fp32, or the sum would lose too much.
+                        sums = sums or [torch.zeros_like(x, dtype=wide) for x in (k_tiles, v_tiles)]
+                        for total, part in zip(sums, parts, strict=True):
+                            total[:, seen].add_(part)
                     for x, total in zip((dk, dv), sums, strict=True):
                         group.add_to_keys(x[h], total.view(keys[h, n].shape), n.start)
             # Back from slots to tokens. The gradient of a rotation is the inverse rotation.
@@ -221,15 +257,6 @@ class _TiledAttention(torch.autograd.Function):
             unrotate_keys(dk[:, inner], targets[1])
             targets[2].copy_(dv[:, inner])
             return dqkv if inverse is None else dqkv.index_select(0, inverse), None, None, None
-
-
-def _probs(q: Tensor, k: Tensor, mask: Tensor | None, n: slice, r: slice) -> Tensor:
-    """Compute the attention probabilities of some queries: the range `r` in the tiles `n`."""
-    scores = q @ k.transpose(1, 2)
-    if mask is not None:
-        some = mask[n] if mask.shape[1] == 1 else mask[n, r]
-        scores.unflatten(0, (-1, len(some)))[..., -some.shape[-1] :].add_(some)
-    return scores.softmax(-1)
 
 
 def _make_additive_mask(seen: Bool[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."]:

@@ -5,14 +5,14 @@ from collections.abc import Iterable
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from modernenc.curriculum import MASKED_LM
+from modernenc.curriculum import CAUSAL_LM, MASKED_LM
 from modernenc.data.batch import MicroBatch
 from modernenc.objectives.masked_lm import MaskedLM
 from modernenc.objectives.multiple_choice import MultipleChoice
 
 
 class Objectives(nn.Module):
-    """Everything that a run trains: masked LM, and one head per task."""
+    """Everything that a run trains: masked LM, whose head causal LM shares, and one head per task."""
 
     def __init__(self, masked_lm: MaskedLM, tasks: Iterable[str]) -> None:
         super().__init__()
@@ -22,6 +22,6 @@ class Objectives(nn.Module):
 
     def forward(self, batch: MicroBatch) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
         """Return the summed loss of the batch's objective, in nats, and the number of correct predictions."""
-        if batch.objective == MASKED_LM:
+        if batch.objective in (MASKED_LM, CAUSAL_LM):
             return self.masked_lm(batch)
         return self.tasks[batch.objective](self.backbone, batch)

@@ -1,9 +1,13 @@
-"""Masked language modelling, with logits only at the predicted tokens: Devlin et al. 2018, arXiv:1810.04805, section 3.1."""
+"""Masked language modelling, with logits only at the predicted tokens: Devlin et al. 2018, arXiv:1810.04805, section 3.1.
+
+Causal language modelling takes the same weights: it differs in what a token sees, and in which tokens are predicted.
+"""
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from modernenc.backbones import Backbone
+from modernenc.curriculum import CAUSAL_LM
 from modernenc.data.batch import MicroBatch
 from modernenc.objectives.linear_cross_entropy import linear_cross_entropy
 
@@ -21,8 +25,10 @@ class MaskedLM(nn.Module):
 
     def forward(self, batch: MicroBatch) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
         """Return the cross-entropy summed over the predicted tokens, in nats, and the number of correct predictions."""
-        hidden = self.head(self.backbone(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.target_positions))
-        return linear_cross_entropy(hidden, self.decoder.weight, self.decoder.bias, batch.targets)
+        documents = batch.input_ids, batch.cu_seqlens, batch.max_seqlen
+        causal = {"causal": True} if batch.objective == CAUSAL_LM else {}  # which a backbone of the user's may not know
+        hidden = self.backbone(*documents, batch.target_positions, **causal)
+        return linear_cross_entropy(self.head(hidden), self.decoder.weight, self.decoder.bias, batch.targets)
 
     def logits(
         self,

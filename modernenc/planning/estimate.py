@@ -37,7 +37,7 @@ def flops(run: Run, phase: Phase, corpus: Corpus | None) -> float:
     model = model_on_meta(run).masked_lm
     forward_flops = model.backbone.describe().forward_flops
     head = sum(parameter.numel() for parameter in model.head.parameters() if parameter.ndim == 2)
-    predicted = 2 * (head + model.decoder.weight.numel()) * phase.mask_ratio
+    predicted = 2 * (head + model.decoder.weight.numel()) * (phase.mask_ratio + (1 - phase.mask_ratio) * phase.causal_share)
     text = 3 * (forward_flops(document_length(phase, corpus)) + predicted) if reads_text(phase) else 0
     tokens = cycle_tokens(phase, run.tasks)
     tasks = sum(tokens[name] * 3 * forward_flops(run.tasks[name].seq_len) for name in tokens if name != MASKED_LM)

@@ -23,7 +23,7 @@ SAMPLE = 576
 """Tokens of the smaller of two forward passes that memory is measured on; the other one has twice as many. A document of this
 length takes every code path of attention."""
 SAMPLE_RATIO = 0.3
-"""Mask ratio of both passes, which only matters to the last layer and the head."""
+"""Fraction of predicted tokens in both passes, or more, which only matters to the last layer and the head."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,16 @@ def memory(run: Run, phase: Phase, corpus: Corpus | None) -> Memory:
     for task in (run.tasks[name] for name in objectives_of(phase) if name != MASKED_LM):
         items = items_per_micro_batch(task, run.trainer.micro_batch_tokens)
         tokens = max(tokens, min(items, -(-task.batch_items // ranks)) * CHOICES * task.seq_len)
-    mask_ratio = phase.mask_ratio if reads_text(phase) else 0
-    activations = _peak_activations(run, mask_ratio, tokens, document_length(phase, corpus))
+    predicted = 1 if phase.causal_share else phase.mask_ratio if reads_text(phase) else 0
+    activations = _peak_activations(run, predicted, tokens, document_length(phase, corpus))
     return Memory(4 * count / split, 4 * count / split, 4 * states / split, activations)
 
 
-def _peak_activations(run: Run, mask_ratio: float, tokens: int, document: int) -> float:
-    """Return peak activation bytes: tensors saved for the backward pass, plus the working set of the loss."""
+def _peak_activations(run: Run, predicted: float, tokens: int, document: int) -> float:
+    """Return peak activation bytes: tensors saved for the backward pass, plus the working set of the loss.
+
+    `predicted` is the fraction of the tokens that are predicted.
+    """
     kinds = model_on_meta(run).backbone.describe().layer_types
     period = next(p for p in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % p] for i in range(len(kinds))))
     period = math.lcm(period, run.trainer.activation_checkpointing_every or 1)
@@ -74,11 +77,13 @@ def _peak_activations(run: Run, mask_ratio: float, tokens: int, document: int) -
     document = min(document, SAMPLE)
 
     def saved(sample: int) -> float:
-        shallow = _saved_bytes(run, few, sample, document, every)
-        return shallow + deeper * (_saved_bytes(run, few + period, sample, document, every) - shallow) if deeper else shallow
+        shallow = _saved_bytes(run, few, sample, document, every, predicted)
+        deep = _saved_bytes(run, few + period, sample, document, every, predicted) if deeper else shallow
+        return shallow + deeper * (deep - shallow)
 
     def one_layer(sample: int) -> float:
-        return (_saved_bytes(run, few, sample, document, 0) - _saved_bytes(run, few, sample, document, 1)) / few
+        kept, recomputed = (_saved_bytes(run, few, sample, document, step, predicted) for step in (0, 1))
+        return (kept - recomputed) / few
 
     def at_full_size(measured: Callable[[int], float]) -> float:
         sample = measured(SAMPLE)
@@ -88,7 +93,7 @@ def _peak_activations(run: Run, mask_ratio: float, tokens: int, document: int) -
     # A chunk of the logits, the decoder's gradient, and the matrix product that is added to it.
     width, decoder = 2 if half else 4, vocabulary * run.backbone["hidden_size"]
     chunk = GPU_CHUNK_ROWS if run.estimate.device else CHUNK_ROWS
-    loss = min(chunk, tokens * mask_ratio) * vocabulary * width + decoder * width
+    loss = min(chunk, tokens * predicted) * vocabulary * width + decoder * width
     # A layer that recomputes its activations holds them, and the gradients of some, after the logits were freed.
     backward = max(loss, 1.2 * at_full_size(one_layer)) if every else loss
     kept = 0.0
@@ -98,16 +103,16 @@ def _peak_activations(run: Run, mask_ratio: float, tokens: int, document: int) -
     return at_full_size(saved) + kept + backward + 4 * decoder + (2 * decoder if half else 0)  # a bf16 copy of the decoder
 
 
-def _saved_bytes(run: Run, depth: int, tokens: int, document: int, every: int) -> float:
+def _saved_bytes(run: Run, depth: int, tokens: int, document: int, every: int, predicted: float) -> float:
     """Return the bytes that one forward pass saves for the backward pass, without weights."""
-    settings = json.dumps([run.backbone, run.trainer.precision, every])
+    settings = json.dumps([run.backbone, run.trainer.precision, every, max(SAMPLE_RATIO, predicted)])
     return _measured_bytes(settings, depth, tokens, document)
 
 
 @lru_cache
 def _measured_bytes(settings: str, depth: int, tokens: int, document: int) -> float:
     """Return the same for settings as JSON, so that phases with equal settings are measured once."""
-    backbone, precision, every = json.loads(settings)
+    backbone, precision, every, ratio = json.loads(settings)
     backbone |= {"num_hidden_layers": depth, "vocab_size": 1}
     with torch.device("meta"):
         objective = masked_lm_with(backbone)
@@ -116,7 +121,7 @@ def _measured_bytes(settings: str, depth: int, tokens: int, document: int) -> fl
     objective.load_state_dict(weights, assign=True)
     checkpoint_activations(objective.backbone, every)
     lengths = [document] * (tokens // document) + ([tokens % document] if tokens % document else [])
-    places = torch.linspace(0, tokens - 1, round(tokens * SAMPLE_RATIO)).long()
+    places = torch.linspace(0, tokens - 1, round(tokens * ratio)).long()
     ends = np.cumsum([0, *lengths])
     batch = MicroBatch.of(np.zeros(tokens, np.int64), ends, places.numpy(), np.zeros(len(places), np.int64))
     with saved_bytes({id(parameter) for parameter in objective.parameters()}) as kept:

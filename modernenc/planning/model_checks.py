@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +37,13 @@ def check_disk(run: Run) -> None:
 def check_backbone(run: Run) -> None:
     """Raise ValueError if the backbone cannot be built with its settings."""
     with _name_group_in_errors("backbone", run.backbone), torch.device("meta"):
-        build_objectives(run)
+        backbone = build_objectives(run).backbone
+    wanted = [name for name, phase in run.phases.items() if phase.causal_share]
+    if wanted and "causal" not in signature(backbone.forward).parameters:
+        raise ValueError(
+            f"phases.{wanted[0]}.causal_share={run.phases[wanted[0]].causal_share:g}: {type(backbone).__name__} cannot be "
+            "causal; set 0, or give its forward the argument `causal`"
+        )
 
 
 def check_init(run: Run, corpus: Corpus) -> list[str]:

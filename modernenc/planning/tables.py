@@ -72,6 +72,8 @@ def _phases(run: Run, curriculum: Curriculum, corpus: Corpus | None) -> Table:
         row(f"{task}: items x steps", lambda name, _, settings=settings, steps=steps: (
             f"{settings.batch_items:,} x {steps[name]:,}" if steps[name] else "-"))  # fmt: skip
     row("mask ratio", lambda _, phase: f"{phase.mask_ratio:g}")
+    if any(phase.causal_share for phase in run.phases.values()):
+        row("causal at first", lambda _, phase: f"{phase.causal_share:.0%}" if phase.causal_share else "-")
     attributes = [{**run.backbone, **curriculum.at(curriculum.start_of(name)).backbone} for name in run.phases]
     for key in sorted({key for phase in run.phases.values() for key in phase.backbone}):
         table.add_row(key, *(f"{values[key]:g}" for values in attributes))

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from modernenc.config import Run
-from modernenc.curriculum import CHOICES, MASKED_LM, Curriculum, reads_text
+from modernenc.curriculum import CAUSAL_LM, CHOICES, MASKED_LM, Curriculum, reads_text
 from modernenc.evaluation.standard_error import FIXED_RATIO
 from modernenc.run_folder import lineage
 from modernenc.run_folder.tables import ALL, Table
@@ -19,7 +19,9 @@ from modernenc.run_folder.tables import ALL, Table
 Rows = list[dict[str, str]]
 """Rows of `metrics.csv` or `validation.csv`: text by the name of the column."""
 
-_BLUE, _PALE_BLUE, _ORANGE, _RED, _GREEN, _GREY = "#1f4e79", "#9db8d2", "#b3541e", "#c0504d", "#3a7d44", "#888"
+_BLUE, _PALE_BLUE, _ORANGE, _RED, _GREEN, _PALE_GREEN, _GREY = (
+    "#1f4e79", "#9db8d2", "#b3541e", "#c0504d", "#3a7d44", "#a3c9a8", "#888",
+)  # fmt: skip
 _PHASE_COLOURS = ("#dbe9f6", "#e5f2dd", "#fbe6d4", "#ece1f0", "#f7f3cf", "#d9f0ef")
 
 
@@ -46,7 +48,7 @@ def draw_curriculum(run: Run, curriculum: Curriculum) -> Figure:
         | {edge for stage in curriculum.stages for edge in (stage.first_tokens, stage.end_tokens - 1)}
     )
     specs = [curriculum.at(position) for position in tokens]
-    specs = [spec for spec in specs if spec.objective == MASKED_LM or not reads_text(run.phases[spec.phase])]
+    specs = [spec for spec in specs if spec.objective in (MASKED_LM, CAUSAL_LM) or not reads_text(run.phases[spec.phase])]
     steps = {phase: curriculum.steps_by_objective(phase) for phase in run.phases}
     curves = {
         "learning rate": [spec.lr for spec in specs],
@@ -56,6 +58,8 @@ def draw_curriculum(run: Run, curriculum: Curriculum) -> Figure:
     }
     for key in sorted({key for spec in specs for key in spec.backbone}):
         curves[key] = [spec.backbone.get(key, run.backbone.get(key)) for spec in specs]
+    if any(phase.causal_share for phase in run.phases.values()):
+        curves["causal"] = [float(spec.objective == CAUSAL_LM) for spec in specs]
     for task in run.tasks:
         curves[f"fraction of {task}"] = [steps[spec.phase].get(task, 0) / sum(steps[spec.phase].values()) for spec in specs]
     figure, axes, scale = _new_figure(curriculum, 1.6 * len(curves), len(curves))
@@ -66,13 +70,16 @@ def draw_curriculum(run: Run, curriculum: Curriculum) -> Figure:
     return figure
 
 
-def draw_loss(run: Run, curriculum: Curriculum, training: Rows, validation: Rows, unigram: float | None) -> Figure:
-    """Plot training and validation loss of masked LM, the losses that rollbacks abandoned, and that of unigram frequencies."""
+def draw_loss(run: Run, curriculum: Curriculum, metrics: Rows, validation: Rows, unigram: float | None) -> Figure:
+    """Plot training and validation loss on text, the losses that rollbacks abandoned, and that of unigram frequencies."""
     figure, (axis,), scale = _new_figure(curriculum, 4)
     for number, (_, rows) in enumerate(_abandoned_rows(Path(run.run_dir))):
         label = None if number else "abandoned by a rollback"
         _plot(axis, rows, "loss", scale, ":", color=_RED, linewidth=1, label=label)
-    _plot(axis, training, "loss", scale, color=_PALE_BLUE, linewidth=1, label="training")
+    masked, causal = ([row for row in metrics if row["objective"] == name] for name in (MASKED_LM, CAUSAL_LM))
+    _plot(axis, masked, "loss", scale, color=_PALE_BLUE, linewidth=1, label="training")
+    if causal:
+        _plot(axis, causal, "loss", scale, color=_PALE_GREEN, linewidth=1, label="training, causal")
     lengths = sorted({int(row["seq_len"]) for row in validation})
     for length, style, colour in zip(lengths, ("o-", "s--", "s--"), (_BLUE, _ORANGE, _GREEN), strict=False):
         rows = rows_of(validation, length, FIXED_RATIO, ALL)

@@ -12,10 +12,11 @@ from support.attention import gradient, inputs, plain
 
 @pytest.mark.parametrize("scores", [1, 300_000, tiled_attention.SCORES_PER_THREAD])
 @pytest.mark.parametrize("window", [None, 1, 16, 64, 1000])
-def test_tiles_equal_plain_attention_forward_and_backward(window, scores, monkeypatch):
+@pytest.mark.parametrize("causal", [False, True])
+def test_tiles_equal_plain_attention_forward_and_backward(causal, window, scores, monkeypatch):
     # Some heads of one tile and 64 queries at a time; several; all.
     monkeypatch.setattr(tiled_attention, "SCORES_PER_THREAD", scores)
-    qkv, turn, layout = inputs(torch.float64)
+    qkv, turn, layout = inputs(torch.float64, causal=causal)
     ours, expected = BACKENDS["tiled"](qkv, turn, layout, window), plain(qkv, turn, layout, window)
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(gradient(ours, qkv), gradient(expected, qkv), rtol=1e-9, atol=1e-9)
@@ -57,12 +58,13 @@ def test_flash_attention_3_in_torch_comes_before_flash_attn_2(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [None, 16, 64])
 @pytest.mark.parametrize("backend", ["flash", "varlen", "tiled"])
-def test_kernels_equal_plain_attention_on_cuda(backend, window):
+def test_kernels_equal_plain_attention_on_cuda(backend, window, causal):
     if backend == "flash":
         pytest.importorskip("flash_attn")
-    qkv, turn, layout = inputs(torch.bfloat16, "cuda")
+    qkv, turn, layout = inputs(torch.bfloat16, "cuda", causal=causal)
     exact = qkv.detach().double().requires_grad_()
     ours, expected = BACKENDS[backend](qkv, turn, layout, window), plain(exact, turn, layout, window)
     torch.testing.assert_close(ours.double(), expected, rtol=2e-2, atol=2e-2)

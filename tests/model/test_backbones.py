@@ -1,6 +1,7 @@
 """The contract of backbones, over every file of conf/backbone."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +22,18 @@ LENGTHS = [1, 2, 3, 17, 64, 65, 128, 130, 333, 512, 700, 1022]
 
 @pytest.fixture(params=YAMLS, ids=lambda path: path.stem)
 def objective(request) -> MaskedLM:
-    """The backbone of one YAML, narrowed, in fp32 and without dropout."""
-    settings = OmegaConf.to_container(OmegaConf.load(request.param))
+    return narrowed(request.param)
+
+
+@pytest.fixture(params=YAMLS[:-1], ids=lambda path: path.stem)
+def causal_backbone(request) -> Any:
+    """The backbone of one of our YAMLs in double precision."""
+    return narrowed(request.param).double().backbone
+
+
+def narrowed(path: Path) -> MaskedLM:
+    """Return the backbone of one YAML, narrowed, in fp32 and without dropout."""
+    settings = OmegaConf.to_container(OmegaConf.load(path))
     assert isinstance(settings, dict)
     target = settings.pop("_target_")
     dropout = {key: 0.0 for key in settings if "dropout" in str(key)}
@@ -37,6 +48,12 @@ def objective(request) -> MaskedLM:
 def documents(lengths=LENGTHS):
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(300, (length,), generator=generator) for length in lengths]
+
+
+def run_causal(backbone, packed: list[torch.Tensor], positions: torch.Tensor | None = None) -> torch.Tensor:
+    lengths = [len(document) for document in packed]
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    return backbone(torch.cat(packed), ends, max(lengths), positions, causal=True)
 
 
 def run(model: MaskedLM, packed: list[torch.Tensor]) -> torch.Tensor:
@@ -93,6 +110,34 @@ def test_some_positions_are_those_of_all_forward_and_backward(objective):
         results.append([hidden, *(parameter.grad.clone() for parameter in objective.backbone.parameters())])
     for of_all, of_some in zip(*results, strict=True):
         assert relative(of_all, of_some) <= 1e-9
+
+
+def test_a_causal_token_sees_all_before_it_and_none_after_it(causal_backbone):
+    """By what is computed: a document cut short gives the same at what is left of it."""
+    whole = documents([700, 130])
+    states = run_causal(causal_backbone, whole)
+    for length in (1, 2, 64, 65, 300, 699):
+        assert relative(run_causal(causal_backbone, [whole[0][:length]]), states[:length]) <= 1e-9
+        assert relative(run_causal(causal_backbone, [whole[0][1 : length + 1]])[-1], states[length]) > 1e-6  # cls has gone
+
+
+def test_a_causal_token_has_no_gradient_from_its_right(causal_backbone):
+    document = documents([300])
+    at = 140
+    states = run_causal(causal_backbone, document, torch.tensor([at]))
+    states.sum().backward()
+    gradient = causal_backbone.token_embeddings().weight.grad.abs().sum(1)
+    before, after = ({*part.tolist()} for part in (document[0][: at + 1], document[0][at + 1 :]))
+    assert all(gradient[token] == 0 for token in after - before)
+    assert gradient[document[0][at]] > 0
+
+
+def test_causal_packed_equals_alone_at_all_and_at_some_positions(causal_backbone):
+    states = run_causal(causal_backbone, documents())
+    alone = torch.cat([run_causal(causal_backbone, [document]) for document in documents()])
+    assert relative(states, alone) <= 1e-9
+    some = torch.tensor([0, 1, 5, 80, 81, 700, len(states) - 1])
+    assert relative(run_causal(causal_backbone, documents(), some), states[some]) <= 1e-9
 
 
 def test_what_shares_a_row_with_a_document_does_not_matter(objective):

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from modernenc.config import Phase, Ramp, Task
-from modernenc.curriculum import Curriculum, items_per_micro_batch
+from modernenc.curriculum import CAUSAL_LM, MASKED_LM, Curriculum, items_per_micro_batch
 from support.runs import composed
 
 
@@ -65,6 +65,16 @@ def test_every_curve_equals_independent_arithmetic():
     ]
     rising = factors(lr_curve="cosine", final_lr_factor=0.1, warmup_tokens=20_000, first_lr_factor=0.25)
     assert rising == pytest.approx(warm)
+
+
+@pytest.mark.parametrize("share, steps", [(0, 0), (0.25, 25), (0.251, 26), (1, 100)])
+def test_the_first_share_of_a_phase_is_causal(share, steps):
+    curriculum = Curriculum({"a": phase(), "b": phase(causal_share=share)})
+    specs = list(curriculum.steps())
+    assert [spec.objective for spec in specs] == [MASKED_LM] * 100 + [CAUSAL_LM] * steps + [MASKED_LM] * (100 - steps)
+    assert [spec.first_row for spec in specs[100:]] == list(range(0, 1_000, 10))
+    plain = Curriculum({"a": phase(), "b": phase()})
+    assert [(spec.lr, spec.step_tokens) for spec in specs] == [(spec.lr, spec.step_tokens) for spec in plain.steps()]
 
 
 def test_an_infinite_schedule_is_phases_that_cool_stay_and_warm_up_again():

@@ -27,7 +27,7 @@ SEED = int(os.environ.get("MODERNENC_KILLS_SEED", "20"))
 LONGER = [
     "phases.stable.tokens=60000", "phases.extend.tokens=40000", "phases.decay.tokens=40000", "data.buffer_rows=16",
     "checkpoint.every_tokens=4000", "validation.every_tokens=6000", "logger.every_steps=3",
-    "backbone.attention_out_dropout=0.1",
+    "backbone.attention_out_dropout=0.1", "phases.stable.causal_share=0.4", "phases.extend.causal_share=0.2",
 ]  # fmt: skip
 PLACES = ("step", "write", "validation", "refill", "manifest", "download", "step")
 LONGEST_DELAY_S = {

@@ -50,6 +50,7 @@ def test_it_crosses_every_phase_and_learns(small_run, optimizer):
 def test_each_checkpoint_resumes_to_the_same_bits(small_run, tmp_path, recipe, optimizer):
     """Dropout on, and a loader worker now and then: neither may matter. Nor may the checkpoints that came after."""
     settings = [*DROPOUT[recipe], f"optim={optimizer}", "optim.lr=3e-3", "checkpoint.keep_last=100", "logger.every_steps=3"]
+    settings += ["phases.stable.causal_share=0.5", "phases.decay.causal_share=0.3"]
     whole = train(small_run(*settings, recipe=recipe))
     checkpoints = sorted((whole / "checkpoints").glob("*.ckpt"), key=tokens_seen)
     assert len(checkpoints) >= 7
