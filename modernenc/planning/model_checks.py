@@ -37,7 +37,7 @@ def check_disk(run: Run) -> None:
 def check_backbone(run: Run) -> None:
     """Raise ValueError if the backbone cannot be built with its settings."""
     with _name_group_in_errors("backbone", run.backbone), torch.device("meta"):
-        backbone = build_objectives(run).backbone
+        backbone: Any = build_objectives(run).backbone
     wanted = [name for name, phase in run.phases.items() if phase.causal_share]
     if wanted and "causal" not in signature(backbone.forward).parameters:
         raise ValueError(

@@ -1,5 +1,7 @@
 """A causal ModernBERT computes what transformers' decoder of the same shape does."""
 
+from typing import Any
+
 import torch
 
 from modernenc.backbones.modernbert import ModernBERT
@@ -16,7 +18,7 @@ def test_a_causal_modernbert_is_the_decoder_of_transformers():
     torch.manual_seed(0)
     ours = MaskedLM(ModernBERT(80, 64, 96, 7, 4, 300, THETA, THETA, local_attention=32, init_std=0.2)).double()
     backbone = ours.backbone
-    config = ModernBertDecoderConfig(
+    settings: dict[str, Any] = dict(
         vocab_size=80, hidden_size=64, intermediate_size=96, num_hidden_layers=7, num_attention_heads=4, pad_token_id=0,
         bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, max_position_embeddings=300,
         global_rope_theta=THETA, local_rope_theta=THETA,
@@ -25,6 +27,7 @@ def test_a_causal_modernbert_is_the_decoder_of_transformers():
             "full_attention" if kind == "global" else "sliding_attention" for kind in backbone.describe().layer_types
         ],
     )  # fmt: skip
+    config = ModernBertDecoderConfig(**settings)
     config.sliding_window = 32 // 2 + 1  # its window counts the token itself
     theirs = ModernBertDecoderForCausalLM(config).double().eval()
     weights = {}
