@@ -82,7 +82,7 @@ def train_silently(run: Run, callback: L.Callback) -> None:
     """Train a run in its folder without printing its progress."""
     with contextlib.redirect_stdout(io.StringIO()):
         curriculum, corpus = check_run(run)
-        create(run, "")
+        run = create(run, "", corpus_files=corpus.small_files())
         fit(run, curriculum, corpus, "", None, Event("start"), [callback])
 
 

@@ -42,6 +42,38 @@ class Gpu:
 
 
 @dataclass
+class Recipe:
+    """A recipe that is held against transformers' Trainer."""
+
+    recipe: str = MISSING
+    """Name in `recipes`. Its phases are scaled, and read the benchmark's corpus."""
+    share: float = MISSING
+    """Fraction of the Trainer's tokens that it gets."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Settings to change, by key as on the command line."""
+
+
+@dataclass
+class TimeToLoss:
+    """Settings of part time_to_loss."""
+
+    tokens: list[float] = MISSING
+    """Budgets of transformers' Trainer in tokens, each a comparison of its own."""
+    seeds: int = MISSING
+    """Trainings of each recipe, and of the Trainer's best settings."""
+    trainer_lrs: list[float] = MISSING
+    """Learning rates of the Trainer, the best of which counts."""
+    trainer_rows: list[int] = MISSING
+    """Rows of 512 in a step of the Trainer, the best of which counts."""
+    recipes: dict[str, Recipe] = MISSING
+    """Our candidates by name. `~time_to_loss.recipes.NAME` leaves one out."""
+    validation_tokens: int = MISSING
+    """Held-out tokens of each source for the validation loss; at least a row of 512."""
+    keep_models: bool = MISSING
+    """Whether to keep the model of each training as a Hugging Face folder, to evaluate."""
+
+
+@dataclass
 class Bench:
     """Settings of `python -m modernenc.bench`, with values in `conf/bench.yaml`."""
 
@@ -67,18 +99,8 @@ class Bench:
     """Measured turns of each candidate, after one warm-up turn."""
     inference_tokens: int = MISSING
     """Tokens of an inference batch whose documents all have full length; a batch has at least four documents."""
-    lanes: int = MISSING
-    """data.lanes of our runs in time_to_loss; each source needs at least this many blocks."""
-    validation_tokens: int = MISSING
-    """Held-out tokens of each source for the validation loss; at least a row of 512."""
-    trainer_tokens: float = MISSING
-    """Tokens that transformers' Trainer trains on."""
-    trainer_lrs: list[float] = MISSING
-    """Learning rates of the Trainer, the best of which counts."""
+    time_to_loss: TimeToLoss = field(default_factory=TimeToLoss)
     gpu: Gpu = field(default_factory=Gpu)
-    optimizers: dict[str, dict[str, Any]] = MISSING
-    """Optimizers of our runs in time_to_loss, by name in `conf/optim`: settings to change, and `share`, the fraction of the
-    Trainer's tokens that our run gets. `~optimizers.muon` leaves one out."""
 
 
 def register_bench() -> None:
@@ -96,15 +118,13 @@ def check(bench: Bench) -> None:
         ("backbones", bench.backbones, backbones),
         ("gpu.backbone", [bench.gpu.backbone], backbones),
         ("gpu.others", bench.gpu.others, backbones),
-        ("optimizers", bench.optimizers, sorted(hydra_options("optim"))),
+        ("time_to_loss.recipes", [one.recipe for one in bench.time_to_loss.recipes.values()], sorted(hydra_options("recipe"))),
     ):
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"{key}={unknown[0]} is unknown; available: {', '.join(known)}")
-    for name, settings in bench.optimizers.items():
-        if "share" not in settings:
-            raise ValueError(
-                f"optimizers.{name}: no share; expected the fraction of the Trainer's tokens that our run gets, such as 0.65"
-            )
+    for name, recipe in bench.time_to_loss.recipes.items():
+        if not 0 < recipe.share <= 1:
+            raise ValueError(f"time_to_loss.recipes.{name}.share={recipe.share}: expected a fraction of the Trainer's tokens")
     if len(bench.gpu.lengths) != 2:
         raise ValueError(f"gpu.lengths={bench.gpu.lengths}: expected two, that of most rows and that of long ones")
     if bench.gpu.run_steps < 25:

@@ -1,206 +1,202 @@
-"""Compare the minutes to a validation loss with transformers' Trainer: same text, tokenizer, model size and machine.
+"""Compare what it costs to learn with transformers' Trainer: seconds, tokens and FLOPs to the loss where the Trainer ends.
 
-The Trainer does what its documentation shows for masked LM: documents end to end in rows of 512, 15 % masked, AdamW with its
-defaults, a learning rate that falls linearly to 0, weights as transformers initialises them, with our standard deviation. Of
-several learning rates the best counts. Ours has a curriculum: the decoder's bias starts from token frequencies, short rows of
-many documents in smaller steps, then rows as long as the Trainer's while the learning rate decays. All are validated on the
-same held-out rows of that length with the same masks, and validation does not count as training time.
+The Trainer trains with every learning rate and batch of a grid, with one seed; the two that end lowest train with all seeds,
+and the one whose mean is lower is what the recipes are held against: its mean final loss is the target. Each recipe trains with
+all seeds, on `share` of the Trainer's tokens.
+
+A training is a cell: a file that is written when it is over, and not made again. So a comparison of hours may be stopped and
+goes on, and one more candidate costs its own trainings only. Times are of one machine, which should do nothing else.
 """
 
-import contextlib
-import io
+import json
 import multiprocessing
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
-from typing import Any, cast
+from statistics import mean
+from typing import Any
 
-import lightning.pytorch as L
-import torch
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments, set_seed
+import hydra
+import xxhash
+from matplotlib import pyplot
+from omegaconf import open_dict
 
-from modernenc.bench.loop import train_silently
-from modernenc.bench.ours import load_steps
+from modernenc.atomic import write_json
 from modernenc.bench.output import Output
-from modernenc.bench.peers import check_peer, new_transformers_model
+from modernenc.bench.peers import check_peer
 from modernenc.bench.settings import Bench, make_run
+from modernenc.bench.trainings import POINTS, ROW, WHOLE_DOCUMENT, Training, train_ours, train_theirs
+from modernenc.cli import to_schema
 from modernenc.config import Run
 from modernenc.data.blocks import Corpus
-from modernenc.evaluation.validation import Score, Validator
-from modernenc.hugging_face import converter_of
-from modernenc.hugging_face.tokenizer import pretrained_tokenizer
-from modernenc.model.build import build_objectives
-from modernenc.objectives import Objectives
-from modernenc.training.recorder import ValidationWriter
+from modernenc.evaluation.intervals import half_interval
+from modernenc.planning.resolve import resolve
 
-ROW, ROWS = 512, 4
-"""Row length of the Trainer in tokens, and its rows per step."""
-SHORT, SHORT_ROWS, LONG_ROWS, BUFFER_ROWS = 128, 8, 2, 64
-"""Ours: length of the first phase's rows, rows per step in it and in the last phase, and rows of a packing buffer."""
-WHOLE_DOCUMENT = 8_192
-"""Tokens to which the Trainer's documents are cut before they are laid end to end."""
-POINTS = 24
-"""Approximate number of validations of a training."""
-WARMUP, DECAY = 0.05, 0.4
-"""Fractions of our tokens."""
+FORMAT = 1
+"""Number of the meaning of a training's file; one of another is not read."""
+FINALISTS = 2
+"""Settings of the Trainer that train with all seeds."""
+TRAINER = "Trainer"
+AXES = {"seconds": "time", "tokens": "tokens", "flops": "FLOPs"}
+"""What is compared, by its name in a training."""
 
 
 @dataclass
-class Training:
-    """The losses of one training over time, which begins when this is created."""
+class Candidate:
+    """A way to train, and its trainings by seed."""
 
     name: str
-    optimizer: str
-    lr: float
-    seconds: list[float] = field(default_factory=list)
-    """Training time up to each validation, which excludes the validations themselves."""
-    losses: list[float] = field(default_factory=list)
-    """Validation losses in nats, with 15 % masked."""
-    started: float = field(default_factory=time.perf_counter)
-    """When the training began, later by the time of all validations so far."""
+    trainings: dict[int, Training]
 
-    def validate(self, loss: Callable[[], float]) -> None:
-        """Stop the clock, compute a loss, and go on."""
-        now = time.perf_counter()
-        self.seconds.append(now - self.started)
-        self.losses.append(loss())
-        self.started += time.perf_counter() - now
-
-    def seconds_to(self, loss: float) -> float | None:
-        """Return the training time to the first validation at or below a loss."""
-        return next((seconds for seconds, reached in zip(self.seconds, self.losses, strict=True) if reached <= loss), None)
-
-    def __str__(self) -> str:
-        """Return what distinguishes it from the others."""
-        return f"{self.name}, {self.optimizer} {self.lr:g}"
+    @property
+    def loss(self) -> float:
+        """Mean loss at the end."""
+        return mean(training.losses[-1] for training in self.trainings.values())
 
 
 def measure(bench: Bench, folder: Path) -> Output:
-    """Train with every backbone by the Trainer at each learning rate and by ours with each optimizer, one after the other."""
+    """Train with every backbone and budget, and compare."""
     if not find_spec("accelerate"):
         raise ValueError("parts=time_to_loss: transformers' Trainer needs accelerate; pip install 'modernenc[bench]'")
-    columns = ("ends at", "after s", "reached at", "of the best")
-    output = Output(folder, "time_to_loss", "seconds to the loss where the Trainer ends at its best learning rate", *columns)
-    for backbone in bench.backbones:
-        documents = make_run(bench, backbone, WHOLE_DOCUMENT, changes={"phases.decay.tokens": 2 * bench.trainer_tokens})
-        check_peer(backbone, documents)
-        rows = make_run(bench, backbone, ROW, changes={"validation.tokens_per_source": bench.validation_tokens})
-        tokens = int(bench.trainer_tokens)
-        theirs = [train_alone(_train_theirs, documents, rows, lr, tokens) for lr in bench.trainer_lrs]
-        ours = [train_alone(_train_ours, our_run(bench, backbone, name), rows, name) for name in bench.optimizers]
-        best = min(theirs, key=lambda training: training.losses[-1])
-        output.table.add_row(f"{backbone} to {best.losses[-1]:.3f} nat")
-        for training in [*theirs, *ours]:
-            end, reached = training.seconds[-1], training.seconds_to(best.losses[-1])
-            times = (f"{reached:,.0f}", f"{reached / best.seconds[-1]:.2f}") if reached else ("never", "")
-            output.table.add_row(f"  {training}", f"{training.losses[-1]:.3f}", f"{end:,.0f}", *times)
-        output.add(backbone=backbone, best=asdict(best), trainings=[asdict(one) for one in [*theirs, *ours]])
+    title = "cost of the loss where the Trainer ends at its best, as a share of the Trainer's"
+    output = Output(folder, "time_to_loss", title, "ends at", *AXES.values(), "seeds")
+    for backbone, tokens in product(bench.backbones, bench.time_to_loss.tokens):
+        check_peer(backbone, make_run(bench, backbone, ROW))
+        peer = _best_of_the_trainer(bench, folder, backbone, int(tokens))
+        ours = [_recipe(bench, folder, backbone, int(tokens), name) for name in bench.time_to_loss.recipes]
+        spent = {axis: mean(getattr(training, axis)[-1] for training in peer.trainings.values()) for axis in AXES}
+        output.table.add_row(f"{backbone}, {tokens:,.0f} tokens: {peer.loss:.3f} nat")
+        ends = _with_interval([training.losses[-1] for training in peer.trainings.values()])
+        output.table.add_row(f"  {peer.name}", ends, "1", "1", "1", str(len(peer.trainings)))
+        for candidate in ours:
+            output.table.add_row(f"  {candidate.name}", *_row(candidate, peer.loss, spent))
+        all_of = {one.name: {seed: asdict(training) for seed, training in one.trainings.items()} for one in (peer, *ours)}
+        output.add(backbone=backbone, tokens=tokens, target=peer.loss, trainings=all_of)
+        _draw(folder / f"time_to_loss-{backbone}-{int(tokens)}.png", peer, ours)
     return output
 
 
-def train_alone(train: Callable[..., Training], *arguments: Any) -> Training:
-    """Train in a process of its own, and print the final loss."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        training = pool.submit(train, *arguments).result()
-    print(f"{training}: {training.losses[-1]:.3f} after {training.seconds[-1]:,.0f} s")
-    return training
+def _best_of_the_trainer(bench: Bench, folder: Path, backbone: str, tokens: int) -> Candidate:
+    """Search the grid with the first seed, and return the best of the finalists with all."""
+    settings = bench.time_to_loss
+    found = []
+    for lr, batch_rows in product(settings.trainer_lrs, settings.trainer_rows):
+        name = f"{TRAINER}, {lr:g}, {batch_rows} rows"
+        first = _train_theirs(bench, folder, backbone, tokens, lr, batch_rows, 0)
+        found.append((Candidate(name, {0: first}), lr, batch_rows))
+    found.sort(key=lambda one: one[0].loss)
+    for candidate, lr, batch_rows in found[:FINALISTS]:
+        for seed in range(1, settings.seeds):
+            candidate.trainings[seed] = _train_theirs(bench, folder, backbone, tokens, lr, batch_rows, seed)
+    return min((candidate for candidate, _, _ in found[:FINALISTS]), key=lambda candidate: candidate.loss)
 
 
-def our_run(bench: Bench, backbone: str, optimizer: str) -> Run:
-    """Return our run: short rows at a constant learning rate, then long rows while it decays."""
-    settings = dict(bench.optimizers[optimizer])
-    tokens = settings.pop("share") * bench.trainer_tokens
-    changes = {
-        **{f"optim.{key}": value for key, value in settings.items()},
-        "phases.decay.batch_rows": LONG_ROWS, "phases.decay.tokens": round(DECAY * tokens),
-        "validation.every_tokens": tokens // POINTS, "checkpoint.every_minutes": 0,
-        # Many lanes with a buffer each: a step from a single one would hold few documents, and learn less.
-        "data.lanes": bench.lanes, "data.buffer_rows": BUFFER_ROWS,
-    }  # fmt: skip
-    run = make_run(bench, backbone, ROW, optimizer, changes)
-    stable = replace(
-        run.phases["decay"], seq_len=SHORT, batch_rows=SHORT_ROWS, lr_curve="constant", warmup_tokens=round(WARMUP * tokens),
-        tokens=round((1 - DECAY) * tokens),
+def _train_theirs(bench: Bench, folder: Path, backbone: str, tokens: int, lr: float, batch_rows: int, seed: int) -> Training:
+    documents = make_run(bench, backbone, WHOLE_DOCUMENT, changes={"phases.decay.tokens": 2 * tokens})
+    identity = [TRAINER, backbone, bench.num_hidden_layers, tokens, lr, batch_rows, seed]
+    keep, name = bench.time_to_loss.keep_models, f"trainer-{lr:g}-{batch_rows}-{seed}"
+    return _cell(
+        folder, name, identity, bench, keep,
+        lambda to: (train_theirs, documents, _validated(bench, backbone), lr, batch_rows, tokens, seed, to),
     )  # fmt: skip
-    return replace(run, phases={"stable": stable, **run.phases})
 
 
-class ClockedValidator(Validator, L.Callback):
-    """Validates a run as the Trainer is validated, with the clock stopped, in place of the run's own validator."""
-
-    training: Training
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        (writer,) = (callback for callback in cast(Any, trainer).callbacks if isinstance(callback, ValidationWriter))
-        writer.validator = self
-
-    def scores(self, objectives: Objectives, phase: str) -> list[Score]:
-        scores: list[Score] = []
-
-        def loss() -> float:
-            scores.extend(self.scores_at_reference(objectives.masked_lm))
-            return scores[-1].loss
-
-        self.training.validate(loss)
-        objectives.train()
-        return scores
-
-
-def _train_ours(run: Run, rows: Run, optimizer: str) -> Training:
-    validator = ClockedValidator(rows, Corpus.of(rows.data))
-    validator.training = Training("modernenc", optimizer, run.optim["lr"])
-    with tempfile.TemporaryDirectory() as folder:
-        train_silently(replace(run, run_dir=f"{folder}/run"), validator)
-    return validator.training
-
-
-def _train_theirs(documents: Run, rows: Run, lr: float, tokens: int) -> Training:
-    corpus = Corpus.of(rows.data)
-    validator = Validator(rows, corpus)
-    ours = build_objectives(rows).masked_lm
-    set_seed(rows.seed)
-    model = new_transformers_model(ours)
-    steps = tokens // (ROW * ROWS)
-
-    class Validate(TrainerCallback):
-        """Validates our model with the Trainer's weights."""
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step % max(1, steps // POINTS) == 0 or state.global_step == steps:
-                training.validate(self._loss)
-
-        def _loss(self) -> float:
-            weights = converter_of(ours.backbone).from_hugging_face(model.state_dict())
-            ours.to(model.device).load_state_dict(weights)
-            with torch.autocast(model.device.type, torch.bfloat16):
-                return validator.scores_at_reference(ours)[-1].loss
-
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        arguments = TrainingArguments(
-            folder, max_steps=steps, per_device_train_batch_size=ROWS, learning_rate=lr, seed=rows.seed, report_to=[],
-            bf16=True, use_cpu=not torch.cuda.is_available(), save_strategy="no", logging_strategy="no", disable_tqdm=True,
+def _recipe(bench: Bench, folder: Path, backbone: str, tokens: int, name: str) -> Candidate:
+    candidate = Candidate(name, {})
+    for seed in range(bench.time_to_loss.seeds):
+        run = recipe_run(bench, backbone, tokens, name, seed)
+        identity = [json.dumps(asdict(replace(run, data=replace(run.data, root=""))), sort_keys=True), bench.num_hidden_layers]
+        candidate.trainings[seed] = _cell(
+            folder, f"{name}-{seed}", identity, bench, bench.time_to_loss.keep_models,
+            lambda to, run=run: (train_ours, run, _validated(bench, backbone), to),
         )  # fmt: skip
-        collator = DataCollatorForLanguageModeling(pretrained_tokenizer(corpus, ROW), mlm_probability=0.15)
-        rows_of_text: Any = list(rows_end_to_end(documents, tokens))
-        trainer = Trainer(model, arguments, collator, rows_of_text, callbacks=[Validate()])
-        training = Training("HF Trainer", "adamw", lr)
-        trainer.train()
+    return candidate
+
+
+def recipe_run(bench: Bench, backbone: str, tokens: int, name: str, seed: int) -> Run:
+    """Return a recipe on the benchmark's corpus, its phases scaled to a share of the Trainer's tokens."""
+    recipe = bench.time_to_loss.recipes[name]
+    overrides = [f"{key}={value}" for key, value in recipe.overrides.items()]
+    cfg = hydra.compose("train", [f"+recipe={recipe.recipe}", f"backbone={backbone}", *overrides])
+    with open_dict(cfg):
+        cfg.recipe, cfg.run_dir = "bench", ""
+    run = to_schema(cfg, Run, ())
+    scale = recipe.share * tokens / sum(phase.tokens for phase in run.phases.values())
+    sources = Corpus.of(replace(run.data, root=bench.root)).sources
+    mix = {source: float(sum(part["tokens"] for part in entry["slices"].values())) for source, entry in sources.items()}
+    longest = max(ROW, *(phase.seq_len for phase in run.phases.values()))
+    backbone_settings = {**run.backbone, "max_position": max(longest, run.backbone["max_position"])}
+    if bench.num_hidden_layers:
+        backbone_settings["num_hidden_layers"] = bench.num_hidden_layers
+    phases = {
+        key: replace(
+            phase, tokens=round(scale * phase.tokens), warmup_tokens=round(scale * phase.warmup_tokens), mix=mix,
+            ramp=replace(phase.ramp, tokens=round(scale * phase.ramp.tokens)),
+        )
+        for key, phase in run.phases.items()
+    }  # fmt: skip
+    return resolve(replace(
+        run, seed=seed, backbone=backbone_settings, phases=phases,
+        data=replace(run.data, root=bench.root, workers=0, lanes=0, buffer_rows=0),
+        checkpoint=replace(run.checkpoint, every_tokens=0, every_minutes=0),
+        validation=replace(run.validation, every_tokens=recipe.share * tokens // POINTS),
+    ))  # fmt: skip
+
+
+def _validated(bench: Bench, backbone: str) -> Run:
+    """Return the run whose held-out rows and masks all trainings are validated on."""
+    return make_run(bench, backbone, ROW, changes={"validation.tokens_per_source": bench.time_to_loss.validation_tokens})
+
+
+def _cell(
+    folder: Path, name: str, identity: list[Any], bench: Bench, keep: bool, work: Callable[[Path | None], tuple[Any, ...]]
+) -> Training:
+    """Return a training from its file, or train in a process of its own and write the file."""
+    run = make_run(bench, bench.backbones[0], ROW)
+    corpus = Corpus.of(run.data).fingerprint(phase.mix for phase in run.phases.values())
+    settings = json.dumps([FORMAT, identity, corpus, bench.time_to_loss.validation_tokens])
+    digest = xxhash.xxh3_64_hexdigest(settings.encode())
+    path = folder / "trainings" / f"{name}-{digest}.json"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        function, *arguments = work(path.with_suffix("") if keep else None)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            training = pool.submit(function, *arguments).result()
+        write_json(path, asdict(training))
+    training = Training(**json.loads(path.read_text()))
+    print(f"{name}: {training.losses[-1]:.3f} after {training.seconds[-1]:,.0f} s", flush=True)
     return training
 
 
-def rows_end_to_end(documents: Run, tokens: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield rows of unmasked documents laid end to end, until they hold `tokens` tokens."""
-    left = torch.empty(0, dtype=torch.long)
-    for step in load_steps(documents):
-        for batch in (batch.unpadded() for batch in step.micro_batches):
-            left = torch.cat((left, batch.input_ids.index_copy(0, batch.target_positions, batch.targets)))
-        whole = len(left) // ROW * ROW
-        for row in left[:whole].view(-1, ROW):
-            yield {"input_ids": row}
-        left, tokens = left[whole:], tokens - whole
-        if tokens <= 0:
-            return
+def _row(candidate: Candidate, target: float, spent: dict[str, float]) -> list[str]:
+    """Return the cells of a recipe: its loss, and its cost up to the target as a share of the Trainer's."""
+    trainings = list(candidate.trainings.values())
+    reached = [(training, number) for training in trainings if (number := training.reaches(target)) is not None]
+    cells = [_with_interval([training.losses[-1] for training in trainings])]
+    for axis, whole in spent.items():
+        shares = [getattr(training, axis)[number] / whole for training, number in reached]
+        cells.append(_with_interval(shares, 2) if len(reached) == len(trainings) else "never")
+    return [*cells, str(len(trainings)) if len(reached) == len(trainings) else f"{len(reached)} of {len(trainings)}"]
+
+
+def _with_interval(values: Sequence[float], digits: int = 3) -> str:
+    return f"{mean(values):.{digits}f} ±{half_interval(values):.{digits}f}"
+
+
+def _draw(path: Path, peer: Candidate, ours: Sequence[Candidate]) -> None:
+    """Plot all losses over the time, with the target."""
+    figure, axis = pyplot.subplots(figsize=(9, 5), constrained_layout=True)
+    for number, candidate in enumerate((peer, *ours)):
+        for training in candidate.trainings.values():
+            label = candidate.name if training is next(iter(candidate.trainings.values())) else None
+            colour = f"C{number - 1}" if number else "#888"
+            axis.plot(training.seconds, training.losses, color=colour, linewidth=1.2, label=label)
+    axis.axhline(peer.loss, color="#888", linestyle=":", label="where the Trainer ends")
+    axis.set_xlabel("training time (s)")
+    axis.set_ylabel("validation loss (nats)")
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

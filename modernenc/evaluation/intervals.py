@@ -40,7 +40,7 @@ def estimate(metrics: Sequence[str], runs: Sequence[Predictions]) -> ScoreEstima
     """Return the mean score over runs of different seeds on the same items; a score is the mean of its metrics."""
     scores = [mean(scores_of(metrics, run).values()) for run in runs]
     return ScoreEstimate(
-        mean(scores), len(runs), _deviation(scores), _seed_error(scores), NORMAL * float(_resample(metrics, runs).std())
+        mean(scores), len(runs), _deviation(scores), half_interval(scores), NORMAL * float(_resample(metrics, runs).std())
     )
 
 
@@ -48,7 +48,7 @@ def difference(metrics: Sequence[str], ones: Sequence[Predictions], others: Sequ
     """Return by how much one model's mean score is above another's, on the same items."""
     first, second = ([mean(scores_of(metrics, run).values()) for run in runs] for runs in (ones, others))
     items = NORMAL * float((_resample(metrics, ones) - _resample(metrics, others)).std())
-    spread = float(np.hypot(_seed_error(first), _seed_error(second)))
+    spread = float(np.hypot(half_interval(first), half_interval(second)))
     return ScoreEstimate(mean(first) - mean(second), min(len(ones), len(others)), 0.0, spread, items)
 
 
@@ -72,7 +72,8 @@ def _deviation(scores: Sequence[float]) -> float:
     return stdev(scores) if len(scores) > 1 else 0.0
 
 
-def _seed_error(scores: Sequence[float]) -> float:
+def half_interval(scores: Sequence[float]) -> float:
+    """Return half of the 95 % interval of the mean of a few scores, by Student's t; 0 for a single one."""
     from scipy.stats import t
 
     return float(t.ppf(0.975, len(scores) - 1)) * _deviation(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0.0

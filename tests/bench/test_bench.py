@@ -22,6 +22,7 @@ from modernenc.backbones import attention, rotary
 from modernenc.bench import gpu, inference, kernels, step, time_to_loss
 from modernenc.bench.interleave import Result, StepWork, run_interleaved
 from modernenc.bench.settings import PARTS, Bench, register_bench
+from modernenc.bench.trainings import Training
 from modernenc.cli import to_schema
 from modernenc.config import CONF_DIR
 from modernenc.quoting import quote_values
@@ -118,26 +119,49 @@ def test_inference_is_measured_beside_transformers(bench, tmp_path, monkeypatch)
     assert inference.lengths_of("fixed", 64, 8) == [64] * 8
 
 
+TO_LOSS = (
+    *("time_to_loss.tokens=[8192]", "time_to_loss.seeds=2", "time_to_loss.trainer_lrs=[1e-5,1e-3,3e-3]", "num_hidden_layers=1"),
+    *("time_to_loss.trainer_rows=[4]", "~time_to_loss.recipes.stable_adamw", "time_to_loss.validation_tokens=1024"),
+    "time_to_loss.keep_models=true",
+)
+
+
 @pytest.mark.slow
-def test_time_to_loss_is_that_of_the_best_of_the_trainers_learning_rates(bench, tmp_path):
-    time_to_loss.measure(
-        bench(
-            *("trainer_tokens=8192", "validation_tokens=1024", "trainer_lrs=[1e-5,1e-3]", "lanes=2"),
-            *("~optimizers.muon", "~optimizers.stable_adamw"),
-        ),
-        tmp_path,
-    )
+def test_recipes_are_held_against_the_best_of_the_trainer_and_trained_once(bench, tmp_path, capsys):
+    time_to_loss.measure(bench(*TO_LOSS), tmp_path)
     (found,) = json.loads((tmp_path / "time_to_loss.json").read_text())
-    slow, fast, ours = found["trainings"]
-    assert found["best"] == fast and fast["losses"][-1] < slow["losses"][-1]
-    assert ours["name"] == "modernenc" and ours["lr"] == 1e-3
-    assert all(len(one["losses"]) >= 4 and one["seconds"] == sorted(one["seconds"]) for one in found["trainings"])
+    best, ours = found["trainings"]
+    assert ours == "muon" and best in ("Trainer, 0.001, 4 rows", "Trainer, 0.003, 4 rows")
+    final = {name: [one["losses"][-1] for one in seeds.values()] for name, seeds in found["trainings"].items()}
+    assert len(final[best]) == len(final[ours]) == 2 and found["target"] == sum(final[best]) / 2
+    for seeds in found["trainings"].values():
+        for one in seeds.values():
+            assert len(one["losses"]) >= 4
+            assert all(one[axis] == sorted(one[axis]) and one[axis][0] > 0 for axis in ("seconds", "tokens", "flops"))
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "trainings").glob("*.json")}
+    assert len(files) == 3 + 2 + 2  # the grid, another seed of two finalists, and ours
+    assert len(list((tmp_path / "trainings").glob("*/model.safetensors"))) == 7
+    assert (tmp_path / "time_to_loss-modernbert_tiny-8192.png").stat().st_size > 0
+    time_to_loss.measure(bench(*TO_LOSS), tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "trainings").glob("*.json")} == files
+
+
+def test_a_recipe_keeps_its_shape_on_a_share_of_the_tokens(bench):
+    settings = bench(
+        "time_to_loss.recipes.muon.share=0.5", "time_to_loss.recipes.muon.overrides={phases.stable.causal_share:0.2}"
+    )
+    run = time_to_loss.recipe_run(settings, "modernbert_tiny", 100_000, "muon", 3)
+    assert sum(phase.tokens for phase in run.phases.values()) == pytest.approx(50_000, abs=3)
+    stable, _, decay = run.phases.values()
+    assert stable.tokens / decay.tokens == pytest.approx(4, rel=1e-3)
+    assert (run.seed, stable.causal_share, run.data.root) == (3, 0.2, settings.root)
+    assert set(stable.mix) == {"code", "docstrings", "reference"}
 
 
 def test_time_stands_still_while_a_training_is_validated(monkeypatch):
     now = 100.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    training = time_to_loss.Training("one", "adamw", 1.0, started=now)
+    training = Training(started=now)
 
     def loss() -> float:
         nonlocal now
@@ -146,9 +170,9 @@ def test_time_stands_still_while_a_training_is_validated(monkeypatch):
 
     for trained in (3, 4):
         now += trained
-        training.validate(loss)
+        training.validate(10 * trained, 20 * trained, loss)
     assert training.seconds == [3, 7]
-    assert training.seconds_to(4.0) == training.seconds[1] and training.seconds_to(3.0) is None
+    assert training.reaches(4.0) == 1 and training.reaches(3.0) is None
 
 
 TINY = (
