@@ -17,8 +17,8 @@ from modernenc.backbones.description import Description
 class Backbone(Protocol):
     """All that the rest of the package needs of a backbone, besides its being an `nn.Module`.
 
-    A class may have two more attributes: `HUGGING_FACE`, the dotted name of its `modernenc.hugging_face.Converter`, and
-    `is_compiled`, which is set when its layers are compiled.
+    A class may have more attributes: `HUGGING_FACE`, the dotted name of its `modernenc.hugging_face.Converter`; `is_compiled`,
+    which is set when its layers are compiled; `decoder_bias` and `tie_word_embeddings`, both true unless it says otherwise.
     """
 
     PHASE_ATTRIBUTES: ClassVar[tuple[str, ...]]

@@ -88,6 +88,10 @@ def choice_model_of(masked_lm: Any, choice: Any, **special_ids: Any) -> "PreTrai
     from transformers import AutoModelForMultipleChoice
 
     converter = converter_of(masked_lm.backbone)
+    if not converter.choice_prefixes:
+        raise ValueError(
+            f"transformers has no multiple choice for {type(masked_lm.backbone).__name__}: its tasks are not exported"
+        )
     config = converter.new_model(masked_lm.backbone, **special_ids).config
     config.classifier_pooling = "cls"  # a choice is scored at its first token
     model = AutoModelForMultipleChoice.from_config(config)

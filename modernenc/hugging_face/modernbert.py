@@ -1,7 +1,9 @@
-"""ModernBERT here <-> `ModernBertForMaskedLM` of transformers 4 and 5."""
+"""ModernBERT here <-> `ModernBertForMaskedLM` of transformers 4 and 5; and from `ModernBertDecoderForCausalLM`."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
 
 from modernenc.backbones.initial import INIT_STD
 from modernenc.backbones.modernbert import ModernBERT
@@ -11,14 +13,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+DECODER = "modernbert-decoder"
+
+
 class ModernBERTConverter(Converter):
     """Reads and writes both spellings of a ModernBERT's config.json.
 
     transformers 4 has `global_attn_every_n_layers` and one theta per layer type; 5 has the type of every layer and the rotary
     settings of each type. In a file that has both, they must agree.
+
+    A decoder, as Ettin has them (Weller et al. 2025, arXiv:2507.11412), has the same layers: a run that starts from one, and is
+    causal, computes what it does.
     """
 
-    model_types: ClassVar[tuple[str, ...]] = ("modernbert",)
+    model_types: ClassVar[tuple[str, ...]] = ("modernbert", DECODER)
     prefixes: ClassVar[dict[str, str]] = {"backbone.": "model."}
     choice_prefixes: ClassVar[dict[str, str]] = {"backbone.": "model.", "score.": "classifier."}
     fixed: ClassVar[dict[str, Any]] = {
@@ -34,17 +42,31 @@ class ModernBERTConverter(Converter):
     def backbone_arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Read either spelling."""
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        thetas = _read_thetas(config)
+        thetas, side = _read_thetas(config), config.get("sliding_window")  # which transformers 4 writes of a decoder
+        local_attention = config.get("local_attention", 128 if side is None else 2 * side)
+        if side not in (None, local_attention // 2):
+            raise ValueError(f"sliding_window={side} in config.json: expected half of local_attention={local_attention}")
         return {
             **{name: config[name] for name in names},
             "max_position": config["max_position_embeddings"],
             "global_rope_theta": thetas["full_attention"],
             "local_rope_theta": thetas["sliding_attention"],
             "global_attn_every_n_layers": _read_period(config),
-            "local_attention": config.get("local_attention", 128),
+            "local_attention": local_attention,
             "norm_eps": config.get("norm_eps", 1e-5),
             "init_std": config.get("initializer_range", INIT_STD),
         }
+
+    def from_hugging_face(self, weights: dict[str, Any]) -> dict[str, Any]:
+        """Rename weights; a decoder's projections to queries, keys and values become one matrix."""
+        joined = {}
+        for name, value in weights.items():
+            stem, _, part = name.rpartition("attn.")
+            if part == "q_proj.weight":
+                joined[f"{stem}attn.Wqkv.weight"] = torch.cat([weights[f"{stem}attn.{one}_proj.weight"] for one in "qkv"])
+            elif part not in ("k_proj.weight", "v_proj.weight"):
+                joined[name.removeprefix("lm_")] = value  # lm_head is a decoder's name for the head
+        return super().from_hugging_face(joined)
 
     def new_model(self, backbone: ModernBERT, **special_ids: Any) -> "PreTrainedModel":
         """Build the model as the backbone stands now, with the thetas of the phase that it reached."""
@@ -90,7 +112,8 @@ def _read_thetas(config: Mapping[str, Any]) -> dict[str, float]:
                 f"rope_parameters.{kind}={rope} in config.json: expected rope_type default and a rope_theta, of full_attention "
                 "and sliding_attention"
             )
-    thetas, defaults = {}, {"global_rope_theta": 160_000.0, "local_rope_theta": 10_000.0}
+    local = 160_000.0 if config.get("model_type") == DECODER else 10_000.0
+    thetas, defaults = {}, {"global_rope_theta": 160_000.0, "local_rope_theta": local}
     for kind, key in (("full_attention", "global_rope_theta"), ("sliding_attention", "local_rope_theta")):
         five = version_5.get(kind, {}).get("rope_theta")
         four = config.get(key, defaults[key])

@@ -90,7 +90,7 @@ def read_config(config: dict[str, Any], kind: type[Backbone], file: str = "confi
         ranges.check(f"{file}: {name}", hints[name], value)
     fixed = {**FIXED, **converter.fixed}
     for key, value in config.items():
-        if key in fixed and value != fixed[key]:
+        if key in fixed and key not in recording.read and value != fixed[key]:
             raise ValueError(f"{key}={value} in {file}: {kind.__name__} has {fixed[key]} here, so logits would be others")
         known = key in recording.read or key in fixed or key in converter.irrelevant or key in IRRELEVANT
         if not known and value is not None and not key.endswith("_token_id"):

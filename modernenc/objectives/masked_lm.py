@@ -7,28 +7,39 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from modernenc.backbones import Backbone
+from modernenc.backbones.initial import normal_
 from modernenc.curriculum import CAUSAL_LM
 from modernenc.data.batch import MicroBatch
 from modernenc.objectives.linear_cross_entropy import linear_cross_entropy
 
 
 class MaskedLM(nn.Module):
-    """A backbone, a prediction head, and a decoder tied to the token embedding."""
+    """A backbone, a prediction head, and a decoder.
+
+    The decoder has a bias, unless the backbone's `decoder_bias` is false, and the weight of the token embedding, unless its
+    `tie_word_embeddings` is.
+    """
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = backbone.prediction_head()
-        self.decoder = nn.Linear(backbone.hidden_size, backbone.vocab_size)
-        self.decoder.weight = backbone.token_embeddings().weight
-        nn.init.zeros_(self.decoder.bias)
+        embedding = backbone.token_embeddings().weight
+        self.decoder = nn.Linear(backbone.hidden_size, backbone.vocab_size, bias=getattr(backbone, "decoder_bias", True))
+        if getattr(backbone, "tie_word_embeddings", True):
+            self.decoder.weight = embedding
+        else:
+            normal_(self.decoder.weight)
+        if self.decoder.bias is not None:
+            nn.init.zeros_(self.decoder.bias)
 
     def forward(self, batch: MicroBatch) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
         """Return the cross-entropy summed over the predicted tokens, in nats, and the number of correct predictions."""
         documents = batch.input_ids, batch.cu_seqlens, batch.max_seqlen
         causal = {"causal": True} if batch.objective == CAUSAL_LM else {}  # which a backbone of the user's may not know
         hidden = self.backbone(*documents, batch.target_positions, **causal)
-        return linear_cross_entropy(self.head(hidden), self.decoder.weight, self.decoder.bias, batch.targets)
+        bias = self.decoder.weight.new_zeros(len(self.decoder.weight)) if self.decoder.bias is None else self.decoder.bias
+        return linear_cross_entropy(self.head(hidden), self.decoder.weight, bias, batch.targets)
 
     def logits(
         self,

@@ -37,7 +37,10 @@ def check_disk(run: Run) -> None:
 def check_backbone(run: Run) -> None:
     """Raise ValueError if the backbone cannot be built with its settings."""
     with _name_group_in_errors("backbone", run.backbone), torch.device("meta"):
-        backbone: Any = build_objectives(run).backbone
+        objectives = build_objectives(run)
+        backbone: Any = objectives.backbone
+    if run.init.unigram and objectives.masked_lm.decoder.bias is None:
+        raise ValueError(f"init.unigram=true: the decoder of {type(backbone).__name__} has no bias; set init.unigram=false")
     wanted = [name for name, phase in run.phases.items() if phase.causal_share]
     if wanted and "causal" not in signature(backbone.forward).parameters:
         raise ValueError(

@@ -116,6 +116,11 @@ CASES = {
         r"phases.decay.backbone.rope: a phase may set global_rope_theta",
     ),
     "a small vocabulary": (["backbone.vocab_size=100"], r"backbone.vocab_size=100 is smaller than the 512 entries"),
+    "more than all of a phase": (["phases.stable.causal_share=1.5"], r"phases.stable.causal_share=1.5: expected 0 to 1"),
+    "causal LM among the objectives": (
+        ["+phases.decay.objectives={masked_lm: 1, causal_lm: 1}"],
+        r"phases.decay.objectives.causal_lm: is no objective of a cycle; give phases.decay.causal_share",
+    ),
     "an unknown curve": (["phases.stable.lr_curve=sine"], r"phases.stable.lr_curve=sine: expected one of constant"),
 }
 

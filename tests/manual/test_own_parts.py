@@ -41,6 +41,11 @@ def test_a_run_trains_ones_own_backbone_in_ones_own_phase(corpus_root, tmp_path,
     assert {float(row["mask_ratio"]) for row in rows if row["phase"] == "anneal"} == {0.15}
     assert float(rows[-1]["lr"]) < 0.1 * max(float(row["lr"]) for row in rows)
     assert (folder / "checkpoints" / "end-of-anneal.ckpt").is_file()
+    causal = command(
+        "modernenc.plan", "--config-dir", str(PARTS / "conf"), "+recipe=bert", f"data.root={corpus_root}", *smaller,
+        "phases.stable.causal_share=0.5",
+    )  # fmt: skip
+    assert causal.returncode == 2 and "phases.stable.causal_share=0.5: Bert cannot be causal" in causal.stderr
     refused = command("modernenc.resume", str(folder))
     assert refused.returncode == 2 and "--allow-code own_parts.bert" in refused.stderr
     allowed = command("modernenc.resume", str(folder), "--allow-code", "own_parts.bert")

@@ -16,7 +16,10 @@ from support.tensors import relative
 
 OWN = Path(__file__).parents[1] / "own_parts" / "conf" / "backbone" / "bert.yaml"
 YAMLS = [*sorted((CONF_DIR / "backbone").glob("*.yaml")), OWN]
-SMALLER = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 6}
+SMALLER = {
+    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_hidden_layers": 6,
+}  # fmt: skip
 LENGTHS = [1, 2, 3, 17, 64, 65, 128, 130, 333, 512, 700, 1022]
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modernenc import ranges
+from modernenc.backbones.eurobert import EuroBERT
 from modernenc.backbones.mega import Mega
 from modernenc.backbones.modernbert import ModernBERT
 from modernenc.hugging_face import converter_of
@@ -83,6 +84,28 @@ def test_any_modernbert_equals_that_of_transformers(seed):
     theirs.load_state_dict(converter.to_hugging_face(ours.state_dict()))
     theirs.double()
     lengths = draw_lengths(rng, local // 2, SHORTEST, MULTIPLE, FEW_LENGTHS_UP_TO)
+    check(ours, theirs, lambda document: theirs(input_ids=document[None]).logits[0], lengths)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_eurobert_equals_that_of_transformers(seed):
+    transformers = pytest.importorskip("transformers", "5", reason="transformers 4 has no EuroBERT")
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    shared, group = rng.randint(1, 3), rng.randint(1, 3)
+    settings = {
+        "vocab_size": VOCAB, "hidden_size": 2 * shared * group * rng.randint(4, 9), "intermediate_size": rng.randint(1, 70),
+        "num_hidden_layers": rng.randint(1, 4), "num_attention_heads": shared * group, "num_key_value_heads": shared,
+        "max_position": LONGEST, "rope_theta": rng.uniform(1, 1e5), "norm_eps": 10 ** rng.uniform(-9, -3),
+        "tie_word_embeddings": rng.random() < 0.5,
+    }  # fmt: skip
+    ours = build_masked_lm(EuroBERT(**settings), get_type_hints(EuroBERT.__init__, include_extras=True), settings)
+    converter = converter_of(ours.backbone)
+    config = converter.new_model(ours.backbone, mask_token_id=1, bos_token_id=1, eos_token_id=1).config
+    theirs = transformers.AutoModelForMaskedLM.from_config(config, attn_implementation="sdpa").eval()
+    theirs.load_state_dict(converter.to_hugging_face(ours.state_dict()))
+    theirs.double()
+    lengths = draw_lengths(rng, SHORTEST, MULTIPLE, FEW_LENGTHS_UP_TO)
     check(ours, theirs, lambda document: theirs(input_ids=document[None]).logits[0], lengths)
 
 

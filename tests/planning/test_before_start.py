@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from modernenc.planning.checks import check_settings
+from modernenc.planning.model_checks import check_backbone
 from modernenc.train import main
 from support.commands import error
 from support.runs import SMALL, composed
@@ -33,3 +34,19 @@ def test_a_loader_that_would_give_up_before_the_reads_of_a_remote_do_is_refused(
     run = composed(["+recipe=demo", *SMALL, *remote, "data.workers=1", "data.loader_timeout_s=60"])
     with pytest.raises(ValueError, match=r"data.loader_timeout_s=60: a read of s3://bucket/data may take 183 seconds"):
         check_settings(run)
+
+
+EUROBERT = ["backbone=eurobert_tiny", *(one for one in SMALL if "local_attention" not in one)]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("init.unigram=true", "init.unigram=true: the decoder of EuroBERT has no bias; set init.unigram=false"),
+        ("backbone.num_key_value_heads=3", "num_attention_heads=2 must be a multiple of num_key_value_heads=3"),
+    ],
+)
+def test_what_eurobert_cannot_have_is_said(corpus_root, change, message):
+    run = composed(["+recipe=demo", *EUROBERT, f"data.root={corpus_root}", "backbone.num_key_value_heads=1", change])
+    with pytest.raises(ValueError, match=message):
+        check_backbone(run)
