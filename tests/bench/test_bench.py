@@ -70,7 +70,7 @@ def test_the_data_path_is_measured(corpus_root, tmp_path):
         ("parts=[gpu] gpu.cells=[cache]", "gpu.cells=cache is unknown; available: products, copies, step"),
         ("parts=[gpu] gpu.lengths=[64]", "gpu.lengths=[64]: expected two"),
         ("parts=[gpu] gpu.run_steps=5", "gpu.run_steps=5: expected at least 25"),
-        ("backbones=[bert]", "backbones=bert is unknown; available: mega_small_16k"),
+        ("backbones=[bert]", "backbones=bert is unknown; available: eurobert_210m"),
         ("root=nowhere", "nowhere: no manifest.json there"),
     ],
 )
