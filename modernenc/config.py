@@ -81,8 +81,8 @@ class Phase:
     mask_ratio: Annotated[float, Interval(gt=0, lt=1)] = MISSING
     """Fraction of the text tokens that are predicted, in (0, 1)."""
     causal_share: Annotated[float, Interval(ge=0, le=1)] = 0
-    """Fraction of the phase, from its start, in which each token is predicted from those before it, as in a decoder; masked LM
-    follows. All tokens teach, so that a run leaves its first plateau sooner: Gisserot-Boukhlef et al. arXiv:2507.00994."""
+    """Fraction of the phase, from its start, in which each token is predicted from those before it; masked LM follows. All
+    tokens teach, so that a run leaves its first plateau sooner: Gisserot-Boukhlef et al. 2025, arXiv:2507.00994."""
     mix: dict[str, Annotated[float, Ge(0)]] = MISSING
     """Relative proportion of tokens by source (`wiki`), or by one slice of a source (`wiki/slice-001`); 0 leaves it out."""
     objectives: dict[str, Annotated[int, Interval(ge=0, le=1_000)]] = field(default_factory=dict)

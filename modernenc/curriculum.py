@@ -19,9 +19,11 @@ from modernenc.config import Phase, Run, Task
 from modernenc.schedules import LR_CURVES
 
 MASKED_LM = "masked_lm"
-"""The objective that reads text; the others are tasks."""
+"""The objective of text; the others are tasks."""
 CAUSAL_LM = "causal_lm"
 """What takes its place in the first steps of a phase with a `causal_share`: each token is predicted from those before it."""
+OF_TEXT = (MASKED_LM, CAUSAL_LM)
+"""What a step may train that reads text."""
 CHOICES = 4
 """Endings of a multiple-choice item, each of which takes a row."""
 _MOST_STAGES = 1_000

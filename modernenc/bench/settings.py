@@ -132,6 +132,13 @@ def check(bench: Bench) -> None:
     make_run(bench, bench.gpu.backbone, bench.gpu.lengths[0])  # the corpus is there
 
 
+def mix_of(bench: Bench) -> dict[str, float]:
+    """Return the tokens of each source of the corpus, in proportion to which all benchmarks read it."""
+    hint = f"prepare it with: python -m data_prep +corpus=demo out={bench.root}"
+    sources = Corpus.of(Data(root=bench.root, hint=hint)).sources
+    return {name: float(sum(part["tokens"] for part in entry["slices"].values())) for name, entry in sources.items()}
+
+
 def make_run(bench: Bench, backbone: str, length: int, optimizer: str = "adamw", changes: dict[str, Any] | None = None) -> Run:
     """Return a run with the single phase `decay`, which trains in rows of `length` tokens on the benchmark's documents.
 
@@ -139,8 +146,6 @@ def make_run(bench: Bench, backbone: str, length: int, optimizer: str = "adamw",
     """
     cfg = hydra.compose("train", ["+recipe=demo", f"backbone={backbone}", f"optim={optimizer}"])
     batch_rows = max(1, bench.step_tokens // length)
-    hint = f"prepare it with: python -m data_prep +corpus=demo out={bench.root}"
-    sources = Corpus.of(Data(root=bench.root, hint=hint)).sources
     settings = {
         "recipe": "bench", "run_dir": "", "data.root": bench.root, "data.lanes": 1, "data.workers": 0,
         "trainer.micro_batch_tokens": max(length, bench.micro_batch_tokens),
@@ -148,7 +153,7 @@ def make_run(bench: Bench, backbone: str, length: int, optimizer: str = "adamw",
         "backbone.num_hidden_layers": bench.num_hidden_layers or cfg.backbone.num_hidden_layers,
         "phases.decay.seq_len": length, "phases.decay.batch_rows": batch_rows,
         "phases.decay.tokens": (bench.repetitions + 1) * batch_rows * length,
-        "phases.decay.mix": {name: sum(part["tokens"] for part in entry["slices"].values()) for name, entry in sources.items()},
+        "phases.decay.mix": mix_of(bench),
         **(changes or {}),
     }  # fmt: skip
     with open_dict(cfg):

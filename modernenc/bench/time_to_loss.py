@@ -5,11 +5,13 @@ and the one whose mean is lower is what the recipes are held against: its mean f
 all seeds, on `share` of the Trainer's tokens.
 
 A training is a cell: a file that is written when it is over, and not made again. So a comparison of hours may be stopped and
-goes on, and one more candidate costs its own trainings only. Times are of one machine, which should do nothing else.
+goes on, and one more candidate costs its own trainings only. Times are of one machine, which should do nothing else: on another
+one all is trained again.
 """
 
 import json
 import multiprocessing
+import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +22,7 @@ from statistics import mean
 from typing import Any
 
 import hydra
+import matplotlib
 import xxhash
 from matplotlib import pyplot
 from omegaconf import open_dict
@@ -27,13 +30,14 @@ from omegaconf import open_dict
 from modernenc.atomic import write_json
 from modernenc.bench.output import Output
 from modernenc.bench.peers import check_peer
-from modernenc.bench.settings import Bench, make_run
+from modernenc.bench.settings import Bench, make_run, mix_of
 from modernenc.bench.trainings import POINTS, ROW, WHOLE_DOCUMENT, Training, train_ours, train_theirs
 from modernenc.cli import to_schema
-from modernenc.config import Run
+from modernenc.config import Data, Run
 from modernenc.data.blocks import Corpus
 from modernenc.evaluation.intervals import half_interval
 from modernenc.planning.resolve import resolve
+from modernenc.run_folder.lineage import versions
 
 FORMAT = 1
 """Number of the meaning of a training's file; one of another is not read."""
@@ -96,7 +100,7 @@ def _best_of_the_trainer(bench: Bench, folder: Path, backbone: str, tokens: int)
 
 def _train_theirs(bench: Bench, folder: Path, backbone: str, tokens: int, lr: float, batch_rows: int, seed: int) -> Training:
     documents = make_run(bench, backbone, WHOLE_DOCUMENT, changes={"phases.decay.tokens": 2 * tokens})
-    identity = [TRAINER, backbone, bench.num_hidden_layers, tokens, lr, batch_rows, seed]
+    identity = [TRAINER, documents.backbone, tokens, lr, batch_rows, seed]
     keep, name = bench.time_to_loss.keep_models, f"trainer-{lr:g}-{batch_rows}-{seed}"
     return _cell(
         folder, name, identity, bench, keep,
@@ -108,7 +112,7 @@ def _recipe(bench: Bench, folder: Path, backbone: str, tokens: int, name: str) -
     candidate = Candidate(name, {})
     for seed in range(bench.time_to_loss.seeds):
         run = recipe_run(bench, backbone, tokens, name, seed)
-        identity = [json.dumps(asdict(replace(run, data=replace(run.data, root=""))), sort_keys=True), bench.num_hidden_layers]
+        identity = [asdict(replace(run, data=replace(run.data, root="")))]
         candidate.trainings[seed] = _cell(
             folder, f"{name}-{seed}", identity, bench, bench.time_to_loss.keep_models,
             lambda to, run=run: (train_ours, run, _validated(bench, backbone), to),
@@ -125,8 +129,7 @@ def recipe_run(bench: Bench, backbone: str, tokens: int, name: str, seed: int) -
         cfg.recipe, cfg.run_dir = "bench", ""
     run = to_schema(cfg, Run, ())
     scale = recipe.share * tokens / sum(phase.tokens for phase in run.phases.values())
-    sources = Corpus.of(replace(run.data, root=bench.root)).sources
-    mix = {source: float(sum(part["tokens"] for part in entry["slices"].values())) for source, entry in sources.items()}
+    mix = mix_of(bench)
     longest = max(ROW, *(phase.seq_len for phase in run.phases.values()))
     backbone_settings = {**run.backbone, "max_position": max(longest, run.backbone["max_position"])}
     if bench.num_hidden_layers:
@@ -155,18 +158,17 @@ def _cell(
     folder: Path, name: str, identity: list[Any], bench: Bench, keep: bool, work: Callable[[Path | None], tuple[Any, ...]]
 ) -> Training:
     """Return a training from its file, or train in a process of its own and write the file."""
-    run = make_run(bench, bench.backbones[0], ROW)
-    corpus = Corpus.of(run.data).fingerprint(phase.mix for phase in run.phases.values())
-    settings = json.dumps([FORMAT, identity, corpus, bench.time_to_loss.validation_tokens])
-    digest = xxhash.xxh3_64_hexdigest(settings.encode())
+    corpus = Corpus.of(Data(root=bench.root)).fingerprint([mix_of(bench)])
+    settings = [FORMAT, platform.node(), identity, corpus, bench.time_to_loss.validation_tokens]
+    digest = xxhash.xxh3_64_hexdigest(json.dumps(settings, sort_keys=True).encode())
     path = folder / "trainings" / f"{name}-{digest}.json"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         function, *arguments = work(path.with_suffix("") if keep else None)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             training = pool.submit(function, *arguments).result()
-        write_json(path, asdict(training))
-    training = Training(**json.loads(path.read_text()))
+        write_json(path, {"training": asdict(training), "machine": platform.node(), "versions": versions()})
+    training = Training(**json.loads(path.read_text())["training"])
     print(f"{name}: {training.losses[-1]:.3f} after {training.seconds[-1]:,.0f} s", flush=True)
     return training
 
@@ -188,6 +190,7 @@ def _with_interval(values: Sequence[float], digits: int = 3) -> str:
 
 def _draw(path: Path, peer: Candidate, ours: Sequence[Candidate]) -> None:
     """Plot all losses over the time, with the target."""
+    matplotlib.use("Agg")
     figure, axis = pyplot.subplots(figsize=(9, 5), constrained_layout=True)
     for number, candidate in enumerate((peer, *ours)):
         for training in candidate.trainings.values():

@@ -21,7 +21,7 @@ import torch
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from modernenc.bench.loop import train_silently
-from modernenc.bench.ours import load_steps
+from modernenc.bench.ours import load_steps, step_work
 from modernenc.bench.peers import new_transformers_model
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum
@@ -129,9 +129,7 @@ def train_theirs(documents: Run, rows: Run, lr: float, batch_rows: int, tokens: 
     set_seed(seed)
     model = new_transformers_model(ours)
     steps = tokens // (ROW * batch_rows)
-    vocabulary, head = ours.decoder.weight.numel(), sum(weight.numel() for weight in ours.head.parameters() if weight.ndim == 2)
-    # It computes the logits of all tokens.
-    each = 3 * (ours.backbone.describe().forward_flops(ROW) + 2 * (head + vocabulary))
+    each = step_work(ours, [ROW], targets=ROW).flops / ROW  # it computes the logits of all tokens
 
     class Validate(TrainerCallback):
         """Validates our model with the Trainer's weights."""

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int, Integer
 from torch import Tensor
 
-from modernenc.curriculum import CAUSAL_LM, MASKED_LM
+from modernenc.curriculum import MASKED_LM, OF_TEXT
 
 MULTIPLE = 64
 """The numbers of tokens and of target positions are padded to a multiple of this."""
@@ -73,7 +73,7 @@ class MicroBatch:
         For a task, the positions are those of the first token of every document.
         """
         ends = self.cu_seqlens[self.cu_seqlens <= self.num_tokens]
-        is_text = self.objective in (MASKED_LM, CAUSAL_LM)
+        is_text = self.objective in OF_TEXT
         positions = len(self.targets) if is_text else (len(ends) - 1 if len(self.targets) else 0)
         return replace(
             self,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from modernenc.config import Run
-from modernenc.curriculum import CAUSAL_LM, MASKED_LM, Curriculum, StepSpec, items_per_micro_batch, reads_text
+from modernenc.curriculum import CAUSAL_LM, OF_TEXT, Curriculum, StepSpec, items_per_micro_batch, reads_text
 from modernenc.data.batch import MicroBatch
 from modernenc.data.blocks import Corpus
 from modernenc.data.choices import Choices
@@ -62,7 +62,7 @@ class Steps:
         lanes = self._restore_lanes(state)
         for spec in self.curriculum.steps(state.tokens_seen):
             counts = state.token_counts.setdefault(spec.phase, TokenCounts())
-            if spec.objective in (MASKED_LM, CAUSAL_LM):
+            if spec.objective in OF_TEXT:
                 lanes = self._enter_phase(spec.phase, state, lanes)
                 micro_batches = self._text_batches(spec, lanes, counts)
             else:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from modernenc.curriculum import CAUSAL_LM, MASKED_LM
+from modernenc.curriculum import OF_TEXT
 from modernenc.data.batch import MicroBatch
 from modernenc.objectives.masked_lm import MaskedLM
 from modernenc.objectives.multiple_choice import MultipleChoice
@@ -22,6 +22,6 @@ class Objectives(nn.Module):
 
     def forward(self, batch: MicroBatch) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
         """Return the summed loss of the batch's objective, in nats, and the number of correct predictions."""
-        if batch.objective in (MASKED_LM, CAUSAL_LM):
+        if batch.objective in OF_TEXT:
             return self.masked_lm(batch)
         return self.tasks[batch.objective](self.backbone, batch)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from modernenc.atomic import replacing, write_text
 from modernenc.config import Run
-from modernenc.curriculum import CAUSAL_LM, CHOICES, MASKED_LM, Curriculum
+from modernenc.curriculum import CHOICES, OF_TEXT, Curriculum
 from modernenc.data.blocks import MANIFEST, VALIDATION, corpus_of
 from modernenc.data.packing import SPECIALS
 from modernenc.evaluation.standard_error import FIXED_RATIO
@@ -38,7 +38,7 @@ def write(run: Run) -> Path:
     run_dir, curriculum = Path(run.run_dir), Curriculum.of(run)
     metrics, scores = Table(run_dir / "metrics.csv").read(), Table(run_dir / "validation.csv").read()
     evaluated = Table(run_dir / "evaluations.csv").read()
-    training = [row for row in metrics if row["objective"] in (CAUSAL_LM, MASKED_LM)]
+    training = [row for row in metrics if row["objective"] in OF_TEXT]
     validation = [row for row in scores if row["source"] not in run.tasks]
     unigram = unigram_nats(run, validation)
     if unknown := {row["source"] for row in validation} - {ALL, *unigram}:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from modernenc.config import Run
-from modernenc.curriculum import CAUSAL_LM, CHOICES, MASKED_LM, Curriculum, reads_text
+from modernenc.curriculum import CAUSAL_LM, CHOICES, MASKED_LM, OF_TEXT, Curriculum, reads_text
 from modernenc.evaluation.standard_error import FIXED_RATIO
 from modernenc.run_folder import lineage
 from modernenc.run_folder.tables import ALL, Table
@@ -48,7 +48,7 @@ def draw_curriculum(run: Run, curriculum: Curriculum) -> Figure:
         | {edge for stage in curriculum.stages for edge in (stage.first_tokens, stage.end_tokens - 1)}
     )
     specs = [curriculum.at(position) for position in tokens]
-    specs = [spec for spec in specs if spec.objective in (MASKED_LM, CAUSAL_LM) or not reads_text(run.phases[spec.phase])]
+    specs = [spec for spec in specs if spec.objective in OF_TEXT or not reads_text(run.phases[spec.phase])]
     steps = {phase: curriculum.steps_by_objective(phase) for phase in run.phases}
     curves = {
         "learning rate": [spec.lr for spec in specs],
@@ -76,7 +76,7 @@ def draw_loss(run: Run, curriculum: Curriculum, metrics: Rows, validation: Rows,
     for number, (_, rows) in enumerate(_abandoned_rows(Path(run.run_dir))):
         label = None if number else "abandoned by a rollback"
         _plot(axis, rows, "loss", scale, ":", color=_RED, linewidth=1, label=label)
-    masked, causal = ([row for row in metrics if row["objective"] == name] for name in (MASKED_LM, CAUSAL_LM))
+    masked, causal = ([row for row in metrics if row["objective"] == name] for name in OF_TEXT)
     _plot(axis, masked, "loss", scale, color=_PALE_BLUE, linewidth=1, label="training")
     if causal:
         _plot(axis, causal, "loss", scale, color=_PALE_GREEN, linewidth=1, label="training, causal")

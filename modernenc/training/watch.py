@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 import lightning.pytorch as L
 
 from modernenc.config import Run
-from modernenc.curriculum import CAUSAL_LM, CHOICES, MASKED_LM, WATCHED_ROWS
+from modernenc.curriculum import CHOICES, OF_TEXT, WATCHED_ROWS
 from modernenc.run_folder.checkpoints import last_until, tokens_seen
 from modernenc.training.module import Pretraining
 from modernenc.training.recorder import MetricsWriter
@@ -164,7 +164,7 @@ class SpikeMonitor(L.Callback):
 
     def _of(self, objective: str) -> Series:
         """Return the series of an objective."""
-        choices = self.run.backbone["vocab_size"] if objective in (MASKED_LM, CAUSAL_LM) else CHOICES
+        choices = self.run.backbone["vocab_size"] if objective in OF_TEXT else CHOICES
         return self._series.setdefault(objective, Series(self.run, math.log(choices)))
 
     def _advice(self, module: Pretraining, first: int) -> str:

@@ -47,10 +47,13 @@ def test_configurations_are_tasks_of_which_only_those_named_are_taken(tmp_path):
             "mrpc": {"train": rows, "validation": rows, "test": secret},
             "mnli": {"train": pairs, "validation_matched": pairs, "validation_mismatched": pairs, "test_matched": pairs},
             "cola": {"train": rows},
+            "ax": {"test": secret},
         },
     )
     root = hub.local_folder("hub:owner/tasks", ("MRPC", "mnli"), Path("out"))
     assert [path.name for path in find_tasks(root)] == ["mnli", "mrpc"]
+    hub.local_folder("hub:owner/tasks", ("ax",), Path("out"))
+    assert [path.name for path in find_tasks(root)] == ["mnli", "mrpc"]  # whose labels are secret is no task
     task = read_task(root / "mrpc")
     assert (task.dev, task.metrics) == ([Example(("a é", "b"), "0"), Example(("a é", "b"), "1")], ("accuracy", "f1"))
     assert len(read_task(root / "mnli").dev) == 3
