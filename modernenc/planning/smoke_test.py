@@ -159,4 +159,6 @@ def _shrink_backbone(backbone: dict[str, Any]) -> dict[str, Any]:
     small["num_hidden_layers"] = max(3, round(backbone["num_hidden_layers"] / DEPTH))
     if "num_attention_heads" in backbone:
         small["num_attention_heads"] = small["hidden_size"] // _HEAD
+    if "num_key_value_heads" in backbone:  # which must divide those of queries
+        small["num_key_value_heads"] = 1
     return small

@@ -8,6 +8,7 @@ import pytest
 
 from modernenc.planning.checks import check_settings
 from modernenc.planning.model_checks import check_backbone
+from modernenc.planning.resolve import resolve
 from modernenc.train import main
 from support.commands import error
 from support.runs import SMALL, composed
@@ -50,3 +51,10 @@ def test_what_eurobert_cannot_have_is_said(corpus_root, change, message):
     run = composed(["+recipe=demo", *EUROBERT, f"data.root={corpus_root}", "backbone.num_key_value_heads=1", change])
     with pytest.raises(ValueError, match=message):
         check_backbone(run)
+
+
+def test_a_smoke_test_keeps_shared_heads_in_proportion(corpus_root, tmp_path):
+    changes = ["init.unigram=false", "~phases.extend.backbone.global_rope_theta", f"smoke_test={corpus_root}"]
+    for name in ("eurobert_tiny", "eurobert_210m"):
+        run = composed(["+recipe=demo", f"backbone={name}", *changes, f"run_dir={tmp_path / name}"])
+        check_backbone(resolve(run))
