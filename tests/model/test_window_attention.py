@@ -13,20 +13,13 @@ from modernenc.backbones.rotary import Rotation, positions_of, rotation
 from modernenc.kernels.device import assume_gpu
 from support.attention import LENGTHS, gradient, plain
 from support.commands import importing
-from support.kernels import kernel
 
-pytest.importorskip("triton")
-KERNEL = "modernenc.kernels.window_attention_triton"
+attend = pytest.importorskip("modernenc.kernels.window_attention_triton").window_attention
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = DEVICE == "cuda"
 HALF = torch.bfloat16 if ON_GPU else torch.float16  # the interpreter multiplies bf16 as if it were integers
 EXACT = torch.bfloat16 if ON_GPU else torch.float32  # in fp32, which GPUs take another way for, compilation lasts minutes
 TILE = 64
-
-
-@pytest.fixture(scope="module")
-def attend():
-    return kernel(KERNEL).window_attention
 
 
 def packed(lengths: list[int], heads: int = 1, head_dim: int = 32, dtype: torch.dtype = EXACT):
@@ -59,7 +52,7 @@ def check_equal(ours: torch.Tensor, expected: torch.Tensor, of: torch.Tensor, ex
         (200, [150, 3], 1, 32),
     ],
 )
-def test_it_equals_plain_attention_forward_and_backward(attend, window, lengths, heads, head_dim):
+def test_it_equals_plain_attention_forward_and_backward(window, lengths, heads, head_dim):
     qkv, turn, layout = packed(lengths, heads, head_dim)
     exact = qkv.detach().double().requires_grad_()
     ours = attend(qkv, *turn, layout.documents, window, window)[0]
@@ -67,7 +60,7 @@ def test_it_equals_plain_attention_forward_and_backward(attend, window, lengths,
 
 
 @pytest.mark.parametrize(("left", "right"), [(16, 0), (0, 5), (70, 3)])
-def test_the_reach_to_both_sides_may_differ(attend, left, right):
+def test_the_reach_to_both_sides_may_differ(left, right):
     qkv, turn, layout = packed([1, 100, 40])
     exact = qkv.detach().double().requires_grad_()
     ours = attend(qkv, *turn, layout.documents, left, right)[0]
@@ -75,7 +68,7 @@ def test_the_reach_to_both_sides_may_differ(attend, left, right):
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_half_precision_differs_by_rounding_only(attend, head_dim):
+def test_half_precision_differs_by_rounding_only(head_dim):
     qkv, turn, layout = packed([5, 64, 31], 2, head_dim, HALF)
     exact = qkv.detach().double().requires_grad_()
     check_equal(attend(qkv, *turn, layout.documents, 16, 16)[0], plain(exact, turn, layout, 16), qkv, exact)
@@ -84,13 +77,13 @@ def test_half_precision_differs_by_rounding_only(attend, head_dim):
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [1, 16, 64])
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
-def test_many_documents_and_heads_on_a_gpu(attend, window, head_dim):
+def test_many_documents_and_heads_on_a_gpu(window, head_dim):
     qkv, turn, layout = packed(LENGTHS, 12, head_dim)
     exact = qkv.detach().double().requires_grad_()
     check_equal(attend(qkv, *turn, layout.documents, window, window)[0], plain(exact, turn, layout, window), qkv, exact)
 
 
-def test_queries_keys_and_values_need_not_be_contiguous_nor_gradients(attend):
+def test_queries_keys_and_values_need_not_be_contiguous_nor_gradients():
     qkv, turn, layout = packed([30, 50], 2)
     expected = attend(qkv, *turn, layout.documents, 8, 8)[0]
     wide = torch.cat([qkv, qkv], -1)[..., :32].transpose(1, 2).contiguous().transpose(1, 2)
@@ -100,14 +93,14 @@ def test_queries_keys_and_values_need_not_be_contiguous_nor_gradients(attend):
         torch.testing.assert_close(one, other)
 
 
-def test_no_gradient_passes_from_one_document_to_another(attend):
+def test_no_gradient_passes_from_one_document_to_another():
     qkv, turn, layout = packed([40, 30, 50])
     out = attend(qkv, *turn, layout.documents, 16, 16)[0]
     (grad,) = torch.autograd.grad(out[40:70].square().sum(), qkv)
     assert not grad[:40].any() and not grad[70:].any() and grad[40:70].any(-1).all()
 
 
-def test_the_same_inputs_give_the_same_bits(attend):
+def test_the_same_inputs_give_the_same_bits():
     qkv, turn, layout = packed([100, 30], 2, 32, HALF)
     results = []
     for _ in range(2):
@@ -133,10 +126,10 @@ def compiled_distance() -> float:
     """The largest distance between compiled attention by the kernel and plain attention, of outputs and gradients."""
     attention.use_window_kernel(True)
 
-    def attend(qkv: torch.Tensor, turn: Rotation, layout: VarlenInfo) -> torch.Tensor:
+    def in_a_layer(qkv: torch.Tensor, turn: Rotation, layout: VarlenInfo) -> torch.Tensor:
         return attention.attention(qkv * 1, turn, layout, 16) * 1
 
-    fast = torch.compile(attend, backend="inductor" if ON_GPU else "aot_eager", dynamic=True, fullgraph=True)
+    fast = torch.compile(in_a_layer, backend="inductor" if ON_GPU else "aot_eager", dynamic=True, fullgraph=True)
     distances = []
     for lengths in ([60, 4], [1, 30, 41]):
         qkv, turn, layout = packed(lengths, 1, 32, HALF)
