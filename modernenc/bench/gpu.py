@@ -116,11 +116,22 @@ def run_tests() -> Metrics:
     tests = Path(__file__).parents[2] / "tests"
     if not torch.cuda.is_available() or not tests.is_dir():
         return {"passed": NOT_RUN}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--tb=line", str(tests)]
-    output = subprocess.run(command, cwd=tests.parent, capture_output=True, text=True, check=False, timeout=TESTS_S).stdout
-    (summary, *_) = output.strip().splitlines()[-1:] or [""]
-    failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return {"passed": summary, **({"failure": "; ".join(failed)} if failed else {})}
+    return run_pytest(["-m", "gpu", str(tests)], tests.parent, TESTS_S)
+
+
+def run_pytest(arguments: list[str], folder: Path, limit_s: float) -> Metrics:
+    """Return pytest's last line, and the tests that failed by then if it is ended before its own end."""
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=line", "-p", "no:cacheprovider", *arguments]
+    with tempfile.TemporaryFile("w+") as output:
+        try:
+            subprocess.run(command, cwd=folder, stdout=output, check=False, timeout=limit_s)
+            late = ""
+        except subprocess.TimeoutExpired:
+            late = f"ended after {limit_s:g} s, in "
+        output.seek(0)
+        lines = output.read().strip().splitlines() or [""]
+    failed = [line for line in lines if " FAILED " in line or line.startswith("ERROR")]
+    return {"passed": late + lines[-1], **({"failure": "; ".join(failed)} if failed else {})}
 
 
 def cells(bench: Bench, folder: Path, scratch: str) -> Iterator[GpuCell]:

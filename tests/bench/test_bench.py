@@ -251,6 +251,17 @@ def test_a_cell_that_takes_too_long_is_ended_and_is_a_row_with_its_reason(tmp_pa
     assert not (tmp_path / "ended").exists()  # it was not waited for
 
 
+def test_tests_that_are_ended_still_name_those_that_failed(tmp_path):
+    (tmp_path / "test_it.py").write_text(
+        "import time\ndef test_good(): pass\ndef test_bad(): assert 0\ndef test_slow(): time.sleep(60)\n"
+    )
+    row = gpu.run_pytest(["-p", "no:xdist", "test_it.py"], tmp_path, 10)
+    assert (
+        "ended after 10 s, in test_it.py::test_slow" in str(row["passed"]) and "test_it.py::test_bad FAILED" in row["failure"]
+    )
+    assert "good" not in row["failure"]
+
+
 @pytest.mark.parametrize("lengths", [[64, 64], [5, 1, 90, 32]])
 def test_the_window_that_is_measured_as_a_function_of_scores_is_the_same_attention(lengths):
     tokens, window = sum(lengths), 8

@@ -258,6 +258,36 @@ def test_batches_of_training_mix_texts_of_all_lengths(encoder, tasks, tmp_path):
     assert len(batches) == 13 and batches[:12] == [{4, 40}] * 12
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", ["fox", "foxes", "ending", "tags"])
+def test_the_parts_of_a_batch_have_its_loss_and_gradients_and_less_padding(encoder, tasks, tmp_path, monkeypatch, name, side):
+    from transformers import AutoTokenizer
+
+    from modernenc.suites import trainer as suite
+    from modernenc.suites.trainer import COLLATORS, _arguments, _encode, _Trainer, _with_head, parts_of_like_lengths
+
+    monkeypatch.setattr(suite, "MULTIPLE", 2)
+    task, setting = read_task(tasks / name), read_fine_tuning("cramming", LEARN).of_task(name)[0]
+    tokenizer = AutoTokenizer.from_pretrained(encoder.folder)
+    tokenizer.padding_side = side
+    model = _with_head(encoder.folder, task, setting).eval()
+    items = _encode(task.train[:20], task.kind, task.labels or ("0", "1", "2", "3"), tokenizer, 512)[0]
+    batch = COLLATORS[task.kind](tokenizer, pad_to_multiple_of=2)(items)
+    trainer = _Trainer(model, _arguments(replace(setting, precision="fp32"), 0, str(tmp_path), 20))
+    losses, gradients = [], []
+    for loss in (trainer.compute_loss(model, batch), model(**batch).loss):
+        model.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+    parts = parts_of_like_lengths(batch)
+    assert sum(len(part["labels"]) for part in parts) == 20
+    assert sum(part["input_ids"].numel() for part in parts) < batch["input_ids"].numel()
+
+
 def test_words_without_tokens_move_no_tag(encoder):
     from transformers import AutoTokenizer
 
