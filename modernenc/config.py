@@ -126,6 +126,9 @@ class Init:
     unigram: bool = False
     """Without a source, start the decoder's bias at the frequency of each token in the first mix, so that no step is spent on
     learning it."""
+    neighbours: bool = False
+    """Without a source, start the embedding of each token from the tokens that stand beside it in the first mix, counted in
+    seconds, so that fewer steps are spent on learning which tokens are alike."""
 
 
 @frozen

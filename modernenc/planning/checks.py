@@ -88,8 +88,9 @@ def _check_combinations(run: Run) -> None:
             f"data.loader_timeout_s={run.data.loader_timeout_s:g}: a read of {run.data.root} may take {tries:g} seconds, "
             f"{ATTEMPTS} times data.timeout_s and the pauses; expected more"
         )
-    if run.init.unigram and not any(reads_text(phase) for phase in run.phases.values()):
-        raise ValueError("init.unigram=True: expected false where no phase reads text")
+    for name in ("unigram", "neighbours"):
+        if getattr(run.init, name) and not any(reads_text(phase) for phase in run.phases.values()):
+            raise ValueError(f"init.{name}=True: expected false where no phase reads text")
     if run.logger.wandb != "off" and importlib.util.find_spec("wandb") is None:
         raise ValueError(f"logger.wandb={run.logger.wandb}: wandb is not installed; pip install 'modernenc[wandb]'")
 

@@ -26,7 +26,7 @@ def only_phase(run: Run, name: str, steps: int) -> Run:
     tasks = {task: settings for task, settings in run.tasks.items() if task in objectives_of(phase)}
     tokens = -(-sum(cycle_tokens(phase, tasks).values()) * steps // sum(objectives_of(phase).values()))
     phase = replace(phase, tokens=tokens, warmup_tokens=0, ramp=replace(phase.ramp, tokens=0))
-    init = replace(run.init, unigram=run.init.unigram and reads_text(phase))
+    init = run.init if reads_text(phase) else replace(run.init, unigram=False, neighbours=False)
     return replace(run, phases={name: phase}, tasks=tasks, init=init)
 
 

@@ -20,7 +20,7 @@ from modernenc.model import optim
 from modernenc.model.build import checkpoint_activations, compile_layers, compiles, keep_compiled_code, set_attributes
 from modernenc.model.init_source import check_source, read_source
 from modernenc.model.initialization import fill
-from modernenc.model.unigrams import init_decoder_bias_from_unigrams
+from modernenc.model.token_counts import init_decoder_bias_from_unigrams, init_embeddings_from_neighbours
 from modernenc.run_folder.checkpoints import Checkpoint
 from modernenc.training.accumulator import Metrics
 from modernenc.training.skipping import reason_to_skip, remember
@@ -56,8 +56,11 @@ class Pretraining(LoopState):
                 log.warning(note)
             left = fill(self.objectives.masked_lm, source, run, corpus.tokenizer_file)
             log.info("starts with the weights of %s%s", run.init.source, f", but for {', '.join(left)}" if left else "")
-        elif run.init.unigram:
-            init_decoder_bias_from_unigrams(self.objectives.masked_lm, run, corpus)
+        else:
+            if run.init.unigram:
+                init_decoder_bias_from_unigrams(self.objectives.masked_lm, run, corpus)
+            if run.init.neighbours:
+                init_embeddings_from_neighbours(self.objectives.masked_lm, run, corpus)
 
     def configure_model(self) -> None:
         """Compile the layers if the recipe says so; under FSDP2, split the parameters over the ranks, layer by layer."""

@@ -266,7 +266,20 @@ def test_moved_files_are_taken_when_they_hold_the_same(mixed_run, items, tmp_pat
         resume(checkpoint, [f"tasks.next.train={other}"])
 
 
+NO_TEXT = [
+    f"{change.format(phase)}"
+    for phase in ("stable", "decay")
+    for change in (
+        "phases.{}.batch_rows=0", "phases.{}.mix={{code: 0, docstrings: 0, reference: 0, prose: 0}}",
+        "++phases.{}.objectives={{masked_lm: 0, next: 1}}",
+    )
+] + ["phases.stable.ramp.tokens=0"]  # fmt: skip
+"""With what a mixed run has, no phase reads text."""
 WRONG = {
+    "frequencies of no text": ([*NO_TEXT, "init.unigram=true"], "init.unigram=True: expected false where no phase reads"),
+    "neighbours in no text": (
+        [*NO_TEXT, "init.unigram=false", "init.neighbours=true"], "init.neighbours=True: expected false where no phase reads",
+    ),
     "an objective that is no task": (["+phases.stable.objectives={masked_lm: 1, nli: 1}"], "nli: there is no such task"),
     "a task that no phase trains": (
         ["phases.decay.objectives.next=0", "phases.extend.objectives.next=0",
