@@ -13,8 +13,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from modernenc.bench.settings import PARTS, Bench, check, register_bench
+from modernenc.bench.settings import PARTS, Bench, check
 from modernenc.cli import run as run_cli
+from modernenc.config import register
 
 
 def main(bench: Bench) -> None:
@@ -26,7 +27,7 @@ def main(bench: Bench) -> None:
 
 
 if __name__ == "__main__":
-    register_bench()
+    register()
     if parts := [argument for argument in sys.argv[1:] if argument in PARTS]:
         sys.argv[1:] = [f"parts=[{','.join(parts)}]", *(argument for argument in sys.argv[1:] if argument not in PARTS)]
     run_cli(Bench, (), "bench", main)

@@ -4,11 +4,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf, open_dict
 
 from modernenc.cli import hydra_options, to_schema
-from modernenc.config import Data, Run, register
+from modernenc.config import Data, Run
 from modernenc.data.blocks import Corpus
 from modernenc.planning.resolve import resolve
 
@@ -101,12 +100,6 @@ class Bench:
     """Tokens of an inference batch whose documents all have full length; a batch has at least four documents."""
     time_to_loss: TimeToLoss = field(default_factory=TimeToLoss)
     gpu: Gpu = field(default_factory=Gpu)
-
-
-def register_bench() -> None:
-    """Register the schemas with Hydra."""
-    register()
-    ConfigStore.instance().store(name="bench_schema", node=Bench)
 
 
 def check(bench: Bench) -> None:

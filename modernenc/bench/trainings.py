@@ -1,7 +1,8 @@
 """One training that is timed, by transformers' Trainer or by a recipe of ours, in a process of its own.
 
 Both get the same text and tokenizer, a model of the same shape, and the memory allocator of our runs. Both are validated on the
-same held-out rows of 512 with the same masks, by the same code; validation does not count as training time.
+same held-out rows of 512 with the same masks, by the same code; validation does not count as training time. The Trainer's time
+begins when its model and its rows are there, ours before the model is built: what a recipe counts in the text is its time.
 
 The Trainer does what its documentation shows for masked LM: documents end to end in rows of 512, 15 % masked, AdamW with its
 defaults, a learning rate that falls linearly to 0, weights as transformers initialises them, with our standard deviation.
@@ -80,16 +81,15 @@ class ClockedValidator(Validator, L.Callback):
 
     def __init__(self, rows: Run, corpus: Corpus, run: Run) -> None:
         super().__init__(rows, corpus)
-        self.training = Training()
         self.curriculum = Curriculum.of(run)
         self.flops = {name: flops(run, phase, corpus) for name, phase in run.phases.items()}
         self.module: Pretraining | None = None
+        self.training = Training()  # the clock runs
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         (writer,) = (callback for callback in cast(Any, trainer).callbacks if isinstance(callback, ValidationWriter))
         writer.validator = self
         self.module = cast(Pretraining, pl_module)
-        self.training.started = time.perf_counter()  # as for the Trainer: the model is built, the optimizer is not
 
     def scores(self, objectives: Objectives, phase: str) -> list[Score]:
         assert self.module

@@ -21,10 +21,10 @@ from omegaconf import open_dict
 from modernenc.backbones import attention, rotary
 from modernenc.bench import gpu, inference, kernels, step, time_to_loss
 from modernenc.bench.interleave import Result, StepWork, run_interleaved
-from modernenc.bench.settings import PARTS, Bench, register_bench
+from modernenc.bench.settings import PARTS, Bench
 from modernenc.bench.trainings import Training
 from modernenc.cli import to_schema
-from modernenc.config import CONF_DIR
+from modernenc.config import CONF_DIR, register
 from modernenc.quoting import quote_values
 from support.commands import command
 from support.turns import candidate, touch_after
@@ -92,7 +92,7 @@ def bench(corpus_root, tmp_path) -> Iterator[Callable[..., Bench]]:
             del cfg["hydra"]
         return to_schema(cfg, Bench, ())
 
-    register_bench()
+    register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         yield make
@@ -121,7 +121,7 @@ def test_inference_is_measured_beside_transformers(bench, tmp_path, monkeypatch)
 
 TO_LOSS = (
     *("time_to_loss.tokens=[8192]", "time_to_loss.seeds=2", "time_to_loss.trainer_lrs=[1e-5,1e-3,3e-3]", "num_hidden_layers=1"),
-    *("time_to_loss.trainer_rows=[4]", "~time_to_loss.recipes.stable_adamw", "time_to_loss.validation_tokens=1024"),
+    *("time_to_loss.trainer_rows=[4]", "~time_to_loss.recipes.own_random", "time_to_loss.validation_tokens=1024"),
     "time_to_loss.keep_models=true",
 )
 
@@ -131,7 +131,7 @@ def test_recipes_are_held_against_the_best_of_the_trainer_and_trained_once(bench
     time_to_loss.measure(bench(*TO_LOSS), tmp_path)
     (found,) = json.loads((tmp_path / "time_to_loss.json").read_text())
     best, ours = found["trainings"]
-    assert ours == "muon" and best in ("Trainer, 0.001, 4 rows", "Trainer, 0.003, 4 rows")
+    assert ours == "own" and best in ("Trainer, 0.001, 4 rows", "Trainer, 0.003, 4 rows")
     final = {name: [one["losses"][-1] for one in seeds.values()] for name, seeds in found["trainings"].items()}
     assert len(final[best]) == len(final[ours]) == 2 and found["target"] == sum(final[best]) / 2
     for seeds in found["trainings"].values():
@@ -147,10 +147,8 @@ def test_recipes_are_held_against_the_best_of_the_trainer_and_trained_once(bench
 
 
 def test_a_recipe_keeps_its_shape_on_a_share_of_the_tokens(bench):
-    settings = bench(
-        "time_to_loss.recipes.muon.share=0.5", "time_to_loss.recipes.muon.overrides={phases.stable.causal_share:0.2}"
-    )
-    run = time_to_loss.recipe_run(settings, "modernbert_tiny", 100_000, "muon", 3)
+    settings = bench("+time_to_loss.recipes.mine={recipe:own,share:0.5,overrides:{phases.stable.causal_share:0.2}}")
+    run = time_to_loss.recipe_run(settings, "modernbert_tiny", 100_000, "mine", 3)
     assert sum(phase.tokens for phase in run.phases.values()) == pytest.approx(50_000, abs=3)
     stable, _, decay = run.phases.values()
     assert stable.tokens / decay.tokens == pytest.approx(4, rel=1e-3)

@@ -5,8 +5,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from modernenc.bench.ours import step_work
 from modernenc.bench.roofline import trace_step
-from modernenc.bench.settings import register_bench
-from modernenc.config import Run
+from modernenc.config import Run, register
 from modernenc.model.build import build_objectives
 from modernenc.objectives.masked_lm import MaskedLM
 from support.runs import composed
@@ -16,7 +15,7 @@ TOKENS, LENGTH = 2_048, 512
 
 @pytest.fixture(params=["modernbert_tiny backbone.attention_out_dropout=0.1", "mega_tiny backbone.dropout_prob=0.1"])
 def run(request) -> Run:
-    register_bench()
+    register()
     backbone, dropout = request.param.split()
     return composed(["+recipe=demo", f"backbone={backbone}", "optim=adamw", dropout])
 
