@@ -19,7 +19,7 @@ COUNTED_FOR_NEIGHBOURS = 1 << 22
 """Tokens that are counted for neighbours, at most."""
 OFFSETS = (-2, -1, 1, 2)
 """Places of the neighbours that are counted."""
-NEIGHBOURS = 1_024
+NEIGHBOURS = 4_096
 """Frequent tokens that are counted as neighbours."""
 RELIABLE = 5
 """Times that two tokens must stand beside each other for their count to be believed."""
@@ -37,7 +37,9 @@ def init_decoder_bias_from_unigrams(model: Any, run: Run, corpus: Corpus) -> Non
     size = len(model.decoder.bias)
     frequencies, read = np.zeros(size), 0
     for name, share in _first_mix(run, corpus).items():
-        counts = sum(np.bincount(tokens, minlength=size) for tokens in _first_blocks(corpus.open(name), COUNTED_TOKENS))
+        counts = np.zeros(size, np.int64)
+        for tokens in _first_blocks(corpus.open(name), COUNTED_TOKENS):
+            counts += np.bincount(tokens, minlength=size)
         frequencies += share * counts / counts.sum()
         read += counts.sum()
     frequencies = (frequencies * read + 1) / (read + size)
@@ -58,7 +60,8 @@ def init_embeddings_from_neighbours(model: Any, run: Run, corpus: Corpus) -> Non
         tokens for name, share in _first_mix(run, corpus).items() for tokens in _first_blocks(corpus.open(name), share * wanted)
     ]
     embedding = model.backbone.token_embeddings().weight
-    vectors = neighbour_vectors(torch.from_numpy(np.concatenate(text).astype(np.int64)), *embedding.shape, run.seed)
+    tokens, (vocab_size, size) = torch.from_numpy(np.concatenate(text).astype(np.int64)), embedding.shape
+    vectors = neighbour_vectors(tokens, vocab_size, size, run.seed)
     known = vectors.any(1)
     for weight in {id(weight): weight for weight in (embedding, model.decoder.weight)}.values():
         weight[known] = (1 - SIGNAL) ** 0.5 * weight[known] + SIGNAL**0.5 * float(weight.std()) * vectors[known]

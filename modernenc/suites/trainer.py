@@ -113,10 +113,10 @@ class _Trainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs)
         parts = parts_of_like_lengths(inputs)
         counts = [int((part["labels"] != IGNORED).sum()) for part in parts]
-        losses = [
+        shares: list[Any] = [
             super(_Trainer, self).compute_loss(model, part) * count for part, count in zip(parts, counts, strict=True) if count
         ]
-        return torch.stack(losses).sum() / sum(counts)
+        return sum(shares) / sum(counts)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Leave out the norm that transformers 5 would compute after each step for logs that are not written."""

@@ -26,7 +26,7 @@ from modernenc.training.accumulator import Metrics
 from modernenc.training.skipping import reason_to_skip, remember
 from modernenc.training.snapshot import restore, restore_metrics, restore_optimizers
 from modernenc.training.state import LoopState
-from modernenc.training.strategy import split_parameters, synchronise_gradients
+from modernenc.training.strategy import share_embeddings, split_parameters, synchronise_gradients
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,8 @@ class Pretraining(LoopState):
             kept = keep_compiled_code()
             log.info("the layers are compiled in the first steps: about a minute, or seconds with what %s holds", kept)
             compile_layers(self.objectives.backbone)
+        if self.run.init.neighbours and self._checkpoint is None:
+            share_embeddings(self.objectives, self.trainer.strategy)
         split_parameters(self.objectives, self.trainer.strategy)
 
     @property

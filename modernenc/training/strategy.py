@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 
+import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -20,6 +21,14 @@ def choose_strategy(run: Run) -> Strategy | str:
     # A step trains one of several heads. Besides, DDP would otherwise regroup the gradients after the first backward pass of
     # each process, and three or more ranks add the numbers of another group in another order: no resume would be exact.
     return DDPStrategy(find_unused_parameters=True, timeout=timeout)
+
+
+@torch.no_grad()
+def share_embeddings(objectives: Objectives, strategy: Strategy) -> None:
+    """Under FSDP2, give all ranks the first one's embeddings, as DDP does: other processors round counts otherwise."""
+    if isinstance(strategy, ModelParallelStrategy) and not isinstance(objectives, FSDPModule):
+        for weight in {objectives.backbone.token_embeddings().weight, objectives.masked_lm.decoder.weight}:
+            weight.copy_(strategy.broadcast(weight.detach()))
 
 
 def split_parameters(objectives: Objectives, strategy: Strategy) -> None:

@@ -115,6 +115,7 @@ def test_other_ranks_workers_and_micro_batches_go_on_with_a_killed_run(settings,
 @pytest.mark.slow
 def test_ddp_and_fsdp_train_as_one_rank_and_take_up_each_others_checkpoints(settings, tmp_path):
     settings = [*settings, *WIDER, *EXACT, "checkpoint.keep_last=100", "clip_grad_norm=0.5", "phases.decay.tokens=15000"]
+    settings += ["init.neighbours=true"]
     folders = {strategy: tmp_path / strategy for strategy in ("auto", "ddp", "fsdp")}
     for strategy, folder in folders.items():
         ranks = 1 if strategy == "auto" else 2
