@@ -80,7 +80,7 @@ def test_hours_follow_from_flops_or_from_a_measured_speed():
 def test_a_plan_is_printed_for_programs_drawn_and_compared(tmp_path):
     result = command("modernenc.plan", "+recipe=demo", "data.root=nowhere", "--json", "--png", str(tmp_path / "curves.png"))
     planned = json.loads(result.stdout)
-    assert planned["parameters"] == 5_516_800 and planned["steps"] == 875 and planned["hours"] is None
+    assert planned["parameters"] == 5_516_800 and planned["steps"] == 1_407 and planned["hours"] is None
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     compared = command("modernenc.plan", "+recipe=base", "--against", "large").stdout
     assert "149,655,232" in compared and "395,881,664" in compared and "phases.stable.ramp.start_rows" in compared
@@ -151,7 +151,7 @@ def test_memory_is_as_planned(corpus_root, recipe, settings):
 def test_checkpoints_are_as_large_as_planned(small_run):
     run = small_run()
     folder = train(run)
-    parameters, states = estimate.parameters(composed(["+recipe=demo", "data.root=nowhere"]))
+    parameters, states = estimate.parameters(composed(["+recipe=demo", "optim=muon", "data.root=nowhere"]))
     assert 4 * (parameters + states) == 52_832_256
     parameters, states = estimate.parameters(run)
     size = (folder / FINAL).stat().st_size

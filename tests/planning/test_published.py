@@ -76,9 +76,9 @@ PUBLISHED = {
         Published(5e9, 2.5e-4, 64, 16384, mask=0.15, falls_to=0.001),
     ],
     "demo": [
-        Published(1e6, 3e-3, 8, 256, decay=0.01, ramp=(150e3, 4, 2), warmup=80e3),
-        Published(350e3, 3e-3, 2, 1024, 1.6e5, decay=0.01),
-        Published(350e3, 3e-3, 2, 1024, 1.6e5, decay=0.01, falls_to=0.001),
+        Published(1e6, 8e-4, 4, 256, mask=0.4, decay=1e-5, ramp=(150e3, 2, 1), warmup=80e3),
+        Published(350e3, 8e-4, 2, 1024, 1.6e5, mask=0.4, decay=1e-5),
+        Published(350e3, 8e-4, 2, 1024, 1.6e5, decay=1e-5, falls_to=0.001),
     ],
 }
 

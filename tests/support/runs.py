@@ -20,13 +20,15 @@ _ANY_BACKBONE = [
     "phases.stable.tokens=6000", "phases.stable.seq_len=64", "phases.stable.warmup_tokens=1000",
     "phases.stable.ramp.tokens=1500", "phases.extend.tokens=3000", "phases.extend.seq_len=128",
     "phases.decay.tokens=3000", "phases.decay.seq_len=128",
+    "optim=muon", "init.neighbours=false", "phases.stable.mask_ratio=0.3", "phases.extend.mask_ratio=0.3",
+    "phases.stable.batch_rows=8", "phases.stable.ramp.start_rows=4", "phases.stable.ramp.step_rows=2",
     "checkpoint.every_tokens=1500", "validation.every_tokens=0", "validation.tokens_per_source=512",
     "phases.stable.mix={code: 3, docstrings: 2, reference: 1, prose: 0}",
     "phases.extend.mix={code: 1, docstrings: 1, reference: 0, prose: 0}",
     "phases.decay.mix={code: 1, docstrings: 3, reference: 0, prose: 0}", "logger.every_steps=1",
 ]  # fmt: skip
 SMALL = [*_ANY_BACKBONE, "backbone.num_attention_heads=2", "backbone.local_attention=32"]
-"""The demo recipe cut down to a second: three phases, a ramp, a change of length, three sources."""
+"""The demo recipe cut down to a second, under Muon: three phases, a ramp, a change of length, three sources."""
 SMALL_MEGA = [
     *_ANY_BACKBONE, "backbone.nffn_hidden_size=48", "backbone.shared_representation_size=16",
     "backbone.ema_projection_size=4", "backbone.chunk_size=48",
