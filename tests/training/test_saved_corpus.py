@@ -36,7 +36,9 @@ SETTINGS = [
     "phases.decay.tokens=6000", "phases.decay.seq_len=128",
     *(f"phases.{phase}.mix={{code: 0, docstrings: 0, reference: 0, prose: 0}}" for phase in ("stable", "extend", "decay")),
     *(f"+phases.{phase}.mix.{source}={share}" for phase, mix in MIXES.items() for source, share in mix.items()),
-    "optim.lr=0.01", "optim.adamw_lr_ratio=0.3",
+    "optim=muon", "optim.lr=0.01", "optim.adamw_lr_ratio=0.3", "init.neighbours=false",
+    "phases.stable.batch_rows=8", "phases.stable.ramp.start_rows=4", "phases.stable.ramp.step_rows=2",
+    "phases.stable.mask_ratio=0.3", "phases.extend.mask_ratio=0.3",
     "checkpoint.every_tokens=0", "validation.every_tokens=0", "validation.tokens_per_source=1024",
 ]  # fmt: skip
 
