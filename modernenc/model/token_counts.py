@@ -94,15 +94,16 @@ def mutual_information(tokens: Int[Tensor, " tokens"], vocab_size: int) -> Tenso
         found = column[tokens[start + offset : end + offset]]
         pairs.append(torch.stack((tokens[start:end], found + place * kept))[:, found >= 0])
     places, shape = torch.cat(pairs, dim=1), (vocab_size, len(OFFSETS) * kept)
-    counts = torch.sparse_coo_tensor(places, torch.ones(places.shape[1]), shape, check_invariants=False).coalesce()
-    (rows, columns), n = counts.indices(), counts.values()
-    of_token, of_neighbour = (
-        torch.ones(total).index_add(0, where, n) for total, where in zip(shape, (rows, columns), strict=True)
-    )
-    nats = (n * n.sum() / (of_token[rows] * of_neighbour[columns])).log().clamp(min=0) * (n / RELIABLE).sqrt().clamp(max=1)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return torch.sparse_coo_tensor(counts.indices(), nats, shape, is_coalesced=True, check_invariants=False).to_sparse_csr()
+        warnings.filterwarnings("ignore", message="Sparse")  # that it is in beta, and that its indices are not checked
+        counts = torch.sparse_coo_tensor(places, torch.ones(places.shape[1]), shape).coalesce()
+        (rows, columns), n = counts.indices(), counts.values()
+        of_token, of_neighbour = (
+            torch.ones(total).index_add(0, where, n) for total, where in zip(shape, (rows, columns), strict=True)
+        )
+        nats = (n * n.sum() / (of_token[rows] * of_neighbour[columns])).log().clamp(min=0)
+        nats *= (n / RELIABLE).sqrt().clamp(max=1)
+        return torch.sparse_coo_tensor(counts.indices(), nats, shape, is_coalesced=True).to_sparse_csr()
 
 
 def _first_mix(run: Run, corpus: Corpus) -> dict[str, float]:
