@@ -159,15 +159,15 @@ def check_planned(module: str, arguments: list[str]) -> None:
 def check_composed(module: str, arguments: list[str]) -> None:
     """Compose the configuration of a corpus or a benchmark; nothing may lack a value."""
     from data_prep.config import register
-    from modernenc.bench.settings import PARTS, register_bench
+    from modernenc.bench.settings import PARTS, Bench
 
     register()
-    register_bench()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         more = ["name=any"] if module == "data_prep" else []
         values = [argument for argument in arguments if module == "data_prep" or argument not in PARTS]
         config = compose("prepare" if more else "bench", [*settings(module, values), *more])
+    config = config if more else OmegaConf.merge(OmegaConf.structured(Bench), config)
     assert not OmegaConf.missing_keys(config)
 
 
