@@ -63,7 +63,7 @@ def init_embeddings_from_neighbours(model: Any, run: Run, corpus: Corpus) -> Non
     tokens, (vocab_size, size) = torch.from_numpy(np.concatenate(text).astype(np.int64)), embedding.shape
     vectors = neighbour_vectors(tokens, vocab_size, size, run.seed)
     known = vectors.any(1)
-    for weight in {id(weight): weight for weight in (embedding, model.decoder.weight)}.values():
+    for weight in dict.fromkeys((embedding, model.decoder.weight)):  # one, if they are tied
         weight[known] = (1 - SIGNAL) ** 0.5 * weight[known] + SIGNAL**0.5 * float(weight.std()) * vectors[known]
 
 

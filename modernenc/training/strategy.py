@@ -27,7 +27,8 @@ def choose_strategy(run: Run) -> Strategy | str:
 def share_embeddings(objectives: Objectives, strategy: Strategy) -> None:
     """Under FSDP2, give all ranks the first one's embeddings, as DDP does: other processors round counts otherwise."""
     if isinstance(strategy, ModelParallelStrategy) and not isinstance(objectives, FSDPModule):
-        for weight in {objectives.backbone.token_embeddings().weight, objectives.masked_lm.decoder.weight}:
+        embedding, decoder = objectives.backbone.token_embeddings().weight, objectives.masked_lm.decoder.weight
+        for weight in dict.fromkeys((embedding, decoder)):  # in one order on all ranks
             weight.copy_(strategy.broadcast(weight.detach()))
 
 
