@@ -5,6 +5,7 @@ package, or of modules that the user trusts.
 """
 
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,16 +21,15 @@ from modernenc.quoting import parse_assignments
 
 CONFIG = "config.yaml"
 """Name of the file in a run folder that holds the resolved configuration."""
-_SHIPPED = {
-    "modernenc.backbones.modernbert.ModernBERT",
-    "modernenc.backbones.mega.Mega",
-    "modernenc.model.optim.stable_adamw",
-    "modernenc.model.optim.adamw",
-    "modernenc.model.optim.muon",
-}
-"""Classes and functions that any saved configuration may name."""
 _trusted: set[str] = set()
-"""Further modules, which the user names on the command line or in a recipe."""
+"""Modules that the user names on the command line or in a recipe."""
+
+
+@cache
+def shipped(group: str) -> frozenset[str]:
+    """Return the classes or functions among the options of a group in `conf`, which any saved configuration may name."""
+    options = (yaml.safe_load(path.read_text()) for path in (CONF_DIR / group).glob("*.yaml"))
+    return frozenset(filter(None, (option.get("_target_") for option in options)))
 
 
 def register_parent(run: Run) -> None:
@@ -57,14 +57,14 @@ def trust(modules: Iterable[str]) -> None:
 
 def own_modules(run: Run) -> list[str]:
     """Return the modules whose code a run names and that saved configurations may not name by themselves."""
-    return sorted({target.rpartition(".")[0] for _, target in _targets(plain(run)) if target not in _SHIPPED})
+    return sorted({target.rpartition(".")[0] for group, target in _targets(plain(run)) if target not in shipped(group)})
 
 
 def _targets(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for group in ("backbone", "optim"):
         node = values.get(group)
         if isinstance(node, dict):
-            yield f"{group}._target_", str(node.get("_target_", ""))
+            yield group, str(node.get("_target_", ""))
 
 
 def _check_inert(values: Any, key: str = "") -> None:
@@ -86,12 +86,12 @@ def from_plain(values: Any, run_dir: str = "") -> Run:
     may come from anybody.
     """
     _check_inert(values)
-    for key, target in _targets(values):
+    for group, target in _targets(values):
         module = target.rpartition(".")[0]
-        if target not in _SHIPPED and module not in _trusted:
+        if target not in shipped(group) and module not in _trusted:
             raise ValueError(
-                f"{key}={target}: {module} holds no code that a saved configuration may name; if you trust it, and the folder "
-                f"that names it, add --allow-code {module}"
+                f"{group}._target_={target}: {module} holds no code that a saved configuration may name; if you trust it, and "
+                f"the folder that names it, add --allow-code {module}"
             )
     merged = OmegaConf.merge(OmegaConf.structured(Run), values, {"run_dir": run_dir} if run_dir else {})
     run = cast(Run, OmegaConf.to_object(merged))

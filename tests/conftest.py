@@ -17,6 +17,7 @@ from support.shapes import check_shapes
 
 check_shapes()  # ahead of the first import of modernenc
 
+from modernenc import saved_config  # noqa: E402
 from modernenc.config import Run  # noqa: E402
 from modernenc.data.choices import COLUMNS  # noqa: E402
 from support.runs import SMALL, SMALL_MEGA, composed  # noqa: E402
@@ -29,6 +30,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):  # its keywords have the names of its folders too
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def no_trusted_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test lets saved configurations name is not trusted by the next test of the process."""
+    monkeypatch.setattr(saved_config, "_trusted", set())
 
 
 @pytest.fixture(scope="session")
