@@ -3,11 +3,12 @@
 Every document stands alone, between its special tokens, and is cut where it is longer than the model reads. The tokens that are
 predicted, and what replaces them, are functions of the number of the piece, so that models with one tokenizer and one length
 have the same targets. Losses are in nats per predicted token of the model's own tokenizer: those of different tokenizers do not
-compare.
+compare. Bits per byte of text do, roughly: a token that is a smaller part of a word is easier to guess from the rest of it.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain, pairwise
 from pathlib import Path
@@ -151,8 +152,11 @@ def measure(predictor: "Predictor", documents: dict[str, list[str]], settings: S
     at_ratio = {ratio: Losses.of(predictor, masked_at(ratio)) for ratio in settings.mask_ratios}
     losses = at_ratio[settings.mask_ratios[0]]
     sources = [(ALL, losses.all()), *((name, names[losses.document] == name) for name in documents)]
+    by_source = losses.curve(sources[1:])
+    held = {name: int(sizes[names == name].sum()) for name in documents}
     curves = {
         "loss by source": losses.curve(sources),
+        "bits per byte by source": _bits_per_byte(by_source, held, documents),
         "accuracy by source": losses.curve(sources, "right"),
         "loss by length of the document": losses.curve(_powers_of_two(sizes[losses.document])),
         "loss by mask ratio": _joined(one.curve([(f"{ratio:.0%}", one.all())]) for ratio, one in at_ratio.items()),
@@ -162,6 +166,18 @@ def measure(predictor: "Predictor", documents: dict[str, list[str]], settings: S
     if settings.pseudo_targets:
         curves["pseudo-perplexity"] = _pseudo_perplexity(predictor, [own for _, own in tokens], settings)
     return Findings(losses.by_document(), (), curves)
+
+
+def _bits_per_byte(losses: Curve, tokens: Mapping[str, int], documents: Mapping[str, Sequence[str]]) -> Curve:
+    """Return the losses of sources per byte of their text, of which another tokenizer makes more or fewer tokens."""
+    sizes = [sum(len(text.encode()) for text in documents[name]) for name in losses.x]
+    scales = [tokens[name] / (size * math.log(2)) for name, size in zip(losses.x, sizes, strict=True)]
+    means = [loss * scale for loss, scale in zip(losses.y, scales, strict=True)]
+    errors = [error * scale for error, scale in zip(losses.error, scales, strict=True)]
+    shares = [size / sum(sizes) for size in sizes]
+    over_all = sum(share * mean for share, mean in zip(shares, means, strict=True))
+    error = math.hypot(*(share * error for share, error in zip(shares, errors, strict=True)))
+    return Curve([ALL, *losses.x], [over_all, *means], [error, *errors])
 
 
 def _in_full_contexts(predictor: "Predictor", full: Sequence["Masked"], length: int, shortest: int) -> dict[str, Curve]:

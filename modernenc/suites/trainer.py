@@ -47,6 +47,8 @@ MULTIPLE = 8
 """Batches are padded to a multiple of this many tokens: fewer shapes, for which kernels are chosen and compiled."""
 PARTS = 2
 """Parts that a batch of training is computed in, each of texts of like lengths."""
+FEWEST = 512
+"""Tokens of a batch, with padding, below which it is computed at once: parts would take longer than what they save."""
 IGNORED = -100
 """Label of tokens that no tag is predicted for."""
 
@@ -111,7 +113,7 @@ class _Trainer(Trainer):
         """Return the mean loss of the batch."""
         if return_outputs:
             return super().compute_loss(model, inputs, return_outputs)
-        parts = parts_of_like_lengths(inputs)
+        parts = parts_of_like_lengths(inputs) if inputs["attention_mask"].numel() >= FEWEST else [inputs]
         counts = [int((part["labels"] != IGNORED).sum()) for part in parts]
         shares: list[Any] = [
             super(_Trainer, self).compute_loss(model, part) * count for part, count in zip(parts, counts, strict=True) if count

@@ -1,6 +1,7 @@
 """The tables of masked-LM losses: two ways to each number."""
 
 import json
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -55,10 +56,20 @@ def test_losses_are_those_of_transformers_one_sequence_at_a_time(predictor):
 
 
 def test_tables_divide_the_same_targets(predictor):
-    found = measure(predictor, _documents(), _settings())
+    texts = _documents()
+    found = measure(predictor, texts, _settings())
     loss, targets = sum(found.predictions["loss"]), sum(found.predictions["targets"])
     by_source = dict(zip(found.curves["loss by source"].x, found.curves["loss by source"].y, strict=True))
     assert by_source["all"] == pytest.approx(loss / targets)
+    tokens = {
+        name: sum(map(len, predictor.tokenizer(own, add_special_tokens=False)["input_ids"])) for name, own in texts.items()
+    }
+    held = {name: sum(len(text.encode()) for text in own) for name, own in texts.items()}
+    bits = {name: by_source[name] * tokens[name] / math.log(2) for name in texts}
+    per_byte = found.curves["bits per byte by source"]
+    assert per_byte.x == ["all", "a", "b"] and all(error > 0 for error in per_byte.error)
+    expected = [sum(bits.values()) / sum(held.values()), *(bits[name] / held[name] for name in texts)]
+    assert per_byte.y == pytest.approx(expected)
     of_a = [sum(found.predictions[key][:3]) for key in ("loss", "targets")]
     assert by_source["a"] == pytest.approx(of_a[0] / of_a[1])
     assert found.curves["loss by mask ratio"].x == ["15%", "30%", "50%"]
