@@ -1,7 +1,8 @@
-"""Validate checkpoints side by side: `python -m modernenc.compare CKPT|RUN_DIR ... [--average KIND]`.
+"""Validate checkpoints side by side: `python -m modernenc.compare CKPT|RUN_DIR|FOLDER ... [--average KIND]`.
 
 All are validated on the same held-out rows with the same masks: those of the first one's run, at the length of its first phase
-and a mask ratio of 15 %. With `--average`, their average is validated as well. Branches of a run are compared by their folders.
+and a mask ratio of 15 %. With `--average`, the average of the checkpoints is validated too. Branches of a run are compared by
+their folders. A Hugging Face folder with the same tokenizer may stand beside them.
 """
 
 import argparse

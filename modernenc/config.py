@@ -332,7 +332,7 @@ class Run:
     """Seed of initialisation, data order, masks and dropout."""
     backbone: dict[str, Any] = MISSING
     """`_target_`, a backbone class, and its arguments. `vocab_size` 0 means the size of the corpus's tokenizer, rounded up to a
-    multiple of 64."""
+    multiple of 64. An empty `_target_` (`backbone=of_source`) takes both from `init.source`, and keys set here change them."""
     optim: dict[str, Any] = MISSING
     """`_target_`, a function of `modernenc.model.optim`, and its arguments, among them `lr` and `weight_decay`."""
     clip_grad_norm: Annotated[float, Ge(0)] = 0

@@ -26,6 +26,7 @@ from modernenc.expected import NUMBER, parse
 from modernenc.hashing import hash_file
 
 MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
 VALIDATION = "validation"
 REMEDY = "restore it from a copy or prepare the data again"
 
@@ -205,7 +206,7 @@ class Corpus:
     @property
     def tokenizer_file(self) -> Path:
         """Path of the tokenizer that made the token ids; raises ValueError when the file there is another one."""
-        path = self.store.file("tokenizer.json")
+        path = self.store.file(TOKENIZER)
         expected = self._tokenizer.get("sha256")
         if expected and (found := hashlib.sha256(path.read_bytes()).hexdigest()) != expected:
             raise ValueError(

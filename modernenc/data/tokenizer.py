@@ -65,3 +65,16 @@ def special_token_ids(tokenizer: Tokenizer, ids_by_role: Mapping[str, int]) -> l
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """Return the largest id plus one, which is more than the number of tokens where ids have gaps."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def check_same_ids(theirs: Path, ours: Path, who: str, remedy: str = "") -> None:
+    """Raise ValueError if a token of our tokenizer has another id in theirs, which may have more tokens.
+
+    `who` is what has their tokenizer, and `remedy` what else a user can do besides preparing the text again.
+    """
+    old, new = (Tokenizer.from_file(str(file)).get_vocab() for file in (theirs, ours))
+    if moved := sorted(token for token, number in new.items() if old.get(token) != number):
+        raise ValueError(
+            f"{who} has another tokenizer than {ours}: {len(moved):,} of {len(new):,} tokens have other ids, such as "
+            f"{moved[0]!r}; prepare the corpus with tokenizer.file={theirs}{remedy}"
+        )

@@ -1,10 +1,10 @@
 """How sure a validation loss is, given the number of held-out tokens."""
 
+from modernenc.run_folder.tables import FIXED_RATIO
+
 LOSS_DEVIATION = 6.5
 """Standard deviation, in nats, of the loss of one predicted token: 3.1 to 3.7 as measured on small models of six sources, times
 1.2 to 1.8, because tokens of one document are alike (from sums over documents). The largest of both are taken."""
-FIXED_RATIO = 0.15
-"""Mask ratio at which every model and phase is validated, so that losses compare."""
 
 
 def standard_error(tokens: int) -> float:

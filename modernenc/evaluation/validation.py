@@ -15,10 +15,9 @@ from modernenc.data.choices import Choices
 from modernenc.data.lanes import Chunk, Row, seed_of
 from modernenc.data.masking import Masker
 from modernenc.data.packing import SPECIALS, cut, pack
-from modernenc.evaluation.standard_error import FIXED_RATIO
 from modernenc.objectives import Objectives
 from modernenc.objectives.masked_lm import MaskedLM
-from modernenc.run_folder.tables import ALL
+from modernenc.run_folder.tables import ALL, FIXED_RATIO
 
 
 @dataclass(frozen=True)

@@ -53,14 +53,12 @@ class _Recording(UserDict[str, Any]):
 def read_folder(folder: Path, kind: type[Backbone]) -> tuple[Backbone, dict[str, Any], dict[str, Tensor]]:
     """Read a folder as a backbone of the given class on the meta device, its arguments, and the weights of a `MaskedLM`.
 
-    Raises FileNotFoundError or ValueError, naming the folder as `init.source`, for what cannot be followed exactly.
+    Raises FileNotFoundError or ValueError, naming the folder, for what cannot be followed exactly.
     """
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"init.source={folder}: no config.json; name a checkpoint (*.ckpt) or a Hugging Face folder")
-    config, converter = json.loads((folder / "config.json").read_text()), converter_of(kind)
+    config, converter = read_config_file(folder), converter_of(kind)
     if config.get("model_type") not in converter.model_types:
         raise ValueError(
-            f"init.source={folder} is of model_type {config.get('model_type')}, which {kind.__name__} cannot begin with; "
+            f"{folder} is of model_type {config.get('model_type')}, which {kind.__name__} cannot begin with; "
             f"expected {' or '.join(converter.model_types)}"
         )
     weights = converter.from_hugging_face(dict(_read_tensors(folder)))
@@ -69,10 +67,24 @@ def read_folder(folder: Path, kind: type[Backbone]) -> tuple[Backbone, dict[str,
         backbone: Any = kind(**arguments)
     own = {f"backbone.{name}" for name, _ in backbone.named_parameters()}
     for name in sorted(own - weights.keys()):
-        raise ValueError(f"init.source={folder} has no {name}; expected a masked-LM model of transformers")
+        raise ValueError(f"{folder} has no {name}; expected a masked-LM model of transformers")
     for name in sorted(name for name in weights.keys() - own if name.startswith("backbone.")):
-        raise ValueError(f"init.source={folder} has {name}, which {kind.__name__} has not here: other logits")
+        raise ValueError(f"{folder} has {name}, which {kind.__name__} has not here: other logits")
     return backbone, arguments, weights
+
+
+def read_config_file(folder: Path) -> dict[str, Any]:
+    """Return the content of a folder's config.json; FileNotFoundError or ValueError, naming the folder, if there is none."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder}: no config.json; name a checkpoint (*.ckpt) or a Hugging Face folder")
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}; expected the settings of a Hugging Face model") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file}: expected the settings of a Hugging Face model, by their names")
+    return settings
 
 
 def read_config(config: dict[str, Any], kind: type[Backbone], file: str = "config.json") -> dict[str, Any]:
@@ -105,7 +117,7 @@ def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights in fp32, from safetensors or else from .bin files, which are read without running code."""
     paths = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not paths:
-        raise FileNotFoundError(f"init.source={folder}: no *.safetensors and no pytorch_model*.bin; copy the weights there")
+        raise FileNotFoundError(f"{folder}: no *.safetensors and no pytorch_model*.bin; copy the weights there")
     for path in paths:
         tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         yield from ((name, value.float()) for name, value in tensors.items())

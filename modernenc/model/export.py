@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from modernenc.hugging_face import MASKED_LM, MULTIPLE_CHOICE, choice_model_of, converter_of, model_of
 from modernenc.hugging_face.parity import TOLERANCE, logit_difference, score_difference
 from modernenc.hugging_face.tokenizer import pretrained_tokenizer
+from modernenc.model.card import CARD, card
 from modernenc.model.load import choice_of, masked_lm_of, small_corpus
 from modernenc.run_folder import checkpoints
 from modernenc.run_folder.averaging import KINDS, average
@@ -54,6 +55,13 @@ def export(
             difference = score_difference(objective.backbone, choice, loaded, corpus.vocab_size)
         else:
             difference = logit_difference(objective, loaded, corpus.vocab_size)
+        described = card(
+            out.name, objective, trained, Path(runs[0].run_dir), corpus, runs_code=any(partial.glob("*.py")), task=task or "",
+            averaged=average_by or "", checkpoints=", ".join(file.stem for file in files),
+        )  # fmt: skip
+        (partial / CARD).write_text(described, encoding="utf-8")
+        for path in partial.iterdir():  # safetensors lets its owner alone read what it writes
+            shutil.copymode(partial / CARD, path)
         if not difference <= TOLERANCE:  # which a difference that is no number is not either
             raise ValueError(f"{out}: its logits would differ from the checkpoint's by {difference:.1e}; not exported")
         os.replace(partial, out)

@@ -1,4 +1,4 @@
-"""Read the weights that a run starts from: a checkpoint of any run, or the folder of a Hugging Face model."""
+"""Read the model that a run starts from: a checkpoint of any run, or the folder of a Hugging Face model."""
 
 import inspect
 from dataclasses import dataclass
@@ -12,10 +12,14 @@ from torch import Tensor
 from modernenc.backbones import Backbone
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum
-from modernenc.hugging_face.read_folder import read_folder
+from modernenc.data.blocks import TOKENIZER
+from modernenc.hugging_face import converter_of
+from modernenc.hugging_face.read_folder import read_config, read_config_file, read_folder
 from modernenc.model.build import masked_lm_weights, masked_lm_with
 from modernenc.run_folder import checkpoints
-from modernenc.saved_config import from_plain
+from modernenc.run_folder.checkpoints import Checkpoint
+from modernenc.run_folder.create import CORPUS
+from modernenc.saved_config import from_plain, shipped
 
 
 @dataclass
@@ -28,6 +32,8 @@ class Source:
     """Arguments of the backbone at the time when the weights were saved."""
     weights: dict[str, Tensor]
     """Tensors by their names in a `MaskedLM`."""
+    tokenizer: Path
+    """Its tokenizer.json, which may be missing."""
 
 
 def read_source(path: Path, run: Run) -> Source:
@@ -35,7 +41,22 @@ def read_source(path: Path, run: Run) -> Source:
     if path.suffix == ".ckpt":
         return _read_checkpoint(path)
     kind: Any = get_class(run.backbone["_target_"])
-    return Source(*read_folder(path, kind))
+    return Source(*read_folder(path, kind), path / TOKENIZER)
+
+
+def backbone_of(path: Path) -> dict[str, Any]:
+    """Return `_target_` and the arguments of the backbone at a path; FileNotFoundError or ValueError if there is none."""
+    if path.suffix == ".ckpt":
+        checkpoint = checkpoints.read(path)
+        trained = from_plain(checkpoint.run)
+        return {**trained.backbone, **_reached(trained, checkpoint)}
+    config = read_config_file(path)
+    kinds = {target: get_class(target) for target in sorted(shipped("backbone"))}
+    types = {name: target for target, kind in kinds.items() for name in converter_of(kind).model_types}
+    named = config.get("model_type")
+    if named not in types:
+        raise ValueError(f"{path} is of model_type {named}; expected {' or '.join(types)}")
+    return {"_target_": types[named], **read_config(config, kinds[types[named]], str(path / "config.json"))}
 
 
 def check_source(source: Source, run: Run) -> list[str]:
@@ -83,5 +104,11 @@ def _read_checkpoint(path: Path) -> Source:
     trained = from_plain(checkpoint.run)
     with torch.device("meta"):
         backbone = masked_lm_with(trained.backbone).backbone
-    reached = Curriculum.of(trained).at(max(0, checkpoint.state.tokens_seen - 1)).backbone
-    return Source(backbone, {**trained.backbone, **reached}, masked_lm_weights(checkpoint.weights))
+    settings = {**trained.backbone, **_reached(trained, checkpoint)}
+    tokenizer = path.resolve().parent.parent / CORPUS / TOKENIZER
+    return Source(backbone, settings, masked_lm_weights(checkpoint.weights), tokenizer)
+
+
+def _reached(trained: Run, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what the phases have set of the backbone by the time of a checkpoint."""
+    return Curriculum.of(trained).at(max(0, checkpoint.state.tokens_seen - 1)).backbone

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from modernenc.backbones import Backbone
 from modernenc.config import Run
-from modernenc.data.tokenizer import ROLE_NAMES
+from modernenc.data.tokenizer import ROLE_NAMES, check_same_ids
 from modernenc.model.build import weights_of
 from modernenc.model.init_source import Source
 
@@ -80,7 +80,7 @@ def tile_weight(old: Tensor, shape: Sequence[int]) -> Tensor:
 def _match_tokenizer(source: Source, model: Any, run: Run, tokenizer: Path) -> dict[str, Tensor]:
     """Return the source's weights with a row for each token of the run's tokenizer.
 
-    Raises FileNotFoundError if `init.tokenizer` is not there, ValueError if it is not set and the vocabularies differ in size.
+    Raises FileNotFoundError if `init.tokenizer` is not there, ValueError if it is not set and the vocabularies differ.
     """
     embedding = _embedding_name(source.backbone)
     if not run.init.tokenizer:
@@ -90,6 +90,9 @@ def _match_tokenizer(source: Source, model: Any, run: Run, tokenizer: Path) -> d
                 f"init.source={run.init.source} has {there} embeddings, backbone.vocab_size is {here}; set backbone.vocab_size="
                 f"{there}, or, for another tokenizer, init.tokenizer=FILE, the tokenizer.json of the source"
             )
+        if source.tokenizer.is_file():
+            remedy = f", or, to carry the embeddings over, set init.tokenizer={source.tokenizer}"
+            check_same_ids(source.tokenizer, tokenizer, f"init.source={run.init.source}", remedy)
         return source.weights
     if not Path(run.init.tokenizer).is_file():
         raise FileNotFoundError(f"init.tokenizer={run.init.tokenizer} does not exist; name the tokenizer.json of the source")

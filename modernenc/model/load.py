@@ -8,7 +8,9 @@ from modernenc.config import Run
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.data.store import Store
+from modernenc.hugging_face.read_folder import read_folder
 from modernenc.model.build import load_weights, masked_lm_weights, masked_lm_with, set_attributes
+from modernenc.model.init_source import backbone_of
 from modernenc.objectives.masked_lm import MaskedLM
 from modernenc.objectives.multiple_choice import MultipleChoice
 from modernenc.run_folder import checkpoints
@@ -42,6 +44,17 @@ def masked_lm_of(checkpoint: Checkpoint, path: Path) -> MaskedLM:
         set_attributes(model.backbone, Curriculum.of(run).at(max(0, checkpoint.state.tokens_seen - 1)))
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, OmegaConfBaseException) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    return model.eval()
+
+
+def load_folder(folder: Path) -> MaskedLM:
+    """Return masked LM with the weights of a Hugging Face folder, in evaluation mode.
+
+    Raises FileNotFoundError or ValueError, naming the folder, if it holds no model that a backbone here follows exactly.
+    """
+    settings = backbone_of(folder)
+    model = masked_lm_with(settings)
+    load_weights(model, read_folder(folder, type(model.backbone))[2])
     return model.eval()
 
 

@@ -14,14 +14,13 @@ from modernenc.config import Run
 from modernenc.curriculum import CHOICES, OF_TEXT, Curriculum
 from modernenc.data.blocks import MANIFEST, VALIDATION, corpus_of
 from modernenc.data.packing import SPECIALS
-from modernenc.evaluation.standard_error import FIXED_RATIO
 from modernenc.model.load import masked_lm_of, small_corpus
 from modernenc.reporting import plots
 from modernenc.reporting.plots import Rows, rows_of
 from modernenc.run_folder import checkpoints, lineage
 from modernenc.run_folder.checkpoints import Checkpoint
 from modernenc.run_folder.create import CORPUS
-from modernenc.run_folder.tables import ALL, Table
+from modernenc.run_folder.tables import ALL, FIXED_RATIO, Table
 from modernenc.saved_config import CONFIG
 
 Lines = list[list[str]]

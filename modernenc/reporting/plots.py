@@ -12,9 +12,8 @@ from matplotlib.figure import Figure
 
 from modernenc.config import Run
 from modernenc.curriculum import CAUSAL_LM, CHOICES, MASKED_LM, OF_TEXT, Curriculum, reads_text
-from modernenc.evaluation.standard_error import FIXED_RATIO
 from modernenc.run_folder import lineage
-from modernenc.run_folder.tables import ALL, Table
+from modernenc.run_folder.tables import ALL, FIXED_RATIO, Table
 
 Rows = list[dict[str, str]]
 """Rows of `metrics.csv` or `validation.csv`: text by the name of the column."""

@@ -9,6 +9,8 @@ from typing import Any
 
 ALL = "all"
 """Name of the row of `validation.csv` that covers all sources together."""
+FIXED_RATIO = 0.15
+"""Mask ratio at which every model and phase is validated, so that losses compare."""
 _COLUMNS: dict[str, dict[str, type]] = {
     "metrics.csv": {
         "step": int, "tokens_seen": int, "phase": str, "objective": str, "loss": float, "grad_norm": float, "lr": float,

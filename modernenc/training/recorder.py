@@ -20,6 +20,8 @@ from modernenc.training.module import Pretraining
 log = logging.getLogger(__name__)
 
 
+_SOON = 0.1
+"""Fraction of `validation.every_tokens` before the end of a phase within which only the end is validated."""
 _USELESS = 1.5
 """Validation losses this many times as high as that of a model that knows nothing are warned of."""
 
@@ -127,9 +129,10 @@ class ValidationWriter(L.Callback):
             self.validation.cut_after(cast(Pretraining, pl_module).step)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validate after a step that was saved, and not validated before the process died."""
+        """Validate weights that were given, before they change, or a step that was saved before the process died."""
         module = cast(Pretraining, pl_module)
-        missing = self._is_due(module) and is_missing(module.run, module.last_spec.phase, module.step)
+        given = bool(self.run.init.source) and not module.step
+        missing = (given or self._is_due(module)) and is_missing(module.run, module.last_spec.phase, module.step)
         if trainer.strategy.broadcast(missing):  # the first rank decides
             set_attributes(module.objectives.backbone, module.last_spec)
             self._validate(trainer, module)
@@ -140,16 +143,16 @@ class ValidationWriter(L.Callback):
         """Validate when it is due."""
         module = cast(Pretraining, pl_module)
         if self._is_due(module):
-            started = time.monotonic()
             self._validate(trainer, module)
-            self.writer.leave_out(time.monotonic() - started)
 
     def _is_due(self, module: Pretraining) -> bool:
-        """Return whether validation follows the last step."""
-        return bool(module.finished_phase) or module.crossed(self.run.validation.every_tokens)
+        """Return whether validation follows the last step: one that the phase's own is about to repeat does not."""
+        every = self.run.validation.every_tokens
+        left = module.curriculum.end_of(module.last_spec.phase) - module.tokens_seen
+        return bool(module.finished_phase) or (module.crossed(every) and left > _SOON * every)
 
     def _validate(self, trainer: L.Trainer, module: Pretraining) -> None:
-        phase = module.last_spec.phase
+        started, phase = time.monotonic(), module.last_spec.phase
         with trainer.precision_plugin.forward_context():
             scores = self.validator.scores(module.objectives, phase)
         at = {"step": module.step, "tokens_seen": module.tokens_seen, "phase": phase}
@@ -166,12 +169,13 @@ class ValidationWriter(L.Callback):
             log.warning(
                 "validation loss %.3f: a model that knows nothing has %.3f; this one is of no use", self.last_loss, blind
             )
+        self.writer.leave_out(time.monotonic() - started)
 
 
 def is_missing(run: Run, phase: str, step: int) -> bool:
-    """Return whether a step after which validation is due was saved in the run folder, and its scores were not written."""
+    """Return whether a step after which validation is due was saved, or is the start, and its scores were not written."""
     run_dir = Path(run.run_dir)
-    saved = any((run_dir / FOLDER / f"{name}.ckpt").exists() for name in (name_at_end(phase), name_at_step(step)))
+    saved = not step or any((run_dir / FOLDER / f"{name}.ckpt").exists() for name in (name_at_end(phase), name_at_step(step)))
     return saved and all(int(row["step"]) != step for row in Table(run_dir / "validation.csv").read())
 
 

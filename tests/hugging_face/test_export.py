@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import yaml
 from tokenizers import Tokenizer
 
 from modernenc.backbones.modernbert import ModernBERT
@@ -16,6 +17,7 @@ from modernenc.hugging_face import converter_of, model_of
 from modernenc.hugging_face.parity import TOLERANCE, logit_difference
 from modernenc.model.export import export
 from modernenc.objectives.masked_lm import MaskedLM
+from modernenc.run_folder.tables import Table
 from support.runs import train
 
 
@@ -70,6 +72,30 @@ def test_a_config_is_whole_in_the_words_of_transformers_4_and_of_5(tmp_path, oth
     if version_4 == (int(transformers.__version__.split(".")[0]) == 4):  # the other would fall back to defaults
         (tmp_path / "config.json").write_text(json.dumps(own))
         assert logit_difference(ours, AutoModelForMaskedLM.from_pretrained(tmp_path), 300) <= TOLERANCE
+
+
+def test_an_export_describes_itself_and_may_be_read_by_all(run_dir, tmp_path):
+    out = tmp_path / "mine"
+    export([run_dir], out)
+    _, header, card = (out / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(header) == {
+        "library_name": "transformers", "pipeline_tag": "fill-mask", "tags": ["modernbert", "masked-lm", "modernenc"],
+    }  # fmt: skip
+    assert "# mine" in card and "ModernBERT: Warner et al. 2024, arXiv:2412.13663." in card
+    assert "recipe `demo`" in card and "up to phase `decay`" in card and "trust_remote_code" not in card
+    manifest = json.loads((run_dir / "corpus" / "manifest.json").read_text())
+    for source in ("code", "docstrings", "reference"):
+        entry = manifest["sources"][source]
+        row = next(line for line in card.splitlines() if line.startswith(f"| {source} |") and entry["url"] in line)
+        assert entry["licence"] in row and int(row.split("|")[2].replace(",", "")) > 0
+    scores = [
+        row for row in Table(run_dir / "validation.csv").read() if row["phase"] == "decay" and row["mask_ratio"] == "0.15"
+    ]
+    for row in scores:
+        assert f"| {row['source']} | {row['seq_len']} | {float(row['loss']):.3f} | {float(row['accuracy']):.1%} |" in card
+    python = card.split("```python\n")[1].split("```")[0].replace('"mine"', repr(str(out)))
+    exec(compile(python, "card", "exec"), {})  # what it says works
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1
 
 
 def test_an_existing_folder_is_not_overwritten(run_dir, tmp_path):

@@ -15,7 +15,7 @@ from modernenc.objectives.masked_lm import MaskedLM
 from support.tensors import relative
 
 OWN = Path(__file__).parents[1] / "own_parts" / "conf" / "backbone" / "bert.yaml"
-YAMLS = [*sorted((CONF_DIR / "backbone").glob("*.yaml")), OWN]
+YAMLS = [*sorted(path for path in (CONF_DIR / "backbone").glob("*.yaml") if path.stem != "of_source"), OWN]
 SMALLER = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
     "num_hidden_layers": 6,

@@ -66,7 +66,7 @@ PUBLISHED = {
         Published(600e9, 8e-4, 4608, 8192, 1.6e5, 0.15, 8e-5, local_theta=1.6e5),
         Published(100e9, 8e-4, 4608, 8192, 1.6e5, 0.05, 8e-5, falls_to=0.02, local_theta=1.6e5),
     ],
-    "adapt": [Published(160.5e9, 3e-4, 576, 8192), Published(8.25e9, 3e-4, 576, 8192, mask=0.15, falls_to=0.001)],
+    "bioclinical": [Published(160.5e9, 3e-4, 576, 8192), Published(8.25e9, 3e-4, 576, 8192, mask=0.15, falls_to=0.001)],
     # The following have no publication to be compared with: these are the numbers that their headers state.
     "mega_small_16k": [
         Published(50e9, 5e-4, 1024, 1024, mask=0.4, ramp=(2e9, 256, 256), warmup=1e9),
@@ -126,7 +126,7 @@ def test_every_curve_is_the_published_one(recipe):
         }
         assert {key: getattr(spec, key) for key in expected} == expected, seen
         assert spec.lr == pytest.approx(lr, rel=1e-9, abs=1e-15), seen
-        assert spec.backbone.get("global_rope_theta") == (phase.theta if recipe != "adapt" else None)
+        assert spec.backbone.get("global_rope_theta") == (phase.theta if recipe != "bioclinical" else None)
         assert spec.backbone.get("local_rope_theta") == phase.local_theta
 
 

@@ -70,7 +70,7 @@ def test_what_is_given_stays_and_what_is_left_free_follows(corpus_of):
     assert not composed(["+recipe=demo", *SMALL, root, "backbone.vocab_size=1000"]).data.from_corpus
 
 
-FITTED = {"demo", "demo_mega", "own", "adapt"}
+FITTED = {"demo", "demo_mega", "own", "adapt", "bioclinical"}
 """Recipes whose sizes follow from the corpus."""
 
 

@@ -15,7 +15,7 @@ from modernenc.saved_config import load
 from modernenc.train import main
 from support.runs import composed, rollback
 
-RECIPES = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml") if path.stem not in ("demo", "demo_mega", "own"))
+RECIPES = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml") if path.stem not in ("demo", "demo_mega", "own", "adapt"))
 """All that are not for a laptop anyway."""
 SIZES = sorted(path.stem for path in (CONF_DIR / "ettin").glob("*.yaml"))
 

@@ -35,6 +35,10 @@ def test_every_shipped_file_is_yaml_and_has_a_comment_on_its_purpose(path):
 @pytest.mark.parametrize("path", [path for path in FILES if path.parent.name in GROUPS], ids=lambda path: path.stem)
 def test_every_part_composes(path):
     group = path.parent.name
+    if path.stem == "of_source":
+        with pytest.raises(ValueError, match=r"init\.source, which is not set"):
+            composed(["+recipe=demo", "backbone=of_source"])
+        return
     recipe = "ettin" if group == "ettin" else "demo_mega" if path.stem.startswith("mega") else "demo"
     composed([f"+recipe={recipe}", *GROUPS[group].format(path.stem).split()])
 
@@ -43,12 +47,12 @@ def inputs(kind: str, folder: Path) -> list[str]:
     """Documents for a corpus, and the settings that its comment asks for."""
     small = ["validation_share=0.2", "block_tokens=128", "buckets=2", "workers=1"]
     rows = list(dict.fromkeys(texts(40, 1)))
-    if kind in ("base", "adapt", "mmbert"):
+    if kind in ("base", "bioclinical", "mmbert"):
         sources = list(OmegaConf.load(CONF_DIR / "corpus" / f"{kind}.yaml").sources)
         for number, name in enumerate(sources):
             write_jsonl(folder / name / "0.jsonl", [f"{text} {number}" for text in rows])
         encode.save(encode.train(rows, 400), folder / "tokenizer.json")
-        licences = [f"sources.{name}.licence=CC0-1.0" for name in sources] if kind == "adapt" else []
+        licences = [f"sources.{name}.licence=CC0-1.0" for name in sources] if kind == "bioclinical" else []
         return [f"input={folder}", f"tokenizer.file={folder / 'tokenizer.json'}", *licences, *small]
     if kind == "parquet":
         import pyarrow

@@ -1,5 +1,6 @@
 """Averages of checkpoints, alone, exported, and beside their members."""
 
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -66,6 +67,8 @@ def test_an_average_of_checkpoints_is_that_of_their_weights(checkpoints):
 def test_averages_are_exported_and_compared(checkpoints, tmp_path):
     folder, found = checkpoints
     assert export(found, tmp_path / "out", "uniform") <= TOLERANCE
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"the average (uniform) of {found[0].stem}, " in card and "## Validation" not in card
     compared = compare([*found[-2:], folder], ["uniform", "one_minus_sqrt"])
     assert list(compared) == [found[-2].stem, found[-1].stem, "run", "average: uniform", "average: one_minus_sqrt"]
     rows = [row for row in Table(folder / "validation.csv").read() if row["source"] == ALL and row["phase"] == "decay"]
@@ -77,6 +80,28 @@ def test_averages_are_exported_and_compared(checkpoints, tmp_path):
     shutil.copytree(folder, twin)
     assert len(compare([folder, twin], [])) == 2  # of one name, and not one
     assert "average: uniform" in result.stdout and "* the lowest" in result.stdout
+
+
+def test_a_hugging_face_folder_stands_beside_runs(checkpoints, tmp_path):
+    folder, found = checkpoints
+    out = tmp_path / "out"
+    export([folder], out)
+    compared = compare([out, folder, found[0]], [])
+    assert list(compared) == [str(out), "run", found[0].stem] and compared[str(out)][0] is None
+    assert compared[str(out)][1][ALL].loss == pytest.approx(compared["run"][1][ALL].loss, rel=1e-6)
+    result = command("modernenc.compare", str(out), str(folder))
+    assert result.returncode == 0 and "out" in result.stdout, result.stderr
+    with pytest.raises(ValueError, match="expected a run folder or a checkpoint too"):
+        compare([out], [])
+    tokenizer = json.loads((out / "tokenizer.json").read_text())
+    names = {number: token for token, number in tokenizer["model"]["vocab"].items()}
+    tokenizer["model"]["vocab"] |= {names[300]: 301, names[301]: 300}
+    (out / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match=r"out has another tokenizer than"):
+        compare([out, folder], [])
+    (out / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match=r"out is of model_type gpt2; expected"):
+        compare([folder, out], [])
 
 
 def test_what_cannot_be_averaged_is_named(checkpoints, small_run, tmp_path):

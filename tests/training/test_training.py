@@ -126,6 +126,16 @@ def test_checkpoints_are_saved_by_the_clock_too(small_run):
     assert {"step-00000001", "step-00000002"} <= saved
 
 
+def test_a_phase_is_not_validated_twice_at_its_end(small_run):
+    run = small_run("validation.every_tokens=2900", "phases.stable.ramp.tokens=0")
+    rows = Table(train(run) / "validation.csv").read()
+    seen = {int(row["step"]): int(row["tokens_seen"]) for row in rows}
+    ends = [Curriculum.of(run).end_of(phase) for phase in run.phases]
+    assert set(ends) <= set(seen.values()) and ends[0] % 2900 < 512, "a multiple is reached within the last steps"
+    between = [tokens for tokens in seen.values() if tokens not in ends]
+    assert between and all(min(abs(end - tokens) for end in ends if end > tokens) > 290 for tokens in between)
+
+
 def test_a_mac_trains_on_its_processor(small_run, monkeypatch):
     monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
     assert "device cpu" in (train(small_run("trainer.accelerator=auto")) / "log.txt").read_text() or torch.cuda.is_available()
