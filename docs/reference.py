@@ -63,7 +63,8 @@ def page() -> str:
         targets: dict[str, dict[str, dict[str, str]]] = {}
         for path in sorted((ROOT / "conf" / group).glob("*.yaml")):
             values = dict(re.findall(r"^(\w+): *(.*?)(?: +#.*)?$", path.read_text(), re.M))
-            targets.setdefault(values.pop("_target_"), {})[path.stem] = values
+            if target := values.pop("_target_").strip('"'):  # empty where `init.source` says it
+                targets.setdefault(target, {})[path.stem] = values
         parts += [table(group, target, options) for target, options in targets.items()]
     return "\n".join(parts)
 

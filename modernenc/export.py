@@ -1,6 +1,7 @@
 """Write a checkpoint, or an average of several, as a Hugging Face model: `python -m modernenc.export RUN_DIR|CKPT ... OUT`.
 
-`OUT` holds config, safetensors and tokenizer. It gets its name only after a model loaded from it has given the same logits.
+`OUT` holds config, safetensors, tokenizer and model card. It gets its name only after a model loaded from it has given the same
+logits.
 """
 
 import argparse
@@ -23,12 +24,20 @@ def main() -> None:
         "--average", help="how several checkpoints of one run are averaged: exponential, one_minus_sqrt, uniform"
     )
     parser.add_argument("--task", help="a multiple-choice task of the run, whose head is exported in place of masked LM's")
+    parser.add_argument("--onnx", action="store_true", help="also write it as ONNX, in fp32 and with weights in int8")
+    parser.add_argument("--pooling", choices=["mean", "cls"], help="make the folder one of sentence-transformers too")
+    parser.add_argument("--normalize", action="store_true", help="with --pooling: vectors of length 1")
     parser.add_argument("--across-runs", action="store_true", help="average checkpoints of runs that began apart")
     arguments = parser.parse_args()
     with one_line_errors():
         from modernenc.model.export import export  # torch and transformers take seconds to import
 
-        difference = export(arguments.paths, arguments.out, arguments.average, arguments.across_runs, arguments.task)
+        if arguments.normalize and not arguments.pooling:
+            raise ValueError("--normalize: there are vectors to normalize only with --pooling")
+        difference = export(
+            arguments.paths, arguments.out, arguments.average, arguments.across_runs, arguments.task,
+            onnx=arguments.onnx, pooling=arguments.pooling, normalize=arguments.normalize,
+        )  # fmt: skip
         print(f"{arguments.out} is ready: logits differ by at most {difference:.1e} from the checkpoint's")
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from modernenc.hugging_face import MASKED_LM, MULTIPLE_CHOICE, choice_model_of, converter_of, model_of
+from modernenc.hugging_face.onnx_model import check_supported, write_onnx
 from modernenc.hugging_face.parity import TOLERANCE, logit_difference, score_difference
+from modernenc.hugging_face.sentence_folder import add_pooling
 from modernenc.hugging_face.tokenizer import pretrained_tokenizer
 from modernenc.model.card import CARD, card
 from modernenc.model.load import choice_of, masked_lm_of, small_corpus
@@ -18,16 +20,27 @@ from modernenc.run_folder.load import locate
 
 
 def export(
-    paths: Sequence[Path], out: Path, average_by: str | None = None, across_runs: bool = False, task: str | None = None
+    paths: Sequence[Path],
+    out: Path,
+    average_by: str | None = None,
+    across_runs: bool = False,
+    task: str | None = None,
+    *,
+    onnx: bool = False,
+    pooling: str | None = None,
+    normalize: bool = False,
 ) -> float:
     """Write `out` and return the largest difference of logits, relative to the largest logit or to 1.
 
-    The model has the head of masked LM, or that of a multiple-choice task. Raises ValueError if `out` exists, if a checkpoint
-    is not whole, if there are several without a known `average_by`, if there is no such task, or if the logits differ by more
-    than `TOLERANCE`.
+    The model has the head of masked LM, or that of a multiple-choice task. `onnx` adds it as ONNX, and `pooling` what makes the
+    folder one of sentence-transformers, whose vectors `normalize` divides by their length. Raises ValueError if `out` exists,
+    if a checkpoint is not whole, if there are several without a known `average_by`, if there is no such task, if the logits
+    differ by more than `TOLERANCE`, or if what is added cannot be made.
     """
     if out.exists():
         raise ValueError(f"{out} exists; choose another folder or delete it")
+    if task and (onnx or pooling):
+        raise ValueError(f"--task {task}: --onnx and --pooling are for the model without the head of a task; export it apart")
     if (len(paths) > 1) != bool(average_by):
         named = ", ".join(map(str, paths))
         raise ValueError(f"{named}: one checkpoint, or several and --average {'|'.join(sorted(KINDS))}, make a model")
@@ -44,6 +57,8 @@ def export(
     }  # fmt: skip
     choice = choice_of(trained, objective, task, files[-1]) if task else None
     model = choice_model_of(objective, choice, **special_ids) if choice else model_of(objective, **special_ids)
+    if onnx:
+        check_supported(model)
     partial = out.with_name(out.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -55,15 +70,19 @@ def export(
             difference = score_difference(objective.backbone, choice, loaded, corpus.vocab_size)
         else:
             difference = logit_difference(objective, loaded, corpus.vocab_size)
+        if not difference <= TOLERANCE:  # which a difference that is no number is not either
+            raise ValueError(f"{out}: its logits would differ from the checkpoint's by {difference:.1e}; not exported")
+        if onnx:
+            write_onnx(loaded, partial)
+        if pooling:
+            add_pooling(partial, pooling, normalize, objective.backbone.max_position)
         described = card(
             out.name, objective, trained, Path(runs[0].run_dir), corpus, runs_code=any(partial.glob("*.py")), task=task or "",
             averaged=average_by or "", checkpoints=", ".join(file.stem for file in files),
         )  # fmt: skip
         (partial / CARD).write_text(described, encoding="utf-8")
-        for path in partial.iterdir():  # safetensors lets its owner alone read what it writes
+        for path in filter(Path.is_file, partial.rglob("*")):  # safetensors lets its owner alone read what it writes
             shutil.copymode(partial / CARD, path)
-        if not difference <= TOLERANCE:  # which a difference that is no number is not either
-            raise ValueError(f"{out}: its logits would differ from the checkpoint's by {difference:.1e}; not exported")
         os.replace(partial, out)
     except SafetensorError as error:
         raise OSError(f"{out} could not be written: {error}") from error
