@@ -1,9 +1,10 @@
 """Continue a model on the text of one domain, by one command: `python -m modernenc.adapt MODEL TEXT --out DIR [KEY=VALUE ...]`.
 
-MODEL is a Hugging Face folder, a run folder or a checkpoint; TEXT a folder of .txt, .jsonl or .parquet files. The text is
-prepared under the model's tokenizer in DIR/corpus, the recipe `adapt` trains in DIR/run, and DIR/model is the result: a Hugging
-Face folder. A table shows the loss before and after. With --general the model goes on reading other text too, and the table
-says how much of that it forgets. KEY=VALUE changes the recipe: optim.lr=1e-4, phases.domain.seq_len=4_096.
+MODEL is a Hugging Face folder, a run folder, a checkpoint, or one of the ModernBERT repository (*.pt); TEXT a folder of .txt,
+.jsonl or .parquet files. The text is prepared under the model's tokenizer in DIR/corpus, the recipe `adapt` trains in DIR/run,
+and DIR/model is the result: a Hugging Face folder. A table shows the loss before and after. With --general the model goes on
+reading other text too, and the table says how much of that it forgets. KEY=VALUE changes the recipe: optim.lr=1e-4,
+phases.domain.seq_len=4_096.
 
 The same command again goes on where it was stopped.
 """
@@ -94,13 +95,14 @@ def _adapt(arguments: argparse.Namespace) -> None:
 def _source_of(model: Path) -> tuple[Path, Path]:
     """Return what `init.source` is for a model, and its tokenizer; FileNotFoundError or ValueError if it has none."""
     from modernenc.data.blocks import TOKENIZER
+    from modernenc.hugging_face.composer import SUFFIX
     from modernenc.model.init_source import backbone_of
     from modernenc.run_folder.create import CORPUS
     from modernenc.run_folder.load import locate
 
-    if (model / "config.json").is_file():
+    if model.suffix == SUFFIX or (model / "config.json").is_file():
         backbone_of(model)  # which names what it cannot follow
-        source, tokenizer = model, model / TOKENIZER
+        source, tokenizer = model, (model if model.is_dir() else model.parent) / TOKENIZER
     else:
         run, checkpoint = locate(model)
         if checkpoint is None:

@@ -115,8 +115,8 @@ class Init:
     """Where the first weights come from."""
 
     source: str = ""
-    """Checkpoint of any run (*.ckpt), or folder of a Hugging Face model, whose weights the run starts from; the run's backbone
-    may be wider and deeper. Empty means random weights."""
+    """Checkpoint of any run (*.ckpt), folder of a Hugging Face model, or checkpoint of the ModernBERT repository (*.pt), whose
+    weights the run starts from; the run's backbone may be wider and deeper. Empty means random weights."""
     layer_mapping: Annotated[str, Literal["by_depth", "by_type"]] = "by_depth"
     """How the layers of the source map to a deeper backbone: `by_depth` takes the layer at the same relative depth,
     `by_type` the nearest layer of the same attention type."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from modernenc import ranges
 from modernenc.backbones import Backbone
 from modernenc.hugging_face import converter_of
+from modernenc.hugging_face.composer import SUFFIX, read_composer
 
 FIXED = {
     "add_cross_attention": False, "is_causal": False, "is_decoder": False, "is_encoder_decoder": False, "pruned_heads": {},
@@ -53,16 +54,19 @@ class _Recording(UserDict[str, Any]):
 def read_folder(folder: Path, kind: type[Backbone]) -> tuple[Backbone, dict[str, Any], dict[str, Tensor]]:
     """Read a folder as a backbone of the given class on the meta device, its arguments, and the weights of a `MaskedLM`.
 
-    Raises FileNotFoundError or ValueError, naming the folder, for what cannot be followed exactly.
+    A checkpoint of the ModernBERT repository counts as the folder that it would be. Raises FileNotFoundError or ValueError,
+    naming the folder, for what cannot be followed exactly.
     """
-    config, converter = read_config_file(folder), converter_of(kind)
+    is_folder = folder.suffix != SUFFIX
+    config, tensors = (read_config_file(folder), None) if is_folder else read_composer(folder)
+    converter = converter_of(kind)
     if config.get("model_type") not in converter.model_types:
         raise ValueError(
             f"{folder} is of model_type {config.get('model_type')}, which {kind.__name__} cannot begin with; "
             f"expected {' or '.join(converter.model_types)}"
         )
-    weights = converter.from_hugging_face(dict(_read_tensors(folder)))
-    arguments = read_config(config, kind, str(folder / "config.json"))
+    weights = converter.from_hugging_face(dict(_read_tensors(folder)) if tensors is None else tensors)
+    arguments = read_config(config, kind, str(folder / "config.json" if is_folder else folder))
     with torch.device("meta"):
         backbone: Any = kind(**arguments)
     own = {f"backbone.{name}" for name, _ in backbone.named_parameters()}
@@ -74,7 +78,12 @@ def read_folder(folder: Path, kind: type[Backbone]) -> tuple[Backbone, dict[str,
 
 
 def read_config_file(folder: Path) -> dict[str, Any]:
-    """Return the content of a folder's config.json; FileNotFoundError or ValueError, naming the folder, if there is none."""
+    """Return the content of a folder's config.json, or what that of a checkpoint of the ModernBERT repository would be.
+
+    Raises FileNotFoundError or ValueError, naming the folder, if there is none.
+    """
+    if folder.suffix == SUFFIX:
+        return read_composer(folder)[0]
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: no config.json; name a checkpoint (*.ckpt) or a Hugging Face folder")

@@ -41,7 +41,7 @@ def read_source(path: Path, run: Run) -> Source:
     if path.suffix == ".ckpt":
         return _read_checkpoint(path)
     kind: Any = get_class(run.backbone["_target_"])
-    return Source(*read_folder(path, kind), path / TOKENIZER)
+    return Source(*read_folder(path, kind), (path if path.is_dir() else path.parent) / TOKENIZER)
 
 
 def backbone_of(path: Path) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def backbone_of(path: Path) -> dict[str, Any]:
     named = config.get("model_type")
     if named not in types:
         raise ValueError(f"{path} is of model_type {named}; expected {' or '.join(types)}")
-    return {"_target_": types[named], **read_config(config, kinds[types[named]], str(path / "config.json"))}
+    return {"_target_": types[named], **read_config(config, kinds[types[named]], str(path))}
 
 
 def check_source(source: Source, run: Run) -> list[str]:

@@ -9,7 +9,7 @@ from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
 from modernenc.data.store import Store
 from modernenc.hugging_face.read_folder import read_folder
-from modernenc.model.build import load_weights, masked_lm_weights, masked_lm_with, set_attributes
+from modernenc.model.build import load_weights, masked_lm_weights, masked_lm_with, set_attributes, weights_of
 from modernenc.model.init_source import backbone_of
 from modernenc.objectives.masked_lm import MaskedLM
 from modernenc.objectives.multiple_choice import MultipleChoice
@@ -54,7 +54,8 @@ def load_folder(folder: Path) -> MaskedLM:
     """
     settings = backbone_of(folder)
     model = masked_lm_with(settings)
-    load_weights(model, read_folder(folder, type(model.backbone))[2])
+    weights, own = read_folder(folder, type(model.backbone))[2], weights_of(model)
+    load_weights(model, {name: value for name, value in weights.items() if name in own})  # a tied decoder may be there twice
     return model.eval()
 
 

@@ -75,7 +75,8 @@ def scale_down(run: Run) -> Run:
 def _init_of_smoke_test(init: Init) -> Init:
     """Return the first weights of a smoke test: those of its source's smoke test, or random ones if there was none."""
     source = _move_to_smoke_tests(init.source)
-    if init.source and not Path(source).is_file():  # a Hugging Face model is not scaled down
+    is_ours = source.endswith(".ckpt") and Path(source).is_file()
+    if init.source and not is_ours:  # other models are not scaled down
         log.warning("%s is not there: the smoke test starts from random weights", source)
         return Init()
     return replace(init, source=source)
