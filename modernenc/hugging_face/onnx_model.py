@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from modernenc.hugging_face.padded_mega import PaddedMega
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -45,20 +47,25 @@ def write_onnx(model: "PreTrainedModel", folder: Path) -> float:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     (folder / FOLDER).mkdir()
-    longest = model.config.max_position_embeddings
+    longest = _longest(model)
     ids, kept = _batch(2, min(16, longest), model.config.vocab_size)
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=longest)}
-    with warnings.catch_warnings(), redirect_stdout(StringIO()), torch.no_grad():
-        warnings.simplefilter("ignore")  # of the exporter, about itself
-        program: Any = torch.onnx.export(
-            _Logits(model.eval()),
-            (ids, kept),
-            dynamo=True,
-            input_names=["input_ids", "attention_mask"],
-            output_names=["logits"],
-            dynamic_shapes=(sizes, sizes),
-            opset_version=OPSET,
-        )
+    graph = PaddedMega(model.eval()) if _is_mega(model) else _Logits(model.eval())
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), torch.no_grad():
+            warnings.simplefilter("ignore")  # of the exporter, about itself
+            program: Any = torch.onnx.export(
+                graph,
+                (ids, kept),
+                dynamo=True,
+                input_names=["input_ids", "attention_mask"],
+                output_names=["logits"],
+                dynamic_shapes=(sizes, sizes),
+                opset_version=OPSET,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--onnx: torch {torch.__version__} cannot write this model as ONNX: {reason}") from error
     program.save(folder / FOLDER / FULL)
     difference = _difference(model, folder / FOLDER / FULL)
     if not difference <= TOLERANCE:
@@ -71,8 +78,12 @@ def check_supported(model: Any) -> None:
     """Raise ValueError if a model cannot be written as ONNX, or if a package for it is missing."""
     if missing := [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]:
         raise ValueError(f"--onnx: {missing[0]} is not installed: pip install 'modernenc[onnx]'")
-    if not type(model).__module__.startswith("transformers."):
-        raise ValueError(f"--onnx: {type(model).__name__} packs the rows of a batch, which ONNX cannot express; leave it out")
+    if not (type(model).__module__.startswith("transformers.") or _is_mega(model)):
+        raise ValueError(f"--onnx: {type(model).__name__} has no form for ONNX here; leave it out")
+
+
+def _is_mega(model: Any) -> bool:
+    return type(model).__name__ == "MegaForMaskedLM"  # of this package, or of the code in an exported folder
 
 
 @torch.no_grad()
@@ -81,13 +92,17 @@ def _difference(model: Any, file: Path) -> float:
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     largest = torch.zeros(())
-    for length in (one for one in _LENGTHS if one <= model.config.max_position_embeddings):
+    for length in (one for one in _LENGTHS if one <= _longest(model)):
         ids, kept = _batch(2, length, model.config.vocab_size)
         (theirs,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": kept.numpy()})
         ours = model(input_ids=ids, attention_mask=kept).logits[kept.bool()]
         apart = (torch.from_numpy(theirs)[kept.bool()] - ours).abs().max() / ours.abs().max().clamp(min=1)
         largest = torch.maximum(largest, apart)
     return float(largest)
+
+
+def _longest(model: Any) -> int:
+    return getattr(model.config, "max_positions", 0) or model.config.max_position_embeddings
 
 
 def _batch(rows: int, length: int, vocab_size: int) -> tuple[Tensor, Tensor]:

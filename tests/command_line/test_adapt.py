@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForMaskedLM
 
+from modernenc import adapt
 from modernenc.data.blocks import Corpus
 from modernenc.data.store import Store
 from modernenc.model.export import export
@@ -75,8 +76,7 @@ def test_a_model_is_adapted_by_one_command_that_can_be_given_again(model, texts,
     assert read(out / "run" / FINAL).state.tokens_seen == trained.state.tokens_seen
 
 
-@pytest.mark.slow
-def test_what_cannot_be_adapted_is_said_in_a_line(model, texts, tmp_path):
+def test_what_cannot_be_adapted_is_said_in_a_line(model, texts, tmp_path, monkeypatch, capfd):
     domain, general = texts
     empty, mixed, foreign, plain = (tmp_path / name for name in ("empty", "mixed", "foreign", "plain"))
     for folder in (empty, mixed, foreign, plain):
@@ -98,6 +98,9 @@ def test_what_cannot_be_adapted_is_said_in_a_line(model, texts, tmp_path):
         ([foreign, domain], "is of model_type t5; expected"),
         ([model, domain, "phases.domain.len=3"], "phases.domain.len: unknown key"),
     ):
-        result = command("modernenc.adapt", *map(str, arguments), *out)
-        assert result.returncode == 2 and said in result.stderr, (arguments, result.stderr)
-        assert result.stderr.count("error: ") == 1 and "Traceback" not in result.stderr
+        monkeypatch.setattr("sys.argv", ["adapt", *map(str, arguments), *out])
+        with pytest.raises(SystemExit) as ended:
+            adapt.main()
+        stderr = capfd.readouterr().err
+        assert ended.value.code == 2 and said in stderr, (arguments, stderr)
+        assert stderr.count("error: ") == 1 and "Traceback" not in stderr
