@@ -46,8 +46,8 @@ def read_composer(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"s{''.join(f'[{key!r}]' for key in _WHERE)}}}, 'weights.pt')\""
         ) from error
     state = content.get("state", content) if isinstance(content, dict) else {}
-    weights, settings = state.get("model"), state.get("config") or _at(state, _WHERE)
-    first = next((name for name in weights or () if name.endswith("bert.embeddings.tok_embeddings.weight")), None)
+    weights, settings = state.get("model") or {}, state.get("config") or _at(state, _WHERE)
+    first = next((name for name in weights if name.endswith("bert.embeddings.tok_embeddings.weight")), None)
     if first is None or not isinstance(settings, dict):
         raise ValueError(f"{path}: expected a checkpoint of the ModernBERT repository: weights of a FlexBERT, and its settings")
     prefix = first.removesuffix("bert.embeddings.tok_embeddings.weight")

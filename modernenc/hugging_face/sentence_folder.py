@@ -6,7 +6,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-POOLINGS = ("mean", "cls")
 _SHARED = (
     "config.json",
     "model.safetensors",
@@ -18,7 +17,7 @@ _SHARED = (
 """Files of sentence-transformers' folder that the exported one has already, with the head of masked LM."""
 
 
-def add_pooling(folder: Path, pooling: str, normalize: bool, max_length: int) -> Any:
+def add_pooling(folder: Path, pooling: Any, normalize: bool, max_length: int) -> Any:
     """Add sentence-transformers' files to a folder, and return the model that it loads from there.
 
     `pooling` is the mean over tokens or the first one, and `normalize` divides the vector by its length. Raises ValueError

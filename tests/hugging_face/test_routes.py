@@ -73,11 +73,11 @@ def test_an_answer_is_found_behind_its_mark(exported):
 def test_a_decoder_names_what_the_encoder_has_read(exported):
     folder, trust = exported
     torch.manual_seed(0)
-    shape = BartConfig(
-        vocab_size=512, d_model=32, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=64, is_decoder=True,
-        add_cross_attention=True, max_position_embeddings=32,
+    shape: Any = BartConfig(
+        vocab_size=512, d_model=32, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=64, max_position_embeddings=32
     )  # fmt: skip
-    model = EncoderDecoderModel(encoder=AutoModel.from_pretrained(folder, **trust), decoder=BartForCausalLM(shape))
+    shape.is_decoder = shape.add_cross_attention = True
+    model: Any = EncoderDecoderModel(encoder=AutoModel.from_pretrained(folder, **trust), decoder=BartForCausalLM(shape))
     model.config.decoder_start_token_id, model.config.pad_token_id = 0, 2
     generator = torch.Generator().manual_seed(0)
 
