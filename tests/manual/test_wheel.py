@@ -41,7 +41,7 @@ def test_the_wheel_prepares_text_plans_and_trains_away_from_the_checkout(python,
     monkeypatch.delenv("PYTHONPATH", raising=False)
     found = run(python, "-c", "import modernenc, data_prep; print(modernenc.__file__, data_prep.__file__)", cwd=tmp_path)
     assert str(ROOT) not in found and found.count(str(python.parent.parent)) == 2
-    assert "recipe: adapt, base, demo" in run(python, "-m", "modernenc.train", "--help", cwd=tmp_path)
+    assert "recipe: adapt, base, bioclinical, demo" in run(python, "-m", "modernenc.train", "--help", cwd=tmp_path)
     assert "5,516,800 parameters" in run(python, "-m", "modernenc.plan", "+recipe=demo", cwd=tmp_path)
     text = tmp_path / "text"
     text.mkdir()
