@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ _NOT_OF_A_RUN = ("corpus", "evaluate")
 """Folders of conf/ with parts of other commands' configurations."""
 _ALLOW_CODE = "--allow-code"
 _TRACEBACK = "HYDRA_FULL_ERROR"
+_AGAIN_S = 0.1
+"""Seconds after which a signal that met an error is sent again."""
 _KINDS = {"Float": "a number", "Integer": "a whole number", "bool": "true or false"}
 """OmegaConf's names of types as messages give them."""
 _FIELDS = {"from": "branch_from"}
@@ -138,7 +141,10 @@ def end_if_stopped(go_on: str) -> None:
     """
 
     def end(number: int, frame: FrameType | None) -> None:
-        if sys.exc_info()[0] is not None:  # an error is ending the process, and says more
+        if sys.exc_info()[0] is not None:  # an error is ending the process, and says more, or a library handles one of its own
+            again = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
             return
         print(f"{signal.Signals(number).name} while no step was under way: nothing was lost; {go_on}", file=sys.stderr)
         raise SystemExit(STOPPED)
