@@ -156,7 +156,7 @@ def test_a_choice_is_a_document_and_its_beginning_is_cut(mixed_run, items):
 def test_every_objective_learns_and_is_validated(mixed_run, items):
     run = mixed_run(
         f"tasks.next.train={items / 'many.csv'}",
-        "phases.extend.tokens=120_000",
+        "phases.extend.tokens=180_000",
         "phases.extend.lr=3e-3",
         "phases.extend.warmup_tokens=6000",
     )
