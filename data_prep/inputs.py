@@ -62,6 +62,24 @@ class Inputs(NamedTuple):
         return max(1, min(len(self.files), max(_LEAST_PARTS, -(-size // _PART_BYTES))))
 
 
+def reader_by_files(data_folder: str) -> BaseDiskReader:
+    """Create the reader of a local folder by how the names of its files end: JSON lines, Parquet or plain text.
+
+    Raises FileNotFoundError if there is no such folder, and ValueError if it holds none of these, or several.
+    """
+    if not Path(data_folder).is_dir():
+        raise FileNotFoundError(f"{data_folder} is no folder; name one that holds text")
+    kinds = {JsonLines: _ENDINGS[JsonlReader], ParquetRows: _ENDINGS[ParquetReader], TextReader: _ENDINGS[TextReader]}
+    endings = {ending + packed: kind for kind, own in kinds.items() for ending in own for packed in ("", *COMPRESSED)}
+    names = [path.name.lower() for path in Path(data_folder).rglob("*") if path.is_file()]
+    found = {kind for ending, kind in endings.items() if any(name.endswith(ending) for name in names)}
+    if len(found) != 1:
+        known = ", ".join(ending for own in kinds.values() for ending in own)
+        held = "several kinds" if found else "none of them"
+        raise ValueError(f"{data_folder}: expected files of one kind, {known}; it holds {held}")
+    return found.pop()(data_folder)
+
+
 def create_reader(name: str, source: SourceConfig) -> Any:
     """Create the reader of a source; raises ValueError, naming the key, when that fails."""
     key = f"sources.{name}.reader"
@@ -75,7 +93,7 @@ def create_reader(name: str, source: SourceConfig) -> Any:
         if ours := _REPLACED.get(type(reader)):
             reader = instantiate({**source.reader, "_target_": f"{ours.__module__}.{ours.__name__}"})
     except (HydraException, ImportError, ValueError, OSError) as error:
-        raise ValueError(f"{key}: {error}") from error
+        raise ValueError(f"{key}: {error.__cause__ or error}") from error
     return reader
 
 

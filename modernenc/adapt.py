@@ -1,9 +1,9 @@
 """Continue a model on the text of one domain, by one command: `python -m modernenc.adapt MODEL TEXT --out DIR [KEY=VALUE ...]`.
 
-MODEL is a Hugging Face folder, a run folder, a checkpoint, or one of the ModernBERT repository (*.pt); TEXT a folder of .txt,
-.jsonl or .parquet files. The text is prepared under the model's tokenizer in DIR/corpus, the recipe `adapt` trains in DIR/run,
-and DIR/model is the result: a Hugging Face folder. A table shows the loss before and after. With --general the model goes on
-reading other text too, and the table says how much of that it forgets. KEY=VALUE changes the recipe: optim.lr=1e-4,
+MODEL is a Hugging Face folder, a run folder, a checkpoint, or one of the ModernBERT repository (*.pt); TEXT a folder of plain
+text, JSON lines or Parquet. The text is prepared under the model's tokenizer in DIR/corpus, the recipe `adapt` trains in
+DIR/run, and DIR/model is the result: a Hugging Face folder. A table shows the loss before and after. With --general the model
+goes on reading other text too, and the table says how much of that it forgets. KEY=VALUE changes the recipe: optim.lr=1e-4,
 phases.domain.seq_len=4_096.
 
 The same command again goes on where it was stopped.
@@ -14,16 +14,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from modernenc.atomic import write_text
 from modernenc.cli import one_line_errors, take_allowed_code
 
-READERS = {".txt": "TextReader", ".jsonl": "JsonLines", ".json": "JsonLines", ".ndjson": "JsonLines", ".parquet": "ParquetRows"}
-"""The reader in `data_prep.readers` of files by how their names end, before a suffix of compression."""
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 BUCKETS = 16
 """Parts in which the text is shuffled, one at a time in memory."""
 DECAY = 0.2
@@ -66,9 +62,17 @@ def _adapt(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--replay {arguments.replay:g}: expected a fraction between 0 and 1")
     if not arguments.passes > 0:
         raise ValueError(f"--passes {arguments.passes:g}: expected more than 0")
-    sources = {"domain": _source_of_corpus(arguments.text, arguments.licence)}
+    texts = {"domain": (arguments.text, arguments.licence)}
     if arguments.general:
-        sources["general"] = _source_of_corpus(arguments.general, "unknown")
+        texts["general"] = arguments.general, "unknown"
+    sources = {
+        name: {
+            "reader": {"_target_": "data_prep.inputs.reader_by_files", "data_folder": str(folder.resolve())},
+            "url": str(folder),
+            "licence": licence,
+        }
+        for name, (folder, licence) in texts.items()
+    }
     conf = arguments.out / "conf"
     (conf / "corpus").mkdir(parents=True, exist_ok=True)
     settings = {"sources": sources, "tokenizer": {"file": str(tokenizer.resolve())}, "buckets": BUCKETS}
@@ -111,20 +115,6 @@ def _source_of(model: Path) -> tuple[Path, Path]:
     if not tokenizer.is_file():
         raise FileNotFoundError(f"{tokenizer} does not exist; save the model's fast tokenizer there with save_pretrained")
     return source, tokenizer
-
-
-def _source_of_corpus(folder: Path, licence: str) -> dict[str, Any]:
-    """Return the settings of a source of text; FileNotFoundError or ValueError for no text, or for files of several kinds."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder; name one of {', '.join(READERS)} files")
-    names = (path.name for path in folder.rglob("*") if path.is_file())
-    endings = [Path(name[: -len(end)] if (end := Path(name).suffix) in COMPRESSED else name).suffix for name in names]
-    kinds = {READERS[ending] for ending in endings if ending in READERS}
-    if len(kinds) != 1:
-        found = "none of them" if not kinds else "several kinds"
-        raise ValueError(f"{folder}: expected files of one kind, {', '.join(READERS)}; it holds {found}")
-    reader = {"_target_": f"data_prep.readers.{kinds.pop()}", "data_folder": str(folder.resolve())}
-    return {"reader": reader, "url": str(folder), "licence": licence}
 
 
 def _budgets(domain_tokens: int, passes: float, replay: float) -> Iterator[str]:

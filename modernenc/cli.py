@@ -1,5 +1,6 @@
 """The command line of Hydra programs: a user's mistake becomes one clear line instead of a traceback."""
 
+import atexit
 import errno
 import itertools
 import os
@@ -145,6 +146,7 @@ def end_if_stopped(go_on: str) -> None:
             again = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), number))
             again.daemon = True
             again.start()
+            atexit.register(again.cancel)
             return
         print(f"{signal.Signals(number).name} while no step was under way: nothing was lost; {go_on}", file=sys.stderr)
         raise SystemExit(STOPPED)

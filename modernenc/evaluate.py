@@ -83,7 +83,7 @@ def _watch() -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from modernenc.evaluation import cells, hub, kept, models, workers  # torch takes seconds to import
-    from modernenc.evaluation.installed import check_installed
+    from modernenc.installed import check_installed
     from modernenc.reporting import scores, scores_page
 
     check_installed("evaluate")

@@ -56,9 +56,7 @@ def read_composer(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _rename(name: str) -> str:
-    return (
-        name.replace("bert.encoder.layers.", "bert.layers.").replace("bert.", "model.", 1) if name.startswith("bert.") else name
-    )
+    return f"model.{name.removeprefix('bert.').removeprefix('encoder.')}" if name.startswith("bert.") else name
 
 
 def _config(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:

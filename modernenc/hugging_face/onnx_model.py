@@ -6,7 +6,6 @@ compared with torch before it counts; int8 rounds, and is not.
 
 import warnings
 from contextlib import redirect_stdout
-from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from modernenc.hugging_face.padded_mega import PaddedMega
+from modernenc.hugging_face.parity import TOLERANCE
+from modernenc.installed import check_installed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 FOLDER, FULL, QUANTIZED = "onnx", "model.onnx", "model_quantized.onnx"
 OPSET = 18
 """Version of the operators, which onnxruntime 1.14 and later have."""
-TOLERANCE = 1e-4
-"""Largest difference of logits that passes, relative to the largest logit or to 1."""
 _LENGTHS = (1, 2, 17, 130, 700, 2_048)
 
 
@@ -76,8 +75,7 @@ def write_onnx(model: "PreTrainedModel", folder: Path) -> float:
 
 def check_supported(model: Any) -> None:
     """Raise ValueError if a model cannot be written as ONNX, or if a package for it is missing."""
-    if missing := [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]:
-        raise ValueError(f"--onnx: {missing[0]} is not installed: pip install 'modernenc[onnx]'")
+    check_installed("onnx")
     if not (type(model).__module__.startswith("transformers.") or _is_mega(model)):
         raise ValueError(f"--onnx: {type(model).__name__} has no form for ONNX here; leave it out")
 

@@ -2,9 +2,10 @@
 
 import shutil
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from modernenc.installed import check_installed
 
 _SHARED = (
     "config.json",
@@ -23,8 +24,7 @@ def add_pooling(folder: Path, pooling: Any, normalize: bool, max_length: int) ->
     `pooling` is the mean over tokens or the first one, and `normalize` divides the vector by its length. Raises ValueError
     if the package is missing.
     """
-    if find_spec("sentence_transformers") is None:
-        raise ValueError("--pooling: sentence-transformers is not installed: pip install 'modernenc[retrieval]'")
+    check_installed("retrieval")
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 

@@ -8,9 +8,9 @@ from annotated_types import Ge, Gt
 from omegaconf import MISSING
 
 from modernenc.evaluation.cells import Findings, Request
-from modernenc.evaluation.installed import check_installed
 from modernenc.evaluation.settings import read_settings
 from modernenc.frozen import frozen
+from modernenc.installed import check_installed
 from modernenc.suites.rankings import values_of
 from modernenc.suites.retrieval_sets import RetrievalSet
 from modernenc.suites.search import SearchCell, SearchSettings, TrainedCell, cut_notes, search_cells

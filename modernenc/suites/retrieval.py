@@ -10,11 +10,11 @@ from annotated_types import Gt
 from omegaconf import MISSING
 
 from modernenc.evaluation.cells import Curve, Findings, Request
-from modernenc.evaluation.installed import check_installed
 from modernenc.evaluation.intervals import NORMAL, difference
 from modernenc.evaluation.metrics import Predictions
 from modernenc.evaluation.settings import read_settings
 from modernenc.frozen import frozen
+from modernenc.installed import check_installed
 from modernenc.suites.rankings import MAIN, values_of
 from modernenc.suites.retrieval_sets import RetrievalSet
 from modernenc.suites.search import SearchCell, SearchSettings, TrainedCell, cut_notes, search_cells

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from modernenc.evaluation import installed
+from modernenc import installed
 from modernenc.suites import bm25
 from modernenc.suites.rankings import merge, values_of
 from modernenc.suites.retrieval_sets import RetrievalSet, find_sets, read_set

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from modernenc import installed
 from modernenc.hugging_face import onnx_model
 from modernenc.model.export import export
 from support.commands import command
@@ -56,8 +57,8 @@ def test_what_onnx_cannot_have_is_said(small_run, tmp_path, monkeypatch):
     folder = train(small_run())
     with pytest.raises(ValueError, match="--onnx: Linear has no form for ONNX here"):
         onnx_model.check_supported(torch.nn.Linear(1, 1))
-    monkeypatch.setattr(onnx_model, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"--onnx: onnx is not installed: pip install 'modernenc\[onnx\]'"):
+    monkeypatch.setattr(installed, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"onnx is not installed: pip install 'modernenc\[onnx\]'"):
         export([folder], tmp_path / "out", onnx=True)
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""Whether the packages of an extra are installed, which suites of an evaluation need."""
+"""Whether the packages of an extra are installed."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,6 +7,7 @@ PACKAGES = {
     "evaluate": ("accelerate", "datasets", "scipy", "seqeval", "sklearn"),
     "retrieval": ("bm25s", "pytrec_eval", "sentence_transformers/sentence_transformer"),
     "colbert": ("bm25s", "pylate", "pytrec_eval"),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
 }
 """Folders of packages, by extra. The folder inside sentence-transformers is that of the versions that this code is for."""
 
