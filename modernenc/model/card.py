@@ -25,15 +25,17 @@ def card(
 ) -> str:
     """Return the model card of a checkpoint, in Markdown with the header that the Hugging Face hub reads.
 
-    `runs_code` says that the folder has code of its own. `more` are `task`, the name of one whose head the model has, and, for
-    an average, its kind `averaged` and `checkpoints`; they may be empty.
+    `runs_code` says that the folder has code of its own. `more` are `revision`, the branch of the hub that it is for, `task`,
+    whose head the model has, and, for an average, its kind `averaged` and `checkpoints`; they may be empty.
     """
     backbone: Any = masked_lm.backbone
     run, state = from_plain(checkpoint.run), checkpoint.state
     reached = list(run.phases)[: list(run.phases).index(state.phase) + 1]
     values = {
         "name": name,
-        "trust": ", trust_remote_code=True" if runs_code else "",
+        "loading": "".join(
+            [f', revision="{more["revision"]}"' if more["revision"] else "", ", trust_remote_code=True" if runs_code else ""]
+        ),
         "parameters": f"{sum(parameter.numel() for parameter in masked_lm.parameters()):,}",
         "architecture": (sys.modules[type(backbone).__module__].__doc__ or "").partition("\n")[0],
         "kind": type(backbone).__name__,

@@ -29,11 +29,14 @@ def export(
     onnx: bool = False,
     pooling: str | None = None,
     normalize: bool = False,
+    name: str = "",
+    revision: str = "",
 ) -> float:
     """Write `out` and return the largest difference of logits, relative to the largest logit or to 1.
 
     The model has the head of masked LM, or that of a multiple-choice task. `onnx` adds it as ONNX, and `pooling` what makes the
-    folder one of sentence-transformers, whose vectors `normalize` divides by their length. Raises ValueError if `out` exists,
+    folder one of sentence-transformers, whose vectors `normalize` divides by their length. The model card shows how to load the
+    model as `name`, by default the folder's, at a `revision`, by default none. Raises ValueError if `out` exists,
     if a checkpoint is not whole, if there are several without a known `average_by`, if there is no such task, if the logits
     differ by more than `TOLERANCE`, or if what is added cannot be made.
     """
@@ -77,8 +80,8 @@ def export(
         if pooling:
             add_pooling(partial, pooling, normalize, objective.backbone.max_position)
         described = card(
-            out.name, objective, trained, Path(runs[0].run_dir), corpus, runs_code=any(partial.glob("*.py")), task=task or "",
-            averaged=average_by or "", checkpoints=", ".join(file.stem for file in files),
+            name or out.name, objective, trained, Path(runs[0].run_dir), corpus, runs_code=any(partial.glob("*.py")),
+            revision=revision, task=task or "", averaged=average_by or "", checkpoints=", ".join(file.stem for file in files),
         )  # fmt: skip
         (partial / CARD).write_text(described, encoding="utf-8")
         for path in filter(Path.is_file, partial.rglob("*")):  # safetensors lets its owner alone read what it writes

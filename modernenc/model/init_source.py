@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modernenc.backbones import Backbone
 from modernenc.config import Run
-from modernenc.curriculum import Curriculum
+from modernenc.curriculum import Curriculum, StepSpec
 from modernenc.data.blocks import TOKENIZER
 from modernenc.hugging_face import converter_of
 from modernenc.hugging_face.read_folder import read_config, read_config_file, read_folder
@@ -20,6 +20,9 @@ from modernenc.run_folder import checkpoints
 from modernenc.run_folder.checkpoints import Checkpoint
 from modernenc.run_folder.create import CORPUS
 from modernenc.saved_config import from_plain, shipped
+
+_DECAYED = 0.5
+"""Fraction of its peak below which a learning rate counts as decayed."""
 
 
 @dataclass
@@ -34,6 +37,10 @@ class Source:
     """Tensors by their names in a `MaskedLM`."""
     tokenizer: Path
     """Its tokenizer.json, which may be missing."""
+    lr: float = 0.0
+    """Learning rate when they were saved, on the scale of its `optim.lr`; 0 if nothing says it."""
+    peak_lr: float = 0.0
+    """The highest one until then."""
 
 
 def read_source(path: Path, run: Run) -> Source:
@@ -49,7 +56,7 @@ def backbone_of(path: Path) -> dict[str, Any]:
     if path.suffix == ".ckpt":
         checkpoint = checkpoints.read(path)
         trained = from_plain(checkpoint.run)
-        return {**trained.backbone, **_reached(trained, checkpoint)}
+        return {**trained.backbone, **_last_step(trained, checkpoint).backbone}
     config = read_config_file(path)
     kinds = {target: get_class(target) for target in sorted(shipped("backbone"))}
     types = {name: target for target, kind in kinds.items() for name in converter_of(kind).model_types}
@@ -99,16 +106,33 @@ def check_source(source: Source, run: Run) -> list[str]:
     return notes
 
 
+def rate_note(source: Source, run: Run) -> str:
+    """Return whether a source is taken for decayed, so that its learning rate must rise again, and what to do if it is not."""
+    where = f"init.source={run.init.source}"
+    again = f"the learning rate rises again, to optim.lr={run.optim['lr']:g}"
+    if not source.lr:
+        return f"{where} does not say its learning rate, and is taken for decayed: {again}"
+    if source.lr < _DECAYED * source.peak_lr:
+        return f"{where} has decayed to {source.lr / source.peak_lr:.2g} of its peak learning rate: {again}"
+    return (
+        f"{where} has not decayed, its learning rate is {source.lr:g} of its own optimizer: a branch (+from={run.init.source}) "
+        f"goes on with both; here the optimizer is new, and {again}"
+    )
+
+
 def _read_checkpoint(path: Path) -> Source:
     checkpoint = checkpoints.read(path)
     trained = from_plain(checkpoint.run)
     with torch.device("meta"):
         backbone = masked_lm_with(trained.backbone).backbone
-    settings = {**trained.backbone, **_reached(trained, checkpoint)}
+    last = _last_step(trained, checkpoint)
+    settings = {**trained.backbone, **last.backbone}
     tokenizer = path.resolve().parent.parent / CORPUS / TOKENIZER
-    return Source(backbone, settings, masked_lm_weights(checkpoint.weights), tokenizer)
+    reached = list(trained.phases)[: list(trained.phases).index(checkpoint.state.phase) + 1]
+    peak_lr = max(trained.phases[phase].lr for phase in reached)
+    return Source(backbone, settings, masked_lm_weights(checkpoint.weights), tokenizer, last.lr, peak_lr)
 
 
-def _reached(trained: Run, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what the phases have set of the backbone by the time of a checkpoint."""
-    return Curriculum.of(trained).at(max(0, checkpoint.state.tokens_seen - 1)).backbone
+def _last_step(trained: Run, checkpoint: Checkpoint) -> StepSpec:
+    """Return what was prescribed for the step before a checkpoint."""
+    return Curriculum.of(trained).at(max(0, checkpoint.state.tokens_seen - 1))

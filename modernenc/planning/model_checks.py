@@ -16,7 +16,7 @@ from modernenc.config import Run
 from modernenc.data.blocks import Corpus
 from modernenc.model import optim
 from modernenc.model.build import build_objectives
-from modernenc.model.init_source import check_source, read_source
+from modernenc.model.init_source import check_source, rate_note, read_source
 from modernenc.model.initialization import fill
 from modernenc.planning import estimate
 
@@ -56,7 +56,7 @@ def check_init(run: Run, corpus: Corpus) -> list[str]:
     source = read_source(Path(run.init.source), run)
     notes = check_source(source, run)
     fill(build_objectives(run).masked_lm, source, run, corpus.tokenizer_file)
-    return notes
+    return [*notes, rate_note(source, run)]
 
 
 def check_optim(run: Run) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from modernenc.config import Run
 from modernenc.curriculum import Curriculum
 from modernenc.data.blocks import Corpus
-from modernenc.model.init_source import check_source, read_source
+from modernenc.model.init_source import check_source, rate_note, read_source
 from modernenc.planning.branch import begin_branch
 from modernenc.planning.checks import check_run, check_settings
 from modernenc.planning.measure import tokens_per_second
@@ -55,5 +55,6 @@ def _check_without_corpus(run: Run) -> list[str]:
     elif run.init.source and not Path(run.init.source).exists():
         notes.append(f"init.source={run.init.source}: nothing exists there yet; a run needs it")
     elif run.init.source:
-        notes += check_source(read_source(Path(run.init.source), run), run)
+        source = read_source(Path(run.init.source), run)
+        notes += [*check_source(source, run), rate_note(source, run)]
     return notes

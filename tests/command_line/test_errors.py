@@ -19,19 +19,13 @@ from support.commands import ROOT, command, error
 from support.damage import flip
 from support.runs import composed, small
 
-MODULES = [
-    "modernenc.train",
-    "modernenc.plan",
-    "modernenc.resume",
-    "modernenc.export",
-    "modernenc.compare",
-    "modernenc.eta",
-    "modernenc.report",
-    "modernenc.bench",
-    "modernenc.launch",
-    "data_prep",
-    "data_prep.verify",
-]
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+    for package in ("modernenc", "data_prep")
+    for path in (ROOT / package).rglob("*.py")
+    if '__name__ == "__main__"' in path.read_text()
+)
+"""All commands."""
 HELP = """
 import runpy, sys
 module, sys.argv = sys.argv[1], [sys.argv[1], "--help"]

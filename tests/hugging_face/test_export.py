@@ -13,8 +13,11 @@ import yaml
 from tokenizers import Tokenizer
 
 from modernenc.backbones.modernbert import ModernBERT
+from modernenc.data.blocks import Corpus
+from modernenc.data.store import Store
 from modernenc.hugging_face import converter_of, model_of
 from modernenc.hugging_face.parity import TOLERANCE, logit_difference
+from modernenc.hugging_face.tokenizer import pretrained_tokenizer
 from modernenc.model.export import export
 from modernenc.objectives.masked_lm import MaskedLM
 from modernenc.run_folder.tables import Table
@@ -127,3 +130,16 @@ def test_a_logit_that_is_no_number_is_a_difference():
     torch.nn.init.constant_(ours.decoder.bias, torch.nan)
     theirs = model_of(ours)
     assert not logit_difference(ours, theirs, 300) <= TOLERANCE
+
+
+def test_words_with_their_spaces_are_the_tokens_of_their_text(corpus_root):
+    """As docs/export.md says; without the spaces they are others."""
+    tokenizer = pretrained_tokenizer(Corpus(Store(str(corpus_root))), 64)
+    words = ["the", "list", "of", "names", "is", "empty"]
+    spaced = tokenizer([words[0], *(f" {word}" for word in words[1:])], is_split_into_words=True)
+    assert (
+        spaced["input_ids"]
+        == tokenizer(" ".join(words))["input_ids"]
+        != tokenizer(words, is_split_into_words=True)["input_ids"]
+    )
+    assert spaced.word_ids()[0] is None and set(spaced.word_ids()) == {None, *range(len(words))}

@@ -60,3 +60,18 @@ def test_another_tokenizer_of_the_same_size_is_refused(corpus_root, small_run, t
             check_init(run, Corpus.of(run.data))
         carried = small_run(f"init.source={source}", f"init.tokenizer={corpus_root / 'tokenizer.json'}")
         check_init(carried, Corpus.of(carried.data))
+
+
+def test_a_plan_says_whether_its_source_has_decayed(small_run, tmp_path):
+    folder = train(small_run(f"run_dir={tmp_path / 'source'}"))
+    export([folder], tmp_path / "exported")
+    for place, said in (
+        (
+            folder / "checkpoints" / "end-of-stable.ckpt",
+            "goes on with both; here the optimizer is new, and the learning rate rises again, to optim.lr=0.01",
+        ),
+        (folder / FINAL, "of its peak learning rate: the learning rate rises again, to optim.lr=0.01"),
+        (tmp_path / "exported", "does not say its learning rate, and is taken for decayed: the learning rate rises again"),
+    ):
+        run = small_run(f"init.source={place}", "backbone.global_rope_theta=160_000", "optim.lr=0.01")
+        assert said in check_init(run, Corpus.of(run.data))[-1]
