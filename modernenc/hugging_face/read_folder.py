@@ -72,7 +72,8 @@ def read_folder(folder: Path, kind: type[Backbone]) -> tuple[Backbone, dict[str,
     own = {f"backbone.{name}" for name, _ in backbone.named_parameters()}
     for name in sorted(own - weights.keys()):
         raise ValueError(f"{folder} has no {name}; expected a masked-LM model of transformers")
-    for name in sorted(name for name in weights.keys() - own if name.startswith("backbone.")):
+    buffers = {f"backbone.{name}" for name, _ in backbone.named_buffers()}
+    for name in sorted(name for name in weights.keys() - own - buffers if name.startswith("backbone.")):
         raise ValueError(f"{folder} has {name}, which {kind.__name__} has not here: other logits")
     return backbone, arguments, weights
 
