@@ -72,7 +72,7 @@ def hub(monkeypatch) -> Iterator[Hub]:
             self.end_headers()
             self.wfile.write(content)
 
-        def log_message(self, *args: Any) -> None:
+        def log_message(self, format: str, *args: Any) -> None:
             """Say nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

@@ -20,7 +20,7 @@ SEEDS = range(6)
 def random_backbone(kind: type, rng: random.Random) -> Any:
     """Return a small backbone of a class, its sizes and options drawn at random."""
     heads = rng.choice([1, 2, 4])
-    sizes = {"vocab_size": 192, "num_hidden_layers": rng.randint(1, 5), "max_position": 192}
+    sizes: dict[str, Any] = {"vocab_size": 192, "num_hidden_layers": rng.randint(1, 5), "max_position": 192}
     if kind is ModernBERT:
         return ModernBERT(
             **sizes, hidden_size=16 * heads, intermediate_size=rng.choice([24, 48]), num_attention_heads=heads,
