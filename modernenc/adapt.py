@@ -3,7 +3,8 @@
 MODEL is a Hugging Face folder, a run folder, a checkpoint, or one of the ModernBERT repository (*.pt); TEXT a folder of plain
 text, JSON lines or Parquet. The text is prepared under the model's tokenizer in DIR/corpus, the recipe `adapt` trains in
 DIR/run, and DIR/model is the result: a Hugging Face folder. A table shows the loss before and after. With --general the model
-goes on reading other text too, and the table says how much of that it forgets. KEY=VALUE changes the recipe: optim.lr=1e-4,
+goes on reading other text too, and the table says how much of that it forgets. With --new-tokenizer the embeddings of a new
+tokenizer's tokens begin as the mean of how the old one spells them. KEY=VALUE changes the recipe: optim.lr=1e-4,
 phases.domain.seq_len=4_096.
 
 The same command again goes on where it was stopped.
@@ -46,6 +47,9 @@ def main() -> None:
     parser.add_argument("--general", type=Path, metavar="TEXT", help="folder of other text, so that less is forgotten")
     parser.add_argument("--replay", type=float, default=0.25, help="fraction of the tokens that are --general's (%(default)s)")
     parser.add_argument("--passes", type=float, default=3, help="times that the domain's text is read (%(default)s)")
+    parser.add_argument(
+        "--new-tokenizer", type=int, metavar="SIZE", help="train one of so many tokens on the text, to change to"
+    )
     parser.add_argument("--licence", default="unknown", help="licence of the domain's text, for the model card (%(default)s)")
     arguments = parser.parse_intermixed_args()
     with one_line_errors():
@@ -75,7 +79,12 @@ def _adapt(arguments: argparse.Namespace) -> None:
     }
     conf = arguments.out / "conf"
     (conf / "corpus").mkdir(parents=True, exist_ok=True)
-    settings = {"sources": sources, "tokenizer": {"file": str(tokenizer.resolve())}, "buckets": BUCKETS}
+    own = arguments.new_tokenizer
+    settings = {
+        "sources": sources,
+        "tokenizer": {"vocab_size": own} if own else {"file": str(tokenizer.resolve())},
+        "buckets": BUCKETS,
+    }
     write_text(conf / "corpus" / "adapt.yaml", f"# @package _global_\n{yaml.safe_dump(settings, sort_keys=False)}")
     _run("data_prep", "--config-dir", str(conf), "+corpus=adapt", f"out={corpus_dir}")
     if (run_dir / "config.yaml").is_file():
@@ -85,8 +94,8 @@ def _adapt(arguments: argparse.Namespace) -> None:
         held = {name: sum(part["tokens"] for part in entry["slices"].values()) for name, entry in corpus.sources.items()}
         replay = arguments.replay if arguments.general else 0.0
         overrides = [
-            f"init.source={source}", f"data.root={corpus_dir}", *_budgets(held["domain"], arguments.passes, replay),
-            *arguments.overrides,
+            f"init.source={source}", f"data.root={corpus_dir}", *([f"init.tokenizer={tokenizer}"] if own else []),
+            *_budgets(held["domain"], arguments.passes, replay), *arguments.overrides,
         ]  # fmt: skip
         _run("modernenc.plan", "+recipe=adapt", *overrides)
         _run("modernenc.train", "+recipe=adapt", f"run_dir={run_dir}", *overrides)

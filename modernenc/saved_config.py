@@ -5,6 +5,7 @@ package, or of modules that the user trusts.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -47,7 +48,7 @@ def register_parent(run: Run) -> None:
 
 def plain(run: Run) -> dict[str, Any]:
     """Return a run's configuration as plain values."""
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(run)))
+    return asdict(run)
 
 
 def trust(modules: Iterable[str]) -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from modernenc import adapt
 from modernenc.data.blocks import Corpus
@@ -74,6 +74,22 @@ def test_a_model_is_adapted_by_one_command_that_can_be_given_again(model, texts,
     assert again.returncode == 0, again.stderr
     assert "corpus is up to date" in again.stdout and f"{after['domain']:.3f}" in again.stdout
     assert read(out / "run" / FINAL).state.tokens_seen == trained.state.tokens_seen
+
+
+@pytest.mark.slow
+def test_a_model_changes_to_a_tokenizer_of_the_domain(model, texts, tmp_path):
+    out = tmp_path / "out"
+    result = command("modernenc.adapt", str(model), str(texts[0]), "--out", str(out), "--new-tokenizer", "300", *SMALLER)
+    assert result.returncode == 0, result.stderr
+    before, after = losses(out / "run")
+    assert after["domain"] < before["domain"] - 0.3
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    assert 256 < len(tokenizer) <= 300 < len(AutoTokenizer.from_pretrained(model))
+    assert AutoModelForMaskedLM.from_pretrained(out / "model").config.vocab_size == 320
+    wrong = command("modernenc.adapt", str(model), str(texts[0]), "--out", str(tmp_path / "other"), "--new-tokenizer", "9")
+    assert (
+        wrong.returncode == 2 and wrong.stderr.startswith("error: tokenizer.vocab_size=9: ") and wrong.stderr.count("\n") == 1
+    )
 
 
 def test_what_cannot_be_adapted_is_said_in_a_line(model, texts, tmp_path, monkeypatch, capfd):
