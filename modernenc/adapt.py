@@ -23,6 +23,8 @@ from modernenc.cli import one_line_errors, take_allowed_code
 
 BUCKETS = 16
 """Parts in which the text is shuffled, one at a time in memory."""
+TOKENIZER_MB = 256
+"""How much of the text a new tokenizer is trained on."""
 DECAY = 0.2
 """Fraction of the tokens that the decay has."""
 WARMUP = 0.1
@@ -82,7 +84,7 @@ def _adapt(arguments: argparse.Namespace) -> None:
     own = arguments.new_tokenizer
     settings = {
         "sources": sources,
-        "tokenizer": {"vocab_size": own} if own else {"file": str(tokenizer.resolve())},
+        "tokenizer": {"vocab_size": own, "train_mb": TOKENIZER_MB} if own else {"file": str(tokenizer.resolve())},
         "buckets": BUCKETS,
     }
     write_text(conf / "corpus" / "adapt.yaml", f"# @package _global_\n{yaml.safe_dump(settings, sort_keys=False)}")
