@@ -3,12 +3,21 @@
 Labels of texts, of words and of choices are in tests/evaluation, and vectors of texts too.
 """
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForQuestionAnswering, BartConfig, BartForCausalLM, EncoderDecoderModel
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    BartConfig,
+    BartForCausalLM,
+    EncoderDecoderModel,
+)
 
 from modernenc.model.export import export
 from support.runs import train
@@ -91,3 +100,48 @@ def test_a_decoder_names_what_the_encoder_has_read(exported):
     held_out = batch()
     made = model.eval().generate(held_out["input_ids"], max_new_tokens=3, decoder_start_token_id=0, num_beams=1)
     assert (made[:, 1:3] == held_out["labels"]).float().mean() > 0.95
+
+
+COMPILED = """
+import sys, torch
+from transformers import AutoModelForMaskedLM
+model = AutoModelForMaskedLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+ids = torch.randint(20, 120, (2, 24), generator=torch.Generator().manual_seed(0))
+with torch.no_grad():
+    expected, found = model(ids).logits, torch.compile(model, backend="aot_eager")(ids).logits
+assert (found - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1)
+"""
+
+
+def test_the_compiler_changes_no_logit(exported):
+    """In a process of its own: the compiler cannot look through the tests' checks of types."""
+    result = subprocess.run([sys.executable, "-c", COMPILED, str(exported[0])], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_padding_on_either_side_changes_no_logit(exported):
+    folder, trust = exported
+    model = AutoModelForMaskedLM.from_pretrained(folder, **trust).eval()
+    ids = torch.randint(FIRST, 120, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(ids).logits
+        for side in ((9, 0), (0, 9)):
+            padded = torch.nn.functional.pad(ids, side, value=model.config.pad_token_id)
+            mask = torch.nn.functional.pad(torch.ones_like(ids), side)
+            found = model(padded, attention_mask=mask).logits[:, side[0] : side[0] + LENGTH]
+            assert (found - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1), side
+
+
+def test_activations_made_again_give_the_same_gradients(exported):
+    folder, trust = exported
+    ids = torch.randint(FIRST, 120, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for again in (False, True):
+        model: Any = AutoModelForMaskedLM.from_pretrained(folder, **trust).train()
+        if again:
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        torch.manual_seed(0)  # of dropout
+        model(ids, labels=ids).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
