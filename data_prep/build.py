@@ -118,12 +118,16 @@ def check(corpus: CorpusConfig) -> None:
         (corpus.block_tokens >= 0, "block_tokens", corpus.block_tokens, "1 or more, or 0 to choose by the size of the corpus"),
         (bool(corpus.sources), "sources", {}, "at least one source"),
     ]
+    allowed = corpus.licences
     for name, source in corpus.sources.items():
+        licence = source.licence or source.license
         checks += [
             (bool(NAME.fullmatch(name)) and name != ALL, "sources", name,
              f"names of letters, digits, _, - and ., which begin with a letter or digit and are not {ALL}"),
-            (bool(source.licence) != bool(source.license), f"sources.{name}.licence", source.licence or source.license,
+            (bool(source.licence) != bool(source.license), f"sources.{name}.licence", licence,
              f"the licence of the texts, given once: sources.{name}.licence=CC-BY-4.0, or unknown"),
+            (licence in allowed or not allowed, f"sources.{name}.licence", licence,
+             f"one of licences=[{', '.join(allowed)}]; leave the source out, or allow its licence"),
             (source.limit_mb >= 0, f"sources.{name}.limit_mb", source.limit_mb, "a number above 0, or 0 to read all"),
         ]  # fmt: skip
     if not tokenizer.file:
@@ -156,7 +160,7 @@ def _fingerprint(corpus: CorpusConfig, inputs: dict[str, Inputs]) -> str:
     """Hash all that decides what the corpus contains: the settings, the input files, and a given tokenizer."""
     settings = OmegaConf.to_container(OmegaConf.structured(corpus), resolve=True)
     assert isinstance(settings, dict)
-    for key in ("out", "workers", "max_dropped"):  # these do not change the result
+    for key in ("out", "workers", "max_dropped", "licences"):  # these do not change the result
         settings.pop(key)
     files = {name: entry.files for name, entry in inputs.items()}
     content = hashlib.sha256(json.dumps([settings, files], sort_keys=True).encode())

@@ -63,6 +63,9 @@ class CorpusConfig:
     """Folder to read from, where the YAML of the corpus refers to ${input}."""
     sources: dict[str, SourceConfig] = MISSING
     """The sources by name. A document that occurs more than once is kept in the first source that contains it."""
+    licences: list[str] = field(default_factory=list)
+    """The licences that sources may have, spelled as there; a source with another one is refused before anything is read. None
+    allows all."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     block_tokens: int = MISSING
     """Text tokens in a block. 0 chooses 4,096 to 32,768, so that the smallest source has a few hundred blocks."""

@@ -293,6 +293,17 @@ def test_the_american_spelling_of_licence_is_accepted(tmp_path):
     assert manifest(tmp_path / "out")["licence"] == "MIT"
 
 
+def test_a_source_under_a_licence_that_is_not_allowed_is_refused_before_it_is_read(tmp_path):
+    write_jsonl(tmp_path / "a" / "0.jsonl", texts(30, 1))
+    sources = {"a": jsonl(tmp_path / "a"), "b": jsonl(tmp_path / "nowhere")}
+    sources["b"].licence = "CC BY-NC 4.0"
+    expected = r"^sources\.b\.licence=CC BY-NC 4\.0: expected one of licences=\[MIT, CC0-1\.0\]; leave the source out"
+    with pytest.raises(ValueError, match=expected):
+        build(corpus(tmp_path / "out", sources, licences=["MIT", "CC0-1.0"]))
+    build(corpus(tmp_path / "out", {"a": sources["a"]}, licences=["MIT", "CC0-1.0"]))
+    build(corpus(tmp_path / "out", {"a": sources["a"]}))  # the list changes nothing of what is prepared: up to date
+
+
 def test_limit_mb_reads_the_same_text_with_any_number_of_workers(tmp_path):
     for number in range(7):
         write_jsonl(tmp_path / "a" / f"{number}.jsonl", texts(60, number))
