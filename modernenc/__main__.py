@@ -5,9 +5,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 COMMANDS = (
-    "data_prep", "data_prep.verify", "modernenc.plan", "modernenc.train", "modernenc.resume", "modernenc.eta",
-    "modernenc.launch", "modernenc.report", "modernenc.compare", "modernenc.evaluate", "modernenc.export", "modernenc.push",
-    "modernenc.adapt", "modernenc.bench", "modernenc.doctor",
+    "data_prep", "data_prep.verify", "data_prep.inspect", "modernenc.plan", "modernenc.train", "modernenc.resume",
+    "modernenc.eta", "modernenc.launch", "modernenc.report", "modernenc.compare", "modernenc.evaluate", "modernenc.export",
+    "modernenc.push", "modernenc.adapt", "modernenc.bench", "modernenc.doctor",
 )  # fmt: skip
 """In the order in which one needs them."""
 

@@ -24,6 +24,7 @@ def main() -> None:
         "--average", help="how several checkpoints of one run are averaged: exponential, one_minus_sqrt, uniform"
     )
     parser.add_argument("--task", help="a multiple-choice task of the run, whose head is exported in place of masked LM's")
+    parser.add_argument("--bf16", action="store_true", help="round the weights to bf16: half of the size")
     parser.add_argument("--onnx", action="store_true", help="also write it as ONNX, in fp32 and with weights in int8")
     parser.add_argument("--pooling", choices=["mean", "cls"], help="make the folder one of sentence-transformers too")
     parser.add_argument("--normalize", action="store_true", help="with --pooling: vectors of length 1")
@@ -36,9 +37,10 @@ def main() -> None:
             raise ValueError("--normalize: there are vectors to normalize only with --pooling")
         difference = export(
             arguments.paths, arguments.out, arguments.average, arguments.across_runs, arguments.task,
-            onnx=arguments.onnx, pooling=arguments.pooling, normalize=arguments.normalize,
+            bf16=arguments.bf16, onnx=arguments.onnx, pooling=arguments.pooling, normalize=arguments.normalize,
         )  # fmt: skip
-        print(f"{arguments.out} is ready: logits differ by at most {difference:.1e} from the checkpoint's")
+        rounded = ", before its weights were rounded to bf16" if arguments.bf16 else ""
+        print(f"{arguments.out} is ready: logits differ by at most {difference:.1e} from the checkpoint's{rounded}")
 
 
 if __name__ == "__main__":

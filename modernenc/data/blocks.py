@@ -9,7 +9,7 @@ shared memory and lock files outlive a killed run, and it deletes raw shards who
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -87,6 +87,21 @@ class Shards:
                 f"the vocabulary of {self.vocab_size}; {REMEDY}"
             )
         return block
+
+    def documents(self) -> Iterator[Integer[np.ndarray, " tokens"]]:
+        """Yield the tokens of each document, in the order of the blocks, over the boundaries of which they may go on."""
+        parts: list[np.ndarray] = []
+        for shard, size in enumerate(self.sizes):
+            for index in range(size):
+                block = self.read(shard, index)
+                *whole, last = np.split(block.tokens, block.ends[:-1])
+                for tokens in whole:
+                    yield np.concatenate([*parts, tokens])
+                    parts = []
+                parts.append(last)
+                if not block.continues:
+                    yield np.concatenate(parts)
+                    parts = []
 
     def check(self, shard: int) -> None:
         """Compare a shard's hash with the index, after fetching a remote one; raises ValueError when they differ."""

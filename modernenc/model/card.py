@@ -49,6 +49,7 @@ def card(
         "phases": list(_phases(run, reached)),
         "sources": list(_sources(checkpoint, corpus)),
         "scores": [] if more.get("averaged") else list(_scores(run_dir, state.step)),
+        "evaluations": [] if more.get("averaged") else list(_evaluations(run_dir, state.step)),
         **more,
     }
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True)
@@ -81,3 +82,10 @@ def _scores(run_dir: Path, step: int) -> Iterator[list[str]]:
     for row in Table(run_dir / "validation.csv").read():
         if int(row["step"]) == step and float(row["mask_ratio"]) == FIXED_RATIO:
             yield [row["source"], row["seq_len"], f"{float(row['loss']):.3f}", f"{float(row['accuracy']):.1%}"]
+
+
+def _evaluations(run_dir: Path, step: int) -> Iterator[list[str]]:
+    """Yield the scores that `modernenc.evaluate --watch` has found for the checkpoint of a step."""
+    for row in Table(run_dir / "evaluations.csv").read():
+        if int(row["step"]) == step:
+            yield [row["suite"], row["task"], f"{float(row['score']):.3f} ±{float(row['error']):.3f}"]

@@ -4,7 +4,9 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from modernenc.hugging_face import MASKED_LM, MULTIPLE_CHOICE, choice_model_of, converter_of, model_of
@@ -26,6 +28,7 @@ def export(
     across_runs: bool = False,
     task: str | None = None,
     *,
+    bf16: bool = False,
     onnx: bool = False,
     pooling: str | None = None,
     normalize: bool = False,
@@ -34,11 +37,11 @@ def export(
 ) -> float:
     """Write `out` and return the largest difference of logits, relative to the largest logit or to 1.
 
-    The model has the head of masked LM, or that of a multiple-choice task. `onnx` adds it as ONNX, and `pooling` what makes the
-    folder one of sentence-transformers, whose vectors `normalize` divides by their length. The model card shows how to load the
-    model as `name`, by default the folder's, at a `revision`, by default none. Raises ValueError if `out` exists,
-    if a checkpoint is not whole, if there are several without a known `average_by`, if there is no such task, if the logits
-    differ by more than `TOLERANCE`, or if what is added cannot be made.
+    The model has the head of masked LM, or that of a multiple-choice task. `bf16` rounds its weights after the comparison,
+    `onnx` adds it as ONNX, and `pooling` what makes the folder one of sentence-transformers, whose vectors `normalize` divides
+    by their length. The model card shows how to load the model as `name`, by default the folder's, at a `revision`, by default
+    none. Raises ValueError if `out` exists, if a checkpoint is not whole, if there are several without a known `average_by`, if
+    there is no such task, if the logits differ by more than `TOLERANCE`, or if what is added cannot be made.
     """
     if out.exists():
         raise ValueError(f"{out} exists; choose another folder or delete it")
@@ -68,7 +71,7 @@ def export(
     try:
         model.save_pretrained(partial)
         pretrained_tokenizer(corpus, objective.backbone.max_position).save_pretrained(partial)
-        loaded = converter_of(objective.backbone).load(partial, MULTIPLE_CHOICE if choice else MASKED_LM)
+        loaded: Any = converter_of(objective.backbone).load(partial, MULTIPLE_CHOICE if choice else MASKED_LM)
         if choice:
             difference = score_difference(objective.backbone, choice, loaded, corpus.vocab_size)
         else:
@@ -77,6 +80,8 @@ def export(
             raise ValueError(f"{out}: its logits would differ from the checkpoint's by {difference:.1e}; not exported")
         if onnx:
             write_onnx(loaded, partial)
+        if bf16:
+            loaded.to(torch.bfloat16).save_pretrained(partial)
         if pooling:
             add_pooling(partial, pooling, normalize, objective.backbone.max_position)
         described = card(

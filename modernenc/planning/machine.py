@@ -174,7 +174,7 @@ def _limits() -> Iterator[Finding]:
     free = shutil.disk_usage(shared).free
     if free < _SHARED_BYTES:
         remedy = "give the container more (docker run --shm-size=8g), or set data.workers=0"
-        yield Finding("/dev/shm", f"{free / 2**20:,.0f} MiB free: loader workers may end with a bus error", BAD, remedy)
+        yield Finding("/dev/shm", f"{free / 2**20:,.0f} MiB free: loader workers may end with a bus error", NOTE, remedy)
     else:
         yield Finding("/dev/shm", f"{free / 2**30:.1f} GiB free")
 
@@ -261,7 +261,7 @@ def _speed_of(folder: Path) -> float:
 def _slurm() -> Iterator[Finding]:
     job = os.environ.get("SLURM_JOB_ID")
     if not job:
-        said = "python -m modernenc.launch submits runs" if shutil.which("sbatch") else "not here"
+        said = "sbatch is here, with which modernenc.launch submits runs" if shutil.which("sbatch") else "not here"
         yield Finding("SLURM", said)
         return
     tasks = os.environ.get("SLURM_NTASKS_PER_NODE", os.environ.get("SLURM_NTASKS", "1")).partition("(")[0]

@@ -39,19 +39,11 @@ def _of_corpus(root: Path, characters: int) -> Iterator[tuple[str, str]]:
     corpus = Corpus(Store(str(root)))
     tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))
     for source in corpus.sources:
-        shards = corpus.open(f"{source}/{VALIDATION}")
-        blocks = (shards.read(shard, index) for shard, size in enumerate(shards.sizes) for index in range(size))
-        document: list[int] = []
         taken = 0
-        for block in blocks:
-            start = 0
-            for end in block.ends.tolist():
-                document += block.tokens[start:end].tolist()
-                start = end
-                if not (block.continues and end == block.ends[-1]):  # else the next block goes on with it
-                    text = tokenizer.decode(document)
-                    document, taken = [], taken + len(text)
-                    yield source, text
+        for document in corpus.open(f"{source}/{VALIDATION}").documents():
+            text = tokenizer.decode(document.tolist())
+            yield source, text
+            taken += len(text)
             if taken > characters:
                 break
 

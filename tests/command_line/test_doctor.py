@@ -47,7 +47,7 @@ def test_each_thing_that_is_wrong_with_a_machine_is_named_with_what_to_do(tmp_pa
         r"bad  packages: torch 2\.1\.0, expected >=2\.11\n +-> pip install --upgrade modernenc",
         r"note cores: 1 usable, 1 threads: reading text and training share one\n +-> ask for a second core",
         r"bad  open files: at most 64, and loader workers may need 1,024\n +-> ulimit -n 64; the administrator allows no 1,024",
-        r"bad  /dev/shm: 64 MiB free: .*\n +-> give the container more \(docker run --shm-size=8g\), or set data\.workers=0",
+        r"note /dev/shm: 64 MiB free: .*\n +-> give the container more \(docker run --shm-size=8g\), or set data\.workers=0",
         r"note caches: /proc/nowhere/\.cache, .* cannot be written to: .*\n +-> export XDG_CACHE_HOME=FOLDER HF_HOME=FOLDER",
         r"bad  disk: 0\.0 GB free at .*\n +-> make room, or choose another disk with run_dir=FOLDER",
     ):

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from modernenc.evaluation import cells, installed
+from modernenc import installed
+from modernenc.evaluation import cells
 from modernenc.evaluation.cells import Measurement, Request
 from modernenc.evaluation.models import Model, find_models
 from modernenc.evaluation.settings import read_settings

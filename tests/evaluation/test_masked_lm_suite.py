@@ -110,8 +110,12 @@ def test_an_interval_over_documents_covers_the_truth():
         curve = losses.curve([("", losses.all())])
         inside += abs(curve.y[0]) < curve.error[0]
     assert 0.91 < inside / 400 < 0.98
-    alone = Losses(values, values, np.zeros_like(documents), np.zeros_like(documents))
-    assert alone.curve([("", alone.all())]).error[0] == pytest.approx(1.96 * values.std(ddof=1) / len(values) ** 0.5, rel=1e-3)
+
+
+def test_an_interval_over_one_document_is_that_of_its_tokens():
+    values, document = np.random.default_rng(0).normal(size=50), np.zeros(50, int)
+    losses = Losses(values, values, document, document)
+    assert losses.curve([("", losses.all())]).error[0] == pytest.approx(1.96 * values.std(ddof=1) / 50**0.5, rel=1e-3)
 
 
 def test_a_checkpoint_has_the_loss_of_its_own_model(small_run, corpus_root, tmp_path):

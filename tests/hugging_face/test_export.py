@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from modernenc.backbones.modernbert import ModernBERT
@@ -19,6 +20,7 @@ from modernenc.hugging_face import converter_of, model_of
 from modernenc.hugging_face.parity import TOLERANCE, logit_difference
 from modernenc.hugging_face.tokenizer import pretrained_tokenizer
 from modernenc.model.export import export
+from modernenc.model.load import load_folder
 from modernenc.objectives.masked_lm import MaskedLM
 from modernenc.run_folder.tables import Table
 from support.runs import train
@@ -78,7 +80,11 @@ def test_a_config_is_whole_in_the_words_of_transformers_4_and_of_5(tmp_path, oth
 
 
 def test_an_export_describes_itself_and_may_be_read_by_all(run_dir, tmp_path):
-    out = tmp_path / "mine"
+    out, evaluations = tmp_path / "mine", Table(run_dir / "evaluations.csv")
+    last = int(Table(run_dir / "metrics.csv").read()[-1]["step"])
+    for step, score in ((last - 1, 0.1), (last, 0.625)):
+        found = {"checkpoint": "any", "suite": "glue", "task": "CoLA", "score": score, "error": 0.04}
+        evaluations.append({"step": step, "tokens_seen": step, **found})
     export([run_dir], out)
     _, header, card = (out / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(header) == {
@@ -96,9 +102,23 @@ def test_an_export_describes_itself_and_may_be_read_by_all(run_dir, tmp_path):
     ]
     for row in scores:
         assert f"| {row['source']} | {row['seq_len']} | {float(row['loss']):.3f} | {float(row['accuracy']):.1%} |" in card
+    assert [line for line in card.splitlines() if "CoLA" in line] == ["| glue | CoLA | 0.625 ±0.040 |"]
     python = card.split("```python\n")[1].split("```")[0].replace('"mine"', repr(str(out)))
     exec(compile(python, "card", "exec"), {})  # what it says works
     assert len({path.stat().st_mode for path in out.iterdir()}) == 1
+
+
+@pytest.mark.parametrize("recipe", ["demo", "demo_mega"])
+def test_weights_may_be_rounded_once_they_were_compared(small_run, tmp_path, recipe):
+    folder = train(small_run("phases.stable.tokens=3000", recipe=recipe))
+    for name in ("exact", "rounded"):
+        export([folder], tmp_path / name, bf16=name == "rounded")
+    exact, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("exact", "rounded"))
+    assert exact.keys() == rounded.keys() and all(weight.dtype == torch.bfloat16 for weight in rounded.values())
+    assert all(torch.equal(weight.bfloat16(), rounded[name]) for name, weight in exact.items())
+    assert {path.name for path in (tmp_path / "exact").iterdir()} == {path.name for path in (tmp_path / "rounded").iterdir()}
+    whole, again = (load_folder(tmp_path / name).state_dict() for name in ("exact", "rounded"))
+    assert all(torch.equal(weight.bfloat16().float(), again[name]) for name, weight in whole.items())
 
 
 def test_an_existing_folder_is_not_overwritten(run_dir, tmp_path):
